@@ -1,0 +1,76 @@
+# `make help` lists the targets. Everything runs in .venv, which `make env` makes; nothing else is touched.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# More options for pip, for instance the address of PyTorch's CPU index:
+#   make env PIP_ARGS="--extra-index-url ADDRESS"
+PIP_ARGS ?=
+# One thread a process: on few cores, threads of several processes slow each other down.
+WORKERS  ?= 2
+PYTEST_ARGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+# Nothing here needs a model hub; a slow network must not be able to change a result.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export MPLBACKEND := Agg
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format typing unit bench docs wheel clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP)  ## make .venv with TRL and all that development needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"{sys.executable} is Python {v[0]}.{v[1]}, and 3.10 or later is needed. Name another one: make env PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable ".[trl,report,dev]"
+	@touch $@
+
+demo: env  ## train four domains plain and guarded, then print the table and draw the figure
+	$(BIN)/python -m benchmarks.demo
+
+test: lint unit  ## everything that must pass: lint, types, tests, doctests, README
+
+lint: env typing  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# mypy sees the two source folders as the one package they are installed as.
+typing:
+	@rm -rf build/typing && mkdir -p build/typing/interference_guard
+	@ln -s "$(CURDIR)"/src/interference_guard/* "$(CURDIR)/integrations" build/typing/interference_guard/
+
+format: env  ## sort imports and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: env  ## pytest alone; PYTEST_ARGS="-k name" chooses
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+bench: env  ## the committed results again (hours)
+	$(BIN)/python -m benchmarks.forgetting
+	$(BIN)/python -m benchmarks.overhead
+
+docs: env  ## build the site into site/
+	$(BIN)/mkdocs build --strict
+
+wheel: env  ## build the source archive and the wheel into dist/
+	$(BIN)/python -m build --outdir dist
+
+clean:  ## remove what the targets above made, but not .venv
+	rm -rf build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## and .venv too
+	rm -rf $(VENV)

@@ -1,0 +1,101 @@
+"""What the examples of the README and the guide take as given, small enough to run in a test.
+
+A page names the prelude of a block in a comment above it: `<!-- example: trl -->`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Model names a reader would use, each replaced by the small model of the `trl` prelude.
+MODEL_NAMES = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Base")
+WORDS = [*"0123456789", "+", "=", "reverse", "a", "b", "c", "[PAD]", "[EOS]", "[UNK]"]
+
+
+def empty(folder: Path) -> dict[str, Any]:
+    """A block that stands alone."""
+    return {}
+
+
+def torch_loop(folder: Path) -> dict[str, Any]:
+    """`model`, `loss(batch)` and `stream`, which yields (domain, batch)."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+
+    def loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    batches = [(torch.randn(6, 8), torch.randint(4, (6,))) for _ in range(6)]
+    stream = [("math" if step < 3 else "code", batch) for step, batch in enumerate(batches)]
+    return {"torch": torch, "model": model, "loss": loss, "stream": stream}
+
+
+def trl(folder: Path) -> dict[str, Any]:
+    """`model` (a folder), `reward_funcs`, `args` and `dataset`, whose rows carry a domain."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    sums = [(f"{a} + {b} =", str(a + b), "math") for a in range(3) for b in range(3)]
+    words = [(f"reverse {x} {y}", f"{y} {x}", "words") for x in "abc" for y in "abc"]
+    rows = [dict(zip(("prompt", "answer", "domain"), row, strict=True)) for row in [*sums, *words]]
+
+    def matches(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        return [float(right in text) for text, right in zip(completions, answer, strict=True)]
+
+    args = GRPOConfig(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        max_steps=3,
+        shuffle_dataset=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    return {
+        "model": str(small_model(folder / "model")),
+        "reward_funcs": matches,
+        "args": args,
+        "dataset": Dataset.from_list(rows),
+    }
+
+
+def small_model(folder: Path) -> Path:
+    """A random two-layer Qwen3 with a word tokenizer, saved so that a trainer can load it by path."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=WORDS.index("[PAD]"),
+        eos_token_id=WORDS.index("[EOS]"),
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+PRELUDES: dict[str, Callable[[Path], dict[str, Any]]] = {"empty": empty, "torch": torch_loop, "trl": trl}

@@ -1,0 +1,32 @@
+"""Every public name is listed once, can be imported, and says what it is."""
+
+import importlib
+import inspect
+
+import pytest
+
+import interference_guard
+
+PACKAGES = ("interference_guard", "interference_guard.integrations.trl")
+NAMES = [(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_unique(package):
+    names = importlib.import_module(package).__all__
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("package", "name"), NAMES)
+def test_public_name_imports_and_is_documented(package, name):
+    thing = getattr(importlib.import_module(package), name)
+    if inspect.isclass(thing) or inspect.isroutine(thing):
+        assert inspect.getdoc(thing), f"{package}.{name} has no docstring"
+        assert (thing.__module__ or "").startswith("interference_guard")
+
+
+def test_the_version_is_the_package_s():
+    if hasattr(interference_guard, "__version__"):
+        from importlib.metadata import version
+
+        assert interference_guard.__version__ == version("interference-guard")
