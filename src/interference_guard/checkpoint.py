@@ -1,0 +1,307 @@
+"""The guard's state on disk: safetensors for tensors, JSON for the rest, versioned and written atomically.
+
+`interference_guard.safetensors` and `interference_guard.json` lie beside the host's own checkpoint files
+and nothing of the host's is opened. Each is written under a temporary name and then renamed; the JSON names
+the tensor file's size and a digest of it, so a torn pair or a truncated file is found before anything is
+taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .curvature import BlockSums
+from .domain import DomainState
+from .errors import StateError, StateVersionError
+from .local_model import LocalBlock, LocalModel
+from .probe import Completions, Measurement
+from .protected import ProtectedSet
+from .trust_region import TrustRegion
+
+if TYPE_CHECKING:
+    from .guard import Guard
+
+VERSION = 1
+TENSORS = "interference_guard.safetensors"
+DETAILS = "interference_guard.json"
+# Settings that give the saved tensors their meaning; the others may change between runs.
+BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
+PLAIN = (
+    "anchored",
+    "own_steps",
+    "since_refresh",
+    "foreign_steps",
+    "low",
+    "high",
+    "anchor_reward",
+    "evaluated",
+    "true_reward",
+)
+
+
+def pack(guard: Guard) -> dict[str, object]:
+    """A guard's state as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared."""
+    tensors: dict[str, Tensor] = {}
+    domains: dict[str, Any] = {}
+    for number, (name, state) in enumerate(guard.domains.items()):
+        domains[name] = _pack_domain(state, f"{number}/", tensors)
+    details = {
+        "format": "interference_guard",
+        "version": VERSION,
+        "steps": guard.steps,
+        "settings": {name: getattr(guard.config, name) for name in BINDING},
+        "parameters": _parameters(guard),
+        "domains": domains,
+    }
+    return {"details": details, "tensors": tensors}
+
+
+def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
+    """Take over what `pack` made; raises before the guard is changed."""
+    details, tensors = packed.get("details"), packed.get("tensors")
+    if not isinstance(details, dict) or not isinstance(tensors, Mapping):
+        raise StateError(
+            "The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned."
+        )
+    _check(guard, details, "The state")
+    try:
+        domains = {
+            name: _unpack_domain(guard, name, f"{number}/", item, tensors)
+            for number, (name, item) in enumerate(details["domains"].items())
+        }
+        steps = int(details["steps"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StateError(
+            f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
+        ) from error
+    guard.replace_domains(domains)
+    guard.steps = steps
+
+
+def save(guard: Guard, directory: Path) -> None:
+    """Write a guard's state into `directory`, which is made if missing.
+
+    Raises:
+        StateError: If the files cannot be written, for instance on a full disk. Earlier files stay.
+    """
+    packed = pack(guard)
+    tensors = {
+        # Shared and strided memory cannot be stored as it is.
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in packed["tensors"].items()  # type: ignore[attr-defined]
+    }
+    temporary = [directory / f".{name}.tmp-{os.getpid()}" for name in (TENSORS, DETAILS)]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary[0])
+        details = dict(packed["details"])  # type: ignore[call-overload]
+        details["tensor_bytes"] = temporary[0].stat().st_size
+        details["tensor_sha256"] = _digest(temporary[0])
+        temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
+        os.replace(temporary[0], directory / TENSORS)
+        os.replace(temporary[1], directory / DETAILS)
+    except (OSError, SafetensorError) as error:
+        raise StateError(
+            f"The guard's state could not be written to {directory}: {error}. The checkpoint of the host is "
+            "not touched. Free space or choose another folder, then save again."
+        ) from error
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def load(guard: Guard, directory: Path) -> None:
+    """Read what `save` wrote into `directory`.
+
+    Raises:
+        StateError: If a file is missing, damaged, or of another model or other settings.
+        StateVersionError: If it was written in a format this version cannot read.
+    """
+    details_path, tensors_path = directory / DETAILS, directory / TENSORS
+    for path in (details_path, tensors_path):
+        if not path.is_file():
+            raise StateError(
+                f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side; resume from "
+                "a checkpoint that was saved with the guard attached, or start without resuming."
+            )
+    try:
+        details = json.loads(details_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{details_path} is damaged: {error}. Resume from another checkpoint."
+        ) from error
+    if not isinstance(details, dict):
+        raise StateError(f"{details_path} is damaged: it holds no table. Resume from another checkpoint.")
+    _check(guard, details, str(details_path))
+    size = tensors_path.stat().st_size
+    if size != details.get("tensor_bytes") or _digest(tensors_path) != details.get("tensor_sha256"):
+        raise StateError(
+            f"{tensors_path} is damaged: it has {size} bytes where {details.get('tensor_bytes')} with a known "
+            "digest were written. Copy it again or resume from another checkpoint."
+        )
+    try:
+        tensors = load_file(tensors_path)
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{tensors_path} is damaged: {error}. Resume from another checkpoint.") from error
+    unpack(guard, {"details": details, "tensors": tensors})
+
+
+def _check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
+    if details.get("format") != "interference_guard":
+        raise StateError(f"{source} was not written by interference_guard. Point to a guard's state file.")
+    if details.get("version") != VERSION:
+        raise StateVersionError(
+            f"{source} has format version {details.get('version')!r}; this version reads {VERSION}. "
+            "Use the release of interference-guard that wrote it, or start a new guard."
+        )
+    settings = details.get("settings", {})
+    for name in BINDING:
+        if settings.get(name) != getattr(guard.config, name):
+            raise StateError(
+                f"{source} was made with {name}={settings.get(name)!r}, this guard has "
+                f"{name}={getattr(guard.config, name)!r}. Use the same value; budgets and step counts may "
+                "change, these may not: " + ", ".join(BINDING) + "."
+            )
+    saved, own = details.get("parameters", {}), _parameters(guard)
+    if saved != own:
+        different = sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name))
+        name = different[0] if different else "their order"
+        raise StateError(
+            f"{source} is of another model: {len(different)} of {len({*saved, *own})} parameters differ, for "
+            f"instance {name!r} with shape {saved.get(name)} there and {own.get(name)} here. Load it into "
+            "the model it was saved with."
+        )
+
+
+def _parameters(guard: Guard) -> dict[str, list[int]]:
+    return {view.name: list(view.shape) for block in guard.blocks for view in block.views}
+
+
+def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def put(name: str, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            tensors[prefix + name] = tensor
+
+    details: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
+    details["region"] = state.region.state()
+    details["measurement"] = None if state.measurement is None else asdict(state.measurement)
+    put("count", state.curvature.count)
+    for index, sums in enumerate(state.curvature.sums):
+        for name in ("sketch", "energy", "basis", "eigenvalues"):
+            put(f"sums/{index}/{name}", getattr(sums, name))
+    details["model"] = state.model is not None
+    for index, block in enumerate(state.model.blocks if state.model is not None else ()):
+        for name in ("U", "lam", "rho", "scale", "rows", "z0", "q0"):
+            put(f"model/{index}/{name}", getattr(block, name))
+    for group, rows in (("retained", state.retained), *enumerate(state.pending)):
+        if rows is not None:
+            for item in fields(rows):
+                put(f"completions/{group}/{item.name}", getattr(rows, item.name))
+    details["pending"] = len(state.pending)
+    for index, tensor in enumerate(state.start or ()):
+        put(f"start/{index}", tensor)
+    for name in ("anchor_scores", "radius", "subspace", "residual"):
+        put(name, getattr(state, name))
+    for name in ("protected_set", "half_set"):
+        chosen = getattr(state, name)
+        for key, mask in chosen.masks.items() if chosen is not None else ():
+            put(f"{name}/{key}", mask)
+    return details
+
+
+def _unpack_domain(
+    guard: Guard, name: str, prefix: str, details: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> DomainState:
+    device = guard.device
+
+    def get(key: str) -> Tensor | None:
+        tensor = tensors.get(prefix + key)
+        return None if tensor is None else tensor.to(device, copy=True)
+
+    def need(key: str) -> Tensor:
+        return tensors[prefix + key].to(device, copy=True)
+
+    state = guard.new_state(name)
+    for key in PLAIN:
+        setattr(state, key, details[key])
+    region = dict(details["region"])
+    region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}
+    state.region = TrustRegion(**region)
+    if details["measurement"] is not None:
+        state.measurement = Measurement(**details["measurement"])
+    state.curvature.count = need("count")
+    if prefix + "sums/0/energy" in tensors:
+        state.curvature.sums = [
+            BlockSums(
+                get(f"sums/{index}/sketch"),
+                need(f"sums/{index}/energy"),
+                get(f"sums/{index}/basis"),
+                get(f"sums/{index}/eigenvalues"),
+            )
+            for index in range(len(guard.blocks))
+        ]
+    if details["model"]:
+        blocks = []
+        for index, sums in enumerate(state.curvature.sums):
+            parts = {key: need(f"model/{index}/{key}") for key in ("U", "lam", "rho", "scale", "z0", "q0")}
+            rows = get(f"model/{index}/rows")
+            blocks.append(LocalBlock(energy=sums.energy, rows=rows, **parts))
+        state.model = LocalModel(blocks)
+    state.retained = _completions("completions/retained", get)
+    for index in range(details["pending"]):
+        rows_of_batch = _completions(f"completions/{index}", get)
+        if rows_of_batch is not None:
+            state.pending.append(rows_of_batch)
+    start = [get(f"start/{index}") for index in range(len(guard.blocks))]
+    state.start = [tensor for tensor in start if tensor is not None] or None
+    for key in ("anchor_scores", "radius", "subspace", "residual"):
+        setattr(state, key, get(key))
+    for key in ("protected_set", "half_set"):
+        masks = {
+            view.name: tensors[f"{prefix}{key}/{view.name}"]
+            for block in guard.blocks
+            for view in block.views
+            if f"{prefix}{key}/{view.name}" in tensors
+        }
+        setattr(state, key, ProtectedSet(masks) if masks else None)
+    return state
+
+
+def _completions(prefix: str, get: Any) -> Completions | None:
+    ids = get(f"{prefix}/input_ids")
+    if ids is None:
+        return None
+    masks = [get(f"{prefix}/{name}") for name in ("attention_mask", "completion_mask", "rewards")]
+    return Completions(ids, *masks)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def tensor_bytes(guard: Guard) -> int:
+    """Bytes of device memory the guard's curvatures and local models hold; shared memory counts once."""
+    storages: dict[int, int] = {}
+    for state in guard.domains.values():
+        tensors: dict[str, Tensor] = {}
+        _pack_domain(state, "", tensors)
+        for key, tensor in tensors.items():
+            if key.startswith(("sums/", "model/")):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+

@@ -1,0 +1,59 @@
+"""What the guard refuses to protect, checked on the whole model before anything is changed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .errors import UnsupportedError
+from .units import canonical_name
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by canonical name, tied ones once.
+
+    Raises:
+        UnsupportedError: If there are none, or if one of them is a DoRA magnitude, a packed low-bit
+            weight, sharded, or not real floating point.
+    """
+    dora = [name for name, _ in model.named_parameters() if "lora_magnitude_vector" in name]
+    if dora:
+        raise UnsupportedError(
+            f"The adapter uses DoRA ({dora[0]!r}): its magnitude rescales whole weight columns at every step, "
+            "so a displacement of the factors does not say what the model's weights did. "
+            "Use plain LoRA (use_dora=False) or full fine-tuning."
+        )
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        packed = hasattr(parameter, "quant_state") or not parameter.is_floating_point()
+        if packed or parameter.is_complex():
+            raise UnsupportedError(
+                f"Trainable parameter {name!r} holds {str(parameter.dtype).removeprefix('torch.')} values, "
+                "packed low-bit weights or numbers without a gradient direction. Protected weights must be "
+                "floating point (fp32, bf16, fp16). Freeze it and train adapters on top, as QLoRA does."
+            )
+        if type(parameter.data).__name__ == "DTensor":
+            raise UnsupportedError(
+                f"Parameter {name!r} is sharded (DTensor). This version protects whole parameters: "
+                "one process, or data parallel (DDP)."
+            )
+        if parameter.device.type == "meta" or parameter.numel() == 0:
+            raise UnsupportedError(
+                f"Parameter {name!r} has no values here (device {parameter.device}, {parameter.numel()} "
+                "elements): it is sharded or not loaded. Build the guard after the weights are in place."
+            )
+        found[canonical_name(name)] = parameter
+    if not found:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no trainable parameter, so there is nothing to protect. "
+            "Set requires_grad on the weights you train before building the guard."
+        )
+    devices = {parameter.device for parameter in found.values()}
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"The trainable parameters lie on {len(devices)} devices ({sorted(map(str, devices))}); the guard "
+            "needs them on one. Load the model without device_map splitting."
+        )
+    return found
+

@@ -1,0 +1,143 @@
+"""All settings of the guard in one flat, frozen dataclass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from .errors import ConfigError
+
+SELECTIONS = ("energy", "edits", "random")
+UNIT_KINDS = ("row", "column", "vector")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Settings of a `Guard`; every field has a default that was measured on the benchmark bed.
+
+    The fields are plain numbers, words and lists, so that `transformers.HfArgumentParser` and TRL's
+    `TrlParser` read them from a YAML file or the command line.
+
+    Raises:
+        ConfigError: If a value is outside its range. The message names the field, the value and the range.
+
+    >>> GuardConfig(budget=0.05).budget
+    0.05
+    >>> GuardConfig(budget=0)
+    Traceback (most recent call last):
+    interference_guard.errors.ConfigError: budget=0 is not allowed: it must be a number above 0 ...
+    """
+
+    enabled: bool = field(
+        default=True, metadata={"help": "False leaves the run bit-identical to one without the guard."}
+    )
+    domain_column: str = field(
+        default="domain", metadata={"help": "Column of the dataset that holds a row's domain."}
+    )
+    project: bool = field(
+        default=True,
+        metadata={"help": "Project every step into the trust regions. False only predicts and measures."},
+    )
+    budget: float = field(
+        default=0.02,
+        metadata={"help": "Reward a protected domain may lose, as a part of its reward range."},
+    )
+    budget_nats: float = field(
+        default=0.01,
+        metadata={"help": "The same bound in nats per token, for domains whose rewards are not at hand."},
+    )
+    rank: int = field(default=16, metadata={"help": "Most directions kept per weight matrix and domain."})
+    sketch: int = field(
+        default=32, metadata={"help": "Columns of the random test matrix behind the directions; >= rank."}
+    )
+    residual: int = field(
+        default=8, metadata={"help": "Random directions that estimate what the kept ones miss."}
+    )
+    half_life: float = field(
+        default=50.0, metadata={"help": "Own steps after which a gradient counts half in the curvature."}
+    )
+    refresh_steps: int = field(
+        default=20,
+        metadata={"help": "Own steps before a domain's directions are computed anew (its anchor always is)."},
+    )
+    sweeps: int = field(
+        default=3, metadata={"help": "Cyclic passes of the projection when several domains are protected."}
+    )
+    retain: int = field(
+        default=128, metadata={"help": "Latest completions kept per domain to measure interference on."}
+    )
+    probe_steps: int = field(
+        default=20,
+        metadata={"help": "Foreign steps between two measurements (also made after steps 1, 2 and 4)."},
+    )
+    coverage: float = field(
+        default=1.0,
+        metadata={"help": "Part of a domain's curvature energy that its protected units must cover."},
+    )
+    selection: str = field(
+        default="energy",
+        metadata={
+            "help": "How protected units are chosen when coverage < 1: 'energy', 'edits' (size of the "
+            "domain's own change) or 'random' (a control)."
+        },
+    )
+    active_share: float = field(
+        default=0.05,
+        metadata={"help": "Part of a mixed batch from which a domain counts as active, not protected."},
+    )
+    unit_overrides: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Unit axis by parameter name, each 'pattern=row', 'pattern=column' or 'pattern=vector', "
+            "for instance '*.mix.weight=column'."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the guard's own random matrices."})
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "budget_nats", "half_life"):
+            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number above 0")
+        for name in ("rank", "sketch", "residual", "refresh_steps", "sweeps", "retain", "probe_steps"):
+            self._check(name, _is_integer(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
+        self._check("sketch", self.sketch >= self.rank, f"at least rank={self.rank}")
+        for name in ("coverage", "active_share"):
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
+        self._check("selection", self.selection in SELECTIONS, f"one of {list(SELECTIONS)}")
+        self._check("seed", _is_integer(self.seed), "an integer")
+        self._check(
+            "domain_column", isinstance(self.domain_column, str) and self.domain_column != "", "a column name"
+        )
+        self.overrides()
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}. "
+                f"Change {name} in GuardConfig; the default is {self._default(name)!r}."
+            )
+
+    @classmethod
+    def _default(cls, name: str) -> object:
+        return next(item.default for item in fields(cls) if item.name == name)
+
+    def overrides(self) -> dict[str, str]:
+        """`unit_overrides` as a mapping from pattern to ``"row"``, ``"column"`` or ``"vector"``."""
+        table: dict[str, str] = {}
+        for entry in self.unit_overrides or ():
+            pattern, _, kind = entry.rpartition("=")
+            if not pattern or kind not in UNIT_KINDS:
+                raise ConfigError(
+                    f"unit_overrides entry {entry!r} is not allowed: it must read 'pattern=kind' with a kind "
+                    f"of {list(UNIT_KINDS)}, for instance '*.mix.weight=column'."
+                )
+            table[pattern] = kind
+        return table
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

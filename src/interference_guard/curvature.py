@@ -1,0 +1,243 @@
+"""Running sums over a domain's own training gradients, and their factorisation.
+
+For a weight in unit view with gradient G, ``(units, width)``, and a fixed test matrix Omega,
+``(width, sketch)``, one own step does
+
+    Y <- g Y + G' (G Omega),   e <- g e + rowsum(G * G),   n <- g n + 1
+
+with the decay g of a half-life in own steps. The sums are linear in G'G and in rowsum(G * G), so those
+of two ranks, micro-batches or runs add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .blocks import Block
+from .errors import ShapeError
+
+# Part of a matrix's energy after which further directions are left to the residual.
+RANK_COVERAGE = 0.9999
+
+
+def sketch_matrix(width: int, sketch: int, seed: int) -> Tensor:
+    """Orthonormal Gaussian test matrix, ``(width, min(sketch, width))`` fp32, the same on every machine rank.
+
+    The columns of a Gaussian matrix are orthonormalised: the Nystrom approximation depends on their span
+    alone, and the core matrix stays well conditioned.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
+    gaussian = torch.randn(width, min(sketch, width), generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q.float()
+
+
+def residual_matrix(width: int, residual: int, seed: int) -> Tensor:
+    """Random directions R, ``(width, residual)`` fp32, scaled so that E|x R|^2 = |x|^2."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + width + 500_000)
+    directions = torch.randn(width, residual, generator=generator, dtype=torch.float64)
+    return (directions / residual**0.5).float()
+
+
+@dataclass
+class BlockSums:
+    """The running sums of one block.
+
+    Args:
+        sketch: Y, ``(matrices, width, sketch)`` fp32; None while `basis` and `singular` hold it instead.
+        energy: e, ``(matrices, units)`` fp32.
+        basis: Eigenvectors, ``(matrices, width, sketch)`` fp32, best first, or None.
+        eigenvalues: ``(matrices, sketch)`` fp32 of the *sum*, descending, or None.
+    """
+
+    sketch: Tensor | None
+    energy: Tensor
+    basis: Tensor | None = None
+    eigenvalues: Tensor | None = None
+
+
+@dataclass
+class DomainCurvature:
+    """Curvature of one domain over all blocks, in running sums.
+
+    Args:
+        decay: What one own step leaves of the sums before it.
+        omegas: Test matrix of each block, ``(width, sketch)``.
+        sums: One `BlockSums` a block; empty before the first counted step.
+        count: n, the decayed number of counted steps: a 0-d fp32 tensor on the device of the first block.
+    """
+
+    decay: float
+    omegas: Sequence[Tensor]
+    sums: list[BlockSums] = field(default_factory=list)
+    count: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def observe(self, gradients: Sequence[Tensor]) -> None:
+        """Add one own step.
+
+        A step whose gradients are all zero, or hold a NaN or an infinity, changes nothing. On an
+        accelerator the decision is taken on the device, so no host synchronisation happens.
+
+        Args:
+            gradients: One ``(matrices, units, width)`` fp32 tensor a block; not changed.
+
+        Raises:
+            ShapeError: If their number or shapes differ from the sums'.
+        """
+        self._ready(gradients)
+        energies = [gradient.square().sum(-1) for gradient in gradients]
+        total = torch.stack([energy.sum() for energy in energies]).sum()
+        counted = total.isfinite() & (total > 0)
+        # On the CPU reading the flag costs nothing and saves the masked arithmetic below.
+        if counted.device.type == "cpu":
+            if counted.item():
+                for sums, gradient, energy, omega in zip(
+                    self.sums, gradients, energies, self.omegas, strict=True
+                ):
+                    sketch = self._sketch(sums, omega)
+                    sketch.baddbmm_(gradient.mT, gradient @ omega, beta=self.decay)
+                    sums.energy.mul_(self.decay).add_(energy)
+                self.count.mul_(self.decay).add_(1.0)
+            return
+        keep = torch.where(counted, self.decay, 1.0)
+        for sums, gradient, energy, omega in zip(self.sums, gradients, energies, self.omegas, strict=True):
+            update = gradient.mT @ (gradient @ omega)
+            self._sketch(sums, omega).mul_(keep).add_(torch.where(counted, update, 0.0))
+            sums.energy.mul_(keep).add_(torch.where(counted, energy, 0.0))
+        self.count.mul_(keep).add_(counted)
+
+    def merge(self, other: DomainCurvature) -> None:
+        """Add another rank's, or another run's, sums of the same domain in place."""
+        if not other.sums:
+            return
+        if not self.sums:
+            self.sums = [
+                BlockSums(torch.zeros_like(other._sketch(sums, omega)), torch.zeros_like(sums.energy))
+                for sums, omega in zip(other.sums, other.omegas, strict=True)
+            ]
+            self.count = torch.zeros_like(other.count)
+        if [sums.energy.shape for sums in self.sums] != [sums.energy.shape for sums in other.sums]:
+            raise ShapeError(
+                "The two curvatures are of different models: their blocks count units differently. "
+                "Merge only sums taken on the same parameters with the same unit_overrides."
+            )
+        for mine, theirs, omega in zip(self.sums, other.sums, self.omegas, strict=True):
+            self._sketch(mine, omega).add_(other._sketch(theirs, omega))
+            mine.energy.add_(theirs.energy)
+        self.count = self.count + other.count
+
+    def factor(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Eigenvectors and eigenvalues of E[G'G] per block, and its trace.
+
+        Afterwards the sums live in factored form, which takes the same room as Y: `observe` turns them
+        back, exactly up to fp32 rounding.
+
+        Returns:
+            Per block: basis ``(matrices, width, sketch)``, eigenvalues ``(matrices, sketch)`` descending
+            and never negative, trace ``(matrices,)``; fp32.
+        """
+        factors = []
+        for sums, omega in zip(self.sums, self.omegas, strict=True):
+            if sums.sketch is not None:
+                sums.basis, sums.eigenvalues = nystrom(sums.sketch, omega)
+                sums.sketch = None
+            assert sums.basis is not None and sums.eigenvalues is not None
+            scale = 1.0 / self.count.clamp(min=1e-30)
+            factors.append((sums.basis, sums.eigenvalues * scale, sums.energy.sum(-1) * scale))
+        return factors
+
+    def _ready(self, gradients: Sequence[Tensor]) -> None:
+        if not self.sums:
+            self.sums = [
+                BlockSums(
+                    gradient.new_zeros(gradient.shape[0], gradient.shape[2], omega.shape[1]),
+                    gradient.new_zeros(gradient.shape[:2]),
+                )
+                for gradient, omega in zip(gradients, self.omegas, strict=True)
+            ]
+            self.count = self.count.to(gradients[0].device)
+        found = [tuple(gradient.shape[:2]) for gradient in gradients]
+        expected = [tuple(sums.energy.shape) for sums in self.sums]
+        if found != expected:
+            raise ShapeError(
+                f"The gradients' blocks are (matrices, units) {found}, the sums' {expected}. "
+                "Observe the parameters the guard was made for."
+            )
+
+    @staticmethod
+    def _sketch(sums: BlockSums, omega: Tensor) -> Tensor:
+        if sums.sketch is None:
+            assert sums.basis is not None and sums.eigenvalues is not None
+            sums.sketch = (sums.basis * sums.eigenvalues.unsqueeze(-2)) @ (sums.basis.mT @ omega)
+            sums.basis = sums.eigenvalues = None
+        return sums.sketch
+
+
+def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Stable fixed-rank Nystrom approximation of positive semidefinite matrices A from Y = A Omega.
+
+    Exact when the rank of A is at most the number of columns of Omega.
+
+    Args:
+        sketch: Y, ``(matrices, width, sketch)`` fp32.
+        omega: Orthonormal test matrix, ``(width, sketch)`` fp32.
+
+    Returns:
+        Eigenvectors ``(matrices, width, sketch)`` and eigenvalues ``(matrices, sketch)``, descending, fp32.
+        Directions without energy are zero columns with eigenvalue 0.
+
+    Reference:
+        Tropp, Yurtsever, Udell, Cevher, 2017, arXiv:1706.05736, algorithm 3 (shifted). The Cholesky factor
+        is replaced by an eigendecomposition, which also serves a singular core.
+    """
+    Y, Omega = sketch.double(), omega.double()
+    # Sums of gradients can be as small as 1e-24: the arithmetic runs on matrices of norm 1.
+    norm = torch.linalg.matrix_norm(Y, keepdim=True)
+    Y = Y / norm.clamp(min=torch.finfo(torch.float64).tiny)
+    # fp32 sums carry errors of this size, which a shift keeps from making the core indefinite.
+    shift = torch.finfo(torch.float32).eps
+    shifted = Y + shift * Omega
+    core = Omega.mT @ shifted
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    # A core eigenvalue under the shift is noise, and its inverse root would blow it up.
+    usable = values > shift / 2
+    roots = torch.where(usable, values.clamp(min=shift / 2).rsqrt(), 0.0)
+    U, S, _ = torch.linalg.svd(shifted @ (vectors * roots.unsqueeze(-2)), full_matrices=False)
+    eigenvalues = (S.square() - shift).clamp(min=0.0)
+    eigenvalues = torch.where(eigenvalues > 4 * shift, eigenvalues, 0.0)
+    U = torch.where((eigenvalues > 0).unsqueeze(-2), U, 0.0)
+    return U.float(), (eigenvalues * norm.squeeze(-1)).float()
+
+
+def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the leading directions and say how much energy each missed direction carries.
+
+    Args:
+        basis: ``(matrices, width, sketch)``.
+        eigenvalues: ``(matrices, sketch)``, descending.
+        trace: ``(matrices,)``.
+        rank: Most directions kept; fewer where those cover all but 1e-4 of the trace.
+
+    Returns:
+        U ``(matrices, width, min(rank, sketch))`` with unused columns zero, their eigenvalues, and the
+        mean eigenvalue rho ``(matrices,)`` of the remaining directions.
+    """
+    width = basis.shape[1]
+    k = min(rank, basis.shape[2])
+    kept = eigenvalues[:, :k]
+    before = kept.cumsum(-1) - kept
+    used = (kept > 0) & (before < RANK_COVERAGE * trace.unsqueeze(-1))
+    kept = torch.where(used, kept, 0.0)
+    U = torch.where(used.unsqueeze(-2), basis[:, :, :k], 0.0)
+    rest = (trace - kept.sum(-1)).clamp(min=0.0)
+    return U, kept, rest / (width - used.sum(-1)).clamp(min=1)
+
+
+def block_matrices(blocks: Sequence[Block], size: int, seed: int, kind: str) -> list[Tensor]:
+    """One shared random matrix per width, listed by block: `kind` is ``"test"`` or ``"residual"``."""
+    make = sketch_matrix if kind == "test" else residual_matrix
+    cache = {width: make(width, size, seed) for width in {block.width for block in blocks}}
+    return [cache[block.width] for block in blocks]

@@ -1,0 +1,109 @@
+"""All the guard keeps about one domain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .curvature import DomainCurvature
+from .local_model import LocalModel
+from .probe import Completions, Measurement, join
+from .protected import ProtectedSet
+from .trust_region import TrustRegion
+
+
+@dataclass
+class RunningMean:
+    """Mean since the last `take`."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def add(self, total: float, count: float) -> None:
+        """Add a sum of `count` values."""
+        self.total += total
+        self.count += count
+
+    def take(self) -> float | None:
+        """The mean, or None without values; starts anew."""
+        value = self.total / self.count if self.count else None
+        self.total = self.count = 0.0
+        return value
+
+
+@dataclass
+class DomainState:
+    """State of one domain; the guard owns it, hosts only read it.
+
+    Args:
+        name: The domain.
+        curvature: Its running sums.
+        region: Its trust region.
+        model: Its local model, None before the first anchor.
+        anchored: Whether `model` stands at the weights after the domain's latest own step.
+        own_steps: Own steps since the last anchor.
+        since_refresh: Own steps since the directions were computed.
+        foreign_steps: Steps of other domains since the anchor.
+        pending: Retained batches, newest last.
+        retained: The completions the anchor was measured with.
+        anchor_scores: Their token log-probabilities at the anchor, ``(rows, length)`` fp32.
+        low, high: Reward range shown so far; NaN before the first reward.
+        anchor_reward: Mean reward at the anchor: the host's own evaluation if it made one, else the
+            retained rows'.
+        evaluated: Whether `anchor_reward` is an evaluation.
+        true_reward: The host's latest evaluation since the anchor, NaN without one.
+        measurement: The last probe.
+        radius: The region's radius as a 0-d tensor on the device; 0 until the first foreign step.
+        subspace, residual: The two parts of the raw prediction after the last step, 0-d tensors.
+    """
+
+    name: str
+    curvature: DomainCurvature
+    region: TrustRegion
+    model: LocalModel | None = None
+    anchored: bool = False
+    own_steps: int = 0
+    since_refresh: int = 0
+    foreign_steps: int = 0
+    pending: list[Completions] = field(default_factory=list)
+    retained: Completions | None = None
+    anchor_scores: Tensor | None = None
+    low: float = math.nan
+    high: float = math.nan
+    anchor_reward: float = math.nan
+    evaluated: bool = False
+    true_reward: float = math.nan
+    measurement: Measurement | None = None
+    radius: Tensor | None = None
+    subspace: Tensor | None = None
+    residual: Tensor | None = None
+    protected_set: ProtectedSet | None = None
+    half_set: ProtectedSet | None = None
+    start: list[Tensor] | None = None
+    rewards: RunningMean = field(default_factory=RunningMean)
+    lengths: RunningMean = field(default_factory=RunningMean)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Lowest and highest reward, or None while fewer than two different ones were seen."""
+        return (self.low, self.high) if self.high > self.low else None
+
+    def see_rewards(self, lowest: float, highest: float) -> None:
+        """Widen the reward range."""
+        self.low = lowest if math.isnan(self.low) else min(self.low, lowest)
+        self.high = highest if math.isnan(self.high) else max(self.high, highest)
+
+    def keep(self, completions: Completions, limit: int) -> None:
+        """Keep a batch for the next anchor; rows older than the latest `limit` are dropped."""
+        self.pending.append(completions)
+        while len(self.pending) > 1 and sum(map(len, self.pending[1:])) >= limit:
+            self.pending.pop(0)
+
+    def latest(self, limit: int) -> Completions | None:
+        """The latest `limit` retained rows."""
+        if not self.pending:
+            return None
+        rows = join(self.pending)
+        return rows.rows(slice(max(len(rows) - limit, 0), len(rows)))

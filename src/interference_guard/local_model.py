@@ -1,0 +1,309 @@
+"""A domain's quadratic model around its anchor: directions, weights, and where the anchor stands in them.
+
+For a weight in unit view W, ``(units, width)``, the curvature of unit j is modelled as
+
+    H_j = c e_j (U diag(lam) U' + rho (I - U U')),   c = 1 / (sum(e) h)
+
+with U, lam the leading eigenpairs of E[G'G], e the units' gradient energy, rho the mean eigenvalue of the
+missed directions, and h one number a domain, which makes the largest weight 1. The displacement is seen as
+z = W U - z0 in the kept directions and as r = (W R - q0) - z (U' R) in random directions R orthogonal to
+them. Only z0 and q0 are kept of the anchor, so a domain costs (rank + residual) / width of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .curvature import DomainCurvature, truncate
+from .projection import shrinkage, subspace_energy
+
+
+@dataclass
+class LocalBlock:
+    """The local model of one block.
+
+    Args:
+        U: Directions, ``(matrices, width, rank)`` fp32; unused columns are zero.
+        lam: Their eigenvalues, ``(matrices, rank)`` fp32.
+        rho: Mean eigenvalue of the missed directions, ``(matrices,)`` fp32.
+        scale: c, ``(matrices,)`` fp32.
+        energy: e, ``(matrices, units)`` fp32; the curvature's own tensor, not a copy.
+        rows: Protected units as indices into the flattened ``(matrices * units,)``, or None for all.
+        z0: Anchor coordinates of the protected units, ``(rows, rank)`` fp32.
+        q0: Anchor seen through R, ``(rows, residual)`` fp32.
+    """
+
+    U: Tensor
+    lam: Tensor
+    rho: Tensor
+    scale: Tensor
+    energy: Tensor
+    rows: Tensor | None
+    z0: Tensor
+    q0: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of U."""
+        return self.U.shape[2]
+
+    def unit_scale(self) -> Tensor:
+        """c e_j of each protected unit, ``(rows,)``."""
+        scale = (self.energy * self.scale.unsqueeze(-1)).flatten()
+        return scale if self.rows is None else scale[self.rows]
+
+    def _by_unit(self, values: Tensor) -> Tensor:
+        """Per-matrix values ``(matrices, ...)`` repeated for each protected unit, ``(rows, ...)``."""
+        units = self.energy.shape[1]
+        if self.rows is None:
+            expanded = values.unsqueeze(1).expand(-1, units, *values.shape[1:])
+            return expanded.reshape(-1, *values.shape[1:])
+        return values[self.rows // units]
+
+    def weights(self) -> Tensor:
+        """w of every coordinate, ``(rows, rank)``."""
+        if self.rows is None:
+            scaled = self.energy * self.scale.unsqueeze(-1)
+            return (scaled.unsqueeze(-1) * self.lam.unsqueeze(1)).view(-1, self.rank)
+        return self.unit_scale().unsqueeze(-1) * self._by_unit(self.lam)
+
+    def select(self, values: Tensor) -> Tensor:
+        """Protected rows of ``(matrices, units, columns)``, as ``(rows, columns)``."""
+        flat = values.reshape(-1, values.shape[-1])
+        return flat if self.rows is None else flat[self.rows]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Inverse of `select`: ``(rows, columns)`` into zeros of ``(matrices, units, columns)``."""
+        matrices, units = self.energy.shape
+        if self.rows is None:
+            return values.view(matrices, units, -1)
+        full = values.new_zeros(matrices * units, values.shape[-1])
+        return full.index_copy_(0, self.rows, values).view(matrices, units, -1)
+
+    def residual(self, z: Tensor, through: Tensor, R: Tensor) -> Tensor:
+        """Sum of w_res |r|^2 / 2, the part of the prediction outside the kept directions (0-d)."""
+        q = self.select(through) - self.q0
+        mixed = self.U.mT @ R
+        if self.rows is None:
+            matrices = self.energy.shape[0]
+            r = torch.baddbmm(
+                q.view(matrices, -1, q.shape[-1]), z.view(matrices, -1, self.rank), mixed, alpha=-1
+            ).view_as(q)
+        else:
+            r = q - torch.bmm(z.unsqueeze(1), self._by_unit(mixed)).squeeze(1)
+        return torch.dot(r.square().sum(-1), self.unit_scale() * self._by_unit(self.rho)) / 2
+
+
+@dataclass
+class LocalModel:
+    """One domain's local model over all blocks, made by `anchor_domain`."""
+
+    blocks: list[LocalBlock]
+
+    def displacement(self, passes: Sequence[Tensor], columns: Sequence[slice]) -> Displacement:
+        """Coordinates of the present weights relative to the anchor.
+
+        Args:
+            passes: Per block ``W [R, U_a, U_b, ...]``, ``(matrices, units, columns)`` fp32.
+            columns: Per block, which of those columns are this domain's.
+        """
+        size = sum(block.z0.numel() for block in self.blocks)
+        flat = passes[0].new_empty(size)
+        views, start = [], 0
+        for block, seen, own in zip(self.blocks, passes, columns, strict=True):
+            view = flat[start : start + block.z0.numel()].view_as(block.z0)
+            part = seen[..., own]
+            if block.rows is None:
+                torch.sub(part, block.z0.view_as(part), out=view.view(part.shape))
+            else:
+                torch.sub(block.select(part), block.z0, out=view)
+            views.append(view)
+            start += block.z0.numel()
+        weights = torch.cat([block.weights().flatten() for block in self.blocks])
+        return Displacement(flat, views, weights)
+
+    def residual(self, seen: Displacement, passes: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        """The prediction's part outside the kept directions, a 0-d tensor.
+
+        Args:
+            seen: This domain's `displacement`.
+            passes: As given to `displacement`; the first columns are W R.
+            matrices: R per block, ``(width, residual)``.
+        """
+        parts = [
+            block.residual(z, through[..., : R.shape[1]], R)
+            for block, z, through, R in zip(self.blocks, seen.views, passes, matrices, strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+
+@dataclass
+class Displacement:
+    """A displacement in one domain's coordinates.
+
+    Args:
+        flat: z of all blocks, ``(n,)`` fp32; changed in place by `project`.
+        views: The same memory by block, each ``(rows, rank)``.
+        weights: w, ``(n,)`` fp32.
+    """
+
+    flat: Tensor
+    views: list[Tensor]
+    weights: Tensor
+
+    def energy(self) -> Tensor:
+        """Sum of w z^2 / 2, a 0-d tensor: the subspace term of the prediction."""
+        return subspace_energy(self.flat, self.weights)
+
+
+def look(
+    weights: Sequence[Tensor], models: Sequence[LocalModel], matrices: Sequence[Tensor]
+) -> tuple[list[Tensor], list[list[slice]]]:
+    """One pass over the weights for all domains: ``W [R, U_a, U_b, ...]`` per block.
+
+    Args:
+        weights: Per block ``(matrices, units, width)`` fp32.
+        models: The protected domains' local models.
+        matrices: R per block, ``(width, residual)``.
+
+    Returns:
+        The products, and for each model the columns that are its own, per block.
+    """
+    passes: list[Tensor] = []
+    columns: list[list[slice]] = [[] for _ in models]
+    for index, (W, R) in enumerate(zip(weights, matrices, strict=True)):
+        parts, start = [R.expand(W.shape[0], -1, -1)], R.shape[1]
+        for model, own in zip(models, columns, strict=True):
+            block = model.blocks[index]
+            parts.append(block.U)
+            own.append(slice(start, start + block.rank))
+            start += block.rank
+        passes.append(W @ torch.cat(parts, -1))
+    return passes, columns
+
+
+def anchor_domain(
+    curvature: DomainCurvature,
+    weights: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    rank: int,
+    rows: Sequence[Tensor | None],
+    reuse: LocalModel | None = None,
+) -> LocalModel:
+    """Build a domain's local model with its anchor at the present weights.
+
+    Args:
+        curvature: The domain's sums; they are factored in place unless `reuse` is given.
+        weights: Per block ``(matrices, units, width)`` fp32; not changed and not kept.
+        matrices: R per block, ``(width, residual)``.
+        rank: Most directions a matrix.
+        rows: Protected units per block, or None for all of them.
+        reuse: An earlier local model whose directions are kept; only the anchor moves.
+    """
+    if reuse is None:
+        parts = [truncate(*factor, rank) for factor in curvature.factor()]
+    else:
+        parts = [(block.U, block.lam, block.rho) for block in reuse.blocks]
+    tiny = torch.finfo(torch.float32).tiny
+    tops = []
+    for (_, lam, _), sums in zip(parts, curvature.sums, strict=True):
+        share = sums.energy.amax(-1) / sums.energy.sum(-1).clamp(min=tiny)
+        tops.append((share * lam[:, 0]).amax())
+    top = torch.stack(tops).amax().clamp(min=tiny)
+    blocks = []
+    for (U, lam, rho), sums, W, R, chosen in zip(
+        parts, curvature.sums, weights, matrices, rows, strict=True
+    ):
+        # lam / top first: a product of two small eigenvalue sums would underflow.
+        scale = 1 / sums.energy.sum(-1).clamp(min=tiny)
+        block = LocalBlock(U, lam / top, rho / top, scale, sums.energy, chosen, lam, lam)
+        block.z0 = block.select(W @ U).contiguous()
+        block.q0 = block.select(W @ R).contiguous()
+        blocks.append(block)
+    return LocalModel(blocks)
+
+
+def project(
+    models: Sequence[LocalModel],
+    displacements: Sequence[Displacement],
+    radii: Sequence[Tensor],
+    sweeps: int,
+    early: bool,
+) -> list[Tensor] | None:
+    """Bring the displacement of every domain inside its radius, by cyclic passes.
+
+    One domain is served exactly by one pass; with several, a later domain's correction can push an
+    earlier one out again by a little, which further sweeps reduce.
+
+    Args:
+        models: The protected domains' local models.
+        displacements: Their displacements; `flat` is changed in place to what the correction leaves.
+        radii: 0-d fp32 tensors.
+        sweeps: Most passes over the domains.
+        early: Stop as soon as all are inside; reads the device, so only for the CPU.
+
+    Returns:
+        Per block the change to subtract from the weights, ``(matrices, units, width)`` fp32, or None when
+        nothing is outside (only with `early`).
+    """
+    removed = [torch.zeros_like(seen.flat) for seen in displacements]
+    views = [
+        [
+            part[begin : begin + z.numel()].view_as(z)
+            for z, begin in zip(seen.views, _starts(seen.views), strict=True)
+        ]
+        for seen, part in zip(displacements, removed, strict=True)
+    ]
+    grams: dict[tuple[int, int, int], Tensor] = {}
+    moved = False
+    for sweep in range(sweeps if len(models) > 1 else 1):
+        still = True
+        for i, (seen, radius) in enumerate(zip(displacements, radii, strict=True)):
+            # A later sweep need only mend what earlier corrections pushed out noticeably.
+            slack = 1.0 if sweep == 0 else 1.001
+            if early and (seen.energy() <= radius * slack).item():
+                continue
+            still = False
+            moved = True
+            change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, early))
+            seen.flat.sub_(change)
+            removed[i].add_(change)
+            begins = _starts(seen.views)
+            for j, (other, model) in enumerate(zip(displacements, models, strict=True)):
+                if j == i:
+                    continue
+                for b, (mine, theirs) in enumerate(zip(models[i].blocks, model.blocks, strict=True)):
+                    if (i, j, b) not in grams:
+                        grams[i, j, b] = mine.U.mT @ theirs.U
+                    part = change[begins[b] : begins[b] + mine.z0.numel()].view_as(mine.z0)
+                    if mine.rows is None and theirs.rows is None:
+                        matrices = mine.energy.shape[0]
+                        other.views[b].view(matrices, -1, theirs.rank).baddbmm_(
+                            part.view(matrices, -1, mine.rank), grams[i, j, b], alpha=-1
+                        )
+                    else:
+                        other.views[b].sub_(theirs.select(mine.scatter(part) @ grams[i, j, b]))
+        if early and still:
+            break
+    if early and not moved:
+        return None
+    changes = []
+    for b in range(len(models[0].blocks)):
+        coefficients = torch.cat(
+            [model.blocks[b].scatter(part[b]) for model, part in zip(models, views, strict=True)], -1
+        )
+        directions = torch.cat([model.blocks[b].U for model in models], -1)
+        changes.append(coefficients @ directions.mT)
+    return changes
+
+
+def _starts(views: Sequence[Tensor]) -> list[int]:
+    starts, total = [], 0
+    for view in views:
+        starts.append(total)
+        total += view.numel()
+    return starts

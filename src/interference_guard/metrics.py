@@ -1,0 +1,48 @@
+"""The one table of metric names and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# "<domain>", "<a>" and "<b>" stand for domain names.
+METRICS: dict[str, str] = {
+    "guard/<domain>/predicted": "Predicted interference now, in parts of the domain's reward range "
+    "(nats per token where no rewards are at hand).",
+    "guard/<domain>/measured": "Interference found by the last probe, in the same unit.",
+    "guard/<domain>/kl": "KL divergence from the anchor's policy at the last probe, nats per token.",
+    "guard/<domain>/effective": "Effective sample size of the last probe, as a part of its rows.",
+    "guard/<domain>/token_ratio": "1 where the last probe had to use per-token ratios, 0 for sequence ratios.",
+    "guard/<domain>/radius": "Radius of the trust region, in the raw prediction's unit.",
+    "guard/<domain>/excess": "Subspace term over radius after the last step, minus 1; above 0 is outside.",
+    "guard/<domain>/residual": "Part of the raw prediction that lies outside the kept directions, 0 to 1.",
+    "guard/<domain>/reward": "Mean reward of the domain's own training rows since the last report.",
+    "guard/<domain>/length": "Mean completion length of those rows, in tokens.",
+    "guard/<domain>/forgetting": "Reward lost since the anchor: by the host's own evaluation where there is "
+    "one, else by the last probe times the reward range.",
+    "guard/<domain>/protected_share": "Part of all units that the domain's protection covers.",
+    "guard/overlap/<a>_<b>": "Jaccard index of the units that carry half of each domain's curvature energy.",
+    "guard/update_kept": "What the projection left of the displacement along protected directions, 1 is all.",
+    "guard/seconds": "Seconds the guard took per step since the last report.",
+}
+
+
+def expand(domains: Iterable[str]) -> list[str]:
+    """Every metric name a run over `domains` can log.
+
+    >>> len(expand(["math"])) == len(expand([])) + 11
+    True
+    """
+    names = sorted(domains)
+    result = []
+    for pattern in METRICS:
+        if "<domain>" in pattern:
+            result += [pattern.replace("<domain>", name) for name in names]
+        elif "<a>" in pattern:
+            result += [
+                pattern.replace("<a>", a).replace("<b>", b)
+                for i, a in enumerate(names)
+                for b in names[i + 1 :]
+            ]
+        else:
+            result.append(pattern)
+    return result

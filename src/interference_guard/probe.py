@@ -1,0 +1,220 @@
+"""Measured interference: what retained completions say about a domain's expected reward now.
+
+The loss of expected reward is estimated on completions y sampled at the anchor as
+
+    mean(R) - mean(min(rho, 3) R),    rho = p_now(y) / p_anchor(y),
+
+R shifted to start at 0. The weights are not self-normalised: probability that leaves right answers for
+answers nobody sampled must count as a loss, and self-normalisation would hide exactly that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ShapeError
+
+TRUNCATION = 3.0
+# Under this part of the rows, sequence ratios say too little: token ratios take over.
+LEAST_EFFECTIVE = 0.25
+# Log ratios beyond this are cut before exp, so that one row cannot overflow.
+LOG_LIMIT = 20.0
+
+Ratio = Literal["sequence", "token", "nats"]
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Completions:
+    """Sampled completions of one domain; padding may lie on either side.
+
+    Args:
+        input_ids: Prompt and completion, ``(rows, length)`` int64.
+        attention_mask: ``(rows, length)``, 0 on padding.
+        completion_mask: ``(rows, length)``, 1 on the completion tokens that are scored.
+        rewards: ``(rows,)`` fp32, or None where no rewards exist (supervised data).
+
+    Raises:
+        ShapeError: If the shapes do not agree.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    rewards: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.input_ids.shape)
+        for item in ("attention_mask", "completion_mask"):
+            found = tuple(getattr(self, item).shape)
+            if found != shape:
+                raise ShapeError(f"{item} has shape {found}, input_ids {shape}; both must be (rows, length).")
+        if self.rewards is not None and tuple(self.rewards.shape) != shape[:1]:
+            raise ShapeError(
+                f"rewards has shape {tuple(self.rewards.shape)}; it must be one number a row, {shape[:1]}."
+            )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def rows(self, chosen: slice | Tensor) -> Completions:
+        """The chosen rows."""
+        parts = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Completions(**{name: None if part is None else part[chosen] for name, part in parts.items()})
+
+    def to(self, device: torch.device) -> Completions:
+        """The same rows on `device`."""
+        parts = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Completions(**{name: None if part is None else part.to(device) for name, part in parts.items()})
+
+    def detached(self) -> Completions:
+        """A copy that shares no memory with the host's tensors."""
+        rewards = None if self.rewards is None else self.rewards.detach().float().clone()
+        return Completions(
+            self.input_ids.detach().clone(),
+            self.attention_mask.detach().to(torch.int64, copy=True),
+            self.completion_mask.detach().to(torch.int64, copy=True),
+            rewards,
+        )
+
+
+def join(parts: Sequence[Completions]) -> Completions:
+    """Rows of several batches as one; shorter ones are padded on the right, where both masks are 0."""
+    length = max(part.input_ids.shape[1] for part in parts)
+
+    def pad(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))
+
+    rewards = [part.rewards for part in parts]
+    known = [reward for reward in rewards if reward is not None]
+    return Completions(
+        torch.cat([pad(part.input_ids) for part in parts]),
+        torch.cat([pad(part.attention_mask) for part in parts]),
+        torch.cat([pad(part.completion_mask) for part in parts]),
+        torch.cat(known) if len(known) == len(rewards) else None,
+    )
+
+
+Policy = Callable[[Completions], Tensor]
+"""Log-probability of each token given those before it, ``(rows, length)`` fp32: position t scores
+``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0."""
+
+
+def model_policy(model: nn.Module, temperature: float = 1.0, batch_size: int = 64) -> Policy:
+    """The policy of a causal language model.
+
+    The model runs in evaluation mode without gradients; its mode is restored, and no random number is
+    drawn.
+
+    Args:
+        model: Called as ``model(input_ids=..., attention_mask=...)``; returns logits, or an object that
+            has them, ``(rows, length, vocabulary)``.
+        temperature: Of the sampling the completions came from.
+        batch_size: Rows of one forward pass.
+    """
+
+    def policy(completions: Completions) -> Tensor:
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                pieces = [
+                    _scores(model, completions.rows(slice(start, start + batch_size)), temperature)
+                    for start in range(0, len(completions), batch_size)
+                ]
+        finally:
+            for module, training in modes:
+                module.training = training
+        return torch.cat(pieces)
+
+    return policy
+
+
+def _scores(model: nn.Module, batch: Completions, temperature: float) -> Tensor:
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    logits = (output if isinstance(output, Tensor) else output.logits)[:, :-1].float() / temperature
+    targets = batch.input_ids[:, 1:]
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return torch.nn.functional.pad(chosen, (1, 0)) * (batch.completion_mask != 0)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one probe found for one domain.
+
+    Args:
+        domain: Its name.
+        loss: Expected reward lost since the anchor, as a part of the domain's reward range; in nats per
+            token when `ratio` is ``"nats"``.
+        kl: KL divergence from the anchor's policy, nats per token, estimated on the same rows.
+        effective: Effective sample size of the ratios, as a part of the rows.
+        ratio: Which importance ratios the loss rests on.
+        raw: The uncalibrated prediction at the same weights.
+        predicted: The calibrated prediction before this measurement, in the unit of `loss`.
+    """
+
+    domain: str
+    loss: float
+    kl: float
+    effective: float
+    ratio: Ratio
+    raw: float = 0.0
+    predicted: float = 0.0
+
+    def scaled(self, scale: float, raw: float, predicted: float) -> Measurement:
+        """The same measurement corrected by `scale` and joined with the prediction."""
+        loss = self.loss if self.ratio == "nats" else self.loss * scale
+        return replace(self, loss=loss, raw=raw, predicted=predicted)
+
+
+def estimate(
+    domain: str,
+    now: Tensor,
+    anchor: Tensor,
+    mask: Tensor,
+    rewards: Tensor | None,
+    span: tuple[float, float] | None,
+    reduce: Reduce | None = None,
+) -> Measurement:
+    """Estimate the loss of expected reward and the KL from log-probabilities.
+
+    Args:
+        domain: Name for the result.
+        now: Token log-probabilities under the present weights, ``(rows, length)``.
+        anchor: The same under the anchor.
+        mask: 1 on scored tokens, ``(rows, length)``.
+        rewards: ``(rows,)``, or None.
+        span: Lowest and highest reward the domain has shown; None, or an empty span, falls back to nats.
+        reduce: Sums a 1-d fp64 tensor over ranks, so that every rank returns the same measurement.
+    """
+    mask = mask.to(torch.float64)
+    log_ratio = (now.double() - anchor.double()) * mask
+    tokens = mask.sum(-1)
+    # exp(x) - 1 - x of the token ratios: an estimate of KL(anchor || now) that is never negative.
+    bounded = log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT)
+    kl = ((bounded.exp() - 1 - bounded) * mask).sum()
+    whole = log_ratio.sum(-1).clamp(-LOG_LIMIT, LOG_LIMIT)
+    mean = (log_ratio.sum(-1) / tokens.clamp(min=1)).clamp(-LOG_LIMIT, LOG_LIMIT)
+    low, high = span if span is not None else (0.0, 0.0)
+    R = torch.zeros_like(whole) if rewards is None else rewards.to(whole) - low
+    kinds = [whole.exp().clamp(max=TRUNCATION), mean.exp().clamp(max=TRUNCATION)]
+    sums = [kl, tokens.sum(), torch.as_tensor(float(len(whole)), dtype=kl.dtype, device=kl.device), R.sum()]
+    for ratio in kinds:
+        sums += [(ratio * R).sum(), ratio.sum(), ratio.square().sum()]
+    table = torch.stack(sums)
+    if reduce is not None:
+        table = reduce(table)
+    total_kl, count_tokens, rows, reward, *rest = table.tolist()
+    kl_mean = total_kl / max(count_tokens, 1.0)
+    parts = [rest[:3], rest[3:]]
+    shares = [part[1] ** 2 / max(part[2] * rows, 1e-300) for part in parts]
+    if rewards is None or high <= low:
+        return Measurement(domain, kl_mean, kl_mean, shares[0], "nats")
+    kind = 0 if shares[0] >= LEAST_EFFECTIVE else 1
+    loss = (reward - parts[kind][0]) / rows / (high - low)
+    return Measurement(domain, loss, kl_mean, shares[kind], "sequence" if kind == 0 else "token")

@@ -1,0 +1,82 @@
+"""Nearest point of a trust region: one secular equation, and cyclic passes over several regions.
+
+The region of a domain is { z : sum_i w_i z_i^2 / 2 <= radius }, z the displacement seen through the
+domain's directions. Its nearest point to z is z / (1 + mu w) with mu >= 0 the root of
+
+    f(mu) = sum_i w_i z_i^2 / (1 + mu w_i)^2 / 2 = radius.
+
+1/sqrt(f) is concave and increasing, so Newton's method on it started left of the root rises to the root
+and never passes it (More and Sorensen, 1983, on the trust-region subproblem).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEWTON_STEPS = 12
+# Relative gap between f(mu) and the radius at which the CPU path stops early.
+CONVERGED = 1e-6
+
+
+def subspace_energy(z: Tensor, w: Tensor) -> Tensor:
+    """Sum of w z^2 / 2, a 0-d tensor."""
+    return torch.dot((w * z).flatten(), z.flatten()) / 2
+
+
+def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False) -> Tensor:
+    """Factors that move z to the nearest point of the region: the point is ``factors * z``.
+
+    No host synchronisation, unless `early`.
+
+    Args:
+        z: Coordinates of the displacement, ``(n,)`` fp32.
+        w: Weights, ``(n,)`` fp32, not negative.
+        radius: 0-d fp32 tensor, above 0.
+        early: Stop as soon as the equation holds to 1e-6; reads the device, so only for the CPU.
+
+    Returns:
+        ``(n,)`` fp32 in (0, 1]; exactly 1 everywhere when z is inside.
+    """
+    # Unit-free: with a_i the terms over the radius and v_i = w_i / max w, f(mu) = sum a / (1 + nu v)^2.
+    top = w.max().clamp(min=torch.finfo(w.dtype).tiny)
+    v = w / top
+    a = _terms(z, w, radius)
+    total = a.sum()
+    inside = total <= 1
+    if early and inside.item():
+        return torch.ones_like(z)
+    single = ((a.sqrt() - 1).clamp(min=0) / v.clamp(min=torch.finfo(w.dtype).tiny)).where(v > 0, 0.0)
+    nu = torch.maximum(single.max(), total.sqrt() - 1).clamp(min=0)
+    for _ in range(NEWTON_STEPS):
+        inverse = 1 / (1 + nu * v)
+        part = a * inverse.square()
+        f = part.sum()
+        slope = torch.dot(part, v * inverse)
+        # Newton on 1/sqrt(f) - 1: d/dnu f = -2 slope.
+        step = (f.sqrt() - 1) * f / slope.clamp(min=torch.finfo(w.dtype).tiny)
+        nu = nu + step.clamp(min=0)
+        if early and (f - 1).item() <= CONVERGED:
+            break
+    factors = 1 / (1 + nu * v)
+    left = (a * factors.square()).sum()
+    # What rounding leaves outside is taken off evenly where it counts, so the result is inside.
+    factors = factors * torch.where(v > 0, left.clamp(min=1).rsqrt(), 1.0)
+    return torch.where(inside, 1.0, factors)
+
+
+def _terms(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
+    """w z^2 / (2 radius) without under- or overflow of the intermediate square."""
+    root = (w / 2).sqrt() * (z / radius.sqrt())
+    return root.square()
+
+
+def nearest_point(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
+    """Nearest point to z with ``sum(w z^2) / 2 <= radius``; z itself when it is inside.
+
+    >>> z = nearest_point(torch.tensor([3.0, 0.5]), torch.tensor([2.0, 0.0]), torch.tensor(1.0))
+    >>> [round(x, 4) for x in z.tolist()]
+    [1.0, 0.5]
+    """
+    return shrinkage(z.flatten(), w.flatten(), radius).view_as(z) * z
+

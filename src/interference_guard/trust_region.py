@@ -1,0 +1,122 @@
+"""Radius control and calibration: the raw prediction's unit, learned from measurements."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from .probe import Measurement
+
+# Largest change of the radius at one measurement.
+GROW, SHRINK = 2.0, 0.5
+# The projection is at its surface from this part of the radius on.
+SURFACE = 0.9
+# Weight an older (raw, loss) pair keeps when a new one arrives.
+MEMORY = 0.7
+# Where the part outside the directions leads, the radius stops at this part of its largest value.
+FLOOR = 1.0 / 16.0
+SCALE_LIMITS = (0.2, 5.0)
+
+
+@dataclass
+class TrustRegion:
+    """Radius of one protected domain, and what turns a raw prediction into reward.
+
+    Args:
+        budget: Allowed loss, as a part of the reward range.
+        budget_nats: The same for measurements in nats per token.
+        radius: Bound of the raw subspace term; 0 until the first foreign step has set it.
+        largest: Largest radius so far.
+        at_floor: The last measurement was over budget while the floor held the radius.
+        xy, xx: Running sums of raw x loss and raw^2, whose quotient is the calibration.
+        unit: Whether the sums are in ``"reward"`` or ``"nats"``.
+        truth_xy, truth_xx: Running sums of estimate x truth and estimate^2.
+        loss: Last measured loss, or NaN.
+        estimate: The same before correction by the truth.
+    """
+
+    budget: float
+    budget_nats: float
+    radius: float = 0.0
+    largest: float = 0.0
+    at_floor: bool = False
+    xy: float = 0.0
+    xx: float = 0.0
+    unit: str = "reward"
+    truth_xy: float = 0.0
+    truth_xx: float = 0.0
+    loss: float = math.nan
+    estimate: float = math.nan
+
+    @property
+    def slope(self) -> float:
+        """Loss per unit of the raw prediction; NaN before the first measurement."""
+        return max(self.xy, 0.0) / self.xx if self.xx > 0 else math.nan
+
+    @property
+    def scale(self) -> float:
+        """Correction of measured losses by true ones: least squares through 0, shrunk toward 1."""
+        prior = self.budget**2
+        value = (self.truth_xy + prior) / (self.truth_xx + prior)
+        return min(max(value, SCALE_LIMITS[0]), SCALE_LIMITS[1])
+
+    def predict(self, raw: float) -> float:
+        """Calibrated prediction: expected loss at this raw value, NaN before the first measurement."""
+        return self.slope * raw
+
+    def measured(self, found: Measurement, subspace: float, residual: float) -> Measurement:
+        """Take in a measurement: calibrate the prediction, then adapt the radius.
+
+        Args:
+            found: The uncorrected measurement.
+            subspace: Raw prediction inside the kept directions, after the projection.
+            residual: Raw prediction outside them.
+
+        Returns:
+            The measurement corrected by the truth, with the prediction that was made for it.
+        """
+        raw = subspace + residual
+        result = found.scaled(self.scale, raw, self.predict(raw))
+        unit = "nats" if found.ratio == "nats" else "reward"
+        if unit != self.unit:
+            # A reward range has appeared, or is gone: old pairs are in another unit.
+            self.unit, self.xy, self.xx = unit, 0.0, 0.0
+        # Normalised by raw so that one large displacement does not outweigh all others.
+        weight = 1.0 / raw if raw > 0 else 0.0
+        self.xy = MEMORY * self.xy + weight * raw * result.loss
+        self.xx = MEMORY * self.xx + weight * raw * raw
+        self.estimate, self.loss = found.loss, result.loss
+        self._adapt(result.loss, subspace, residual)
+        return result
+
+    def truth(self, loss: float) -> None:
+        """Take in a true loss (in parts of the reward range) under the weights last measured."""
+        if self.unit == "reward" and math.isfinite(self.estimate):
+            self.truth_xy = MEMORY * self.truth_xy + self.estimate * loss
+            self.truth_xx = MEMORY * self.truth_xx + self.estimate**2
+
+    def _adapt(self, loss: float, subspace: float, residual: float) -> None:
+        self.at_floor = False
+        if self.radius <= 0 or not math.isfinite(loss):
+            return
+        budget = self.budget_nats if self.unit == "nats" else self.budget
+        if loss <= 0.5 * budget:
+            factor = GROW
+        elif loss > 2 * budget:
+            factor = SHRINK
+        else:
+            factor = budget / loss
+        if factor > 1:
+            if subspace > SURFACE * self.radius:
+                self.radius *= factor
+        elif residual > subspace and self.radius * factor < self.largest * FLOOR:
+            # What is lost lies outside the directions: a smaller radius would only freeze learning.
+            self.radius = min(self.radius, self.largest * FLOOR)
+            self.at_floor = True
+        else:
+            self.radius *= factor
+        self.largest = max(self.largest, self.radius)
+
+    def state(self) -> dict[str, object]:
+        """Everything as plain numbers and words, for JSON."""
+        return asdict(self)
