@@ -1,0 +1,245 @@
+"""Runs a guard inside any torch optimizer: step hooks on the innermost one, or a wrapper built on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+import torch
+from torch.optim import Optimizer
+
+from .errors import UnsupportedError
+
+HOOK_TABLES = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def _eager(call: Callable[[], None]) -> Callable[[], None]:
+    """The call, kept out of a compiled step: it would only break the graph into pieces."""
+    return cast(Callable[[], None], torch.compiler.disable(call))
+
+
+class StepGuard(Protocol):
+    """What a step calls: `Guard`, or anything with the same two methods."""
+
+    def before_step(self) -> None:
+        """Gradients are final, weights unchanged."""
+
+    def after_step(self) -> None:
+        """Weights changed."""
+
+
+class StepHooks:
+    """The hooks that `attach` set; `detach` removes them and leaves nothing behind.
+
+    Works as a context manager that detaches on exit.
+    """
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are still in place."""
+        return bool(self._handles)
+
+    def detach(self) -> None:
+        """Remove the hooks; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> StepHooks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The torch optimizer that changes the weights, inside accelerate's and other wrappers.
+
+    Raises:
+        UnsupportedError: If there is none, or it is one whose step evaluates the loss many times.
+    """
+    seen: list[int] = []
+    found = optimizer
+    while id(found) not in seen:
+        seen.append(id(found))
+        inner = getattr(found, "optimizer", None)
+        if inner is None or inner is found:
+            break
+        found = inner
+    if not isinstance(found, Optimizer) or not hasattr(found, "_optimizer_step_pre_hooks"):
+        raise UnsupportedError(
+            f"{type(found).__name__} is not a torch.optim.Optimizer with step hooks. Give attach() a torch "
+            "optimizer, or a wrapper that has one as its .optimizer attribute."
+        )
+    if isinstance(found, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "LBFGS evaluates the loss several times in one step, so there is no one gradient to observe. "
+            "Use a first-order optimizer, for instance AdamW."
+        )
+    return found
+
+
+def attach(optimizer: Any, guard: StepGuard) -> StepHooks:
+    """Call `guard.before_step` and `guard.after_step` around every step of an optimizer.
+
+    Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. With a
+    closure, `before_step` runs after its first evaluation, when the gradients exist.
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper around one (accelerate's `AcceleratedOptimizer`).
+        guard: What to call.
+
+    Returns:
+        The hooks; `detach()` removes them.
+
+    Raises:
+        UnsupportedError: If the optimizer cannot be hooked; nothing is attached then.
+    """
+    inner = innermost(optimizer)
+    before_step, after_step = _eager(guard.before_step), _eager(guard.after_step)
+
+    def before(_: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure, place = _closure(args, kwargs)
+        if closure is None:
+            before_step()
+            return None
+        wrapped = _observing(closure, before_step)
+        if place is None:
+            return args, {**kwargs, "closure": wrapped}
+        return (*args[:place], wrapped, *args[place + 1 :]), kwargs
+
+    def after(_: Optimizer, args: Any, kwargs: Any) -> None:
+        after_step()
+
+    handles: list[Any] = [inner.register_step_pre_hook(before)]
+    try:
+        handles.append(inner.register_step_post_hook(after))
+    except BaseException:
+        handles[0].remove()
+        raise
+    return StepHooks(handles)
+
+
+def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, int | None]:
+    """The step's closure and its place among the positional arguments (None: a keyword)."""
+    if kwargs.get("closure") is not None:
+        return kwargs["closure"], None
+    # Since torch 2.0 the optimizer itself is the first positional argument a pre-hook sees.
+    for place, item in enumerate(args):
+        if callable(item) and not isinstance(item, Optimizer):
+            return item, place
+    return None, None
+
+
+def _observing(closure: Callable[[], Any], before_step: Callable[[], None]) -> Callable[[], Any]:
+    seen = False
+
+    def evaluate() -> Any:
+        nonlocal seen
+        result = closure()
+        if not seen:
+            seen = True
+            before_step()
+        return result
+
+    return evaluate
+
+
+class GuardedOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` around any other, whose steps a guard watches and corrects.
+
+    It shares the inner optimizer's ``param_groups``, ``state``, ``defaults`` and hooks, so learning-rate
+    schedulers, `GradScaler`, ``accelerator.prepare`` and ``state_dict`` work as with the inner one, and a
+    state dict saved from either loads into the other. Further methods of the inner optimizer (`train` and
+    `eval` of the schedule-free ones) can be called on it too.
+
+    Args:
+        optimizer: The optimizer that does the work.
+        guard: The guard. Parameters given to `add_param_group` later are protected only if they were
+            trainable when the guard was built.
+
+    Raises:
+        UnsupportedError: If the optimizer cannot be hooked.
+    """
+
+    def __init__(self, optimizer: Optimizer, guard: StepGuard) -> None:
+        # Optimizer.__init__ would make its own groups and state; these must be the inner one's.
+        self.hooks = attach(optimizer, guard)
+        self.guard = guard
+        self.optimizer = optimizer
+        for table in HOOK_TABLES:
+            setattr(self, table, getattr(innermost(optimizer), table))
+        self._patch_step_function()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the inner optimizer, observed before and projected after it."""
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    # Marks the step as hooked: the inner optimizer runs the (shared) hooks, once.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict; the guard's own state is `Guard.state_dict`."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict into the inner optimizer."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def detach(self) -> Optimizer:
+        """Remove the guard's hooks; returns the inner optimizer, which goes on unguarded."""
+        self.hooks.detach()
+        return self.optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        # Private names stay the wrapper's own: GradScaler asks for some to let a fused step unscale.
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise UnsupportedError(
+            "A GuardedOptimizer cannot be copied or pickled: its hooks and its guard belong to one model. "
+            "Save state_dict() of the optimizer and of the guard, and build both anew."
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
