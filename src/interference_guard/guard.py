@@ -24,7 +24,7 @@ from .checks import trainable_parameters
 from .config import GuardConfig
 from .curvature import DomainCurvature, block_matrices
 from .domain import DomainState, RunningMean
-from .errors import MissingDomainError, UnknownDomainError
+from .errors import MissingDomainError, ShapeError, UnknownDomainError
 from .local_model import anchor_domain, look, project
 from .metering import collect
 from .probe import Completions, Measurement, Policy, estimate, model_policy
@@ -73,6 +73,7 @@ class Guard:
         self.config = config if config is not None else GuardConfig()
         self.enabled = self.config.enabled
         self.policy: Policy = policy if policy is not None else model_policy(model)
+        self._own_policy = policy is None
         self.reduce = reduce
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.steps = 0
@@ -96,6 +97,32 @@ class Guard:
             self._omegas = block_matrices(self.blocks, settings.sketch, settings.seed, "test")
             self._residuals = block_matrices(self.blocks, settings.residual, settings.seed, "residual")
             self._place()
+
+    def bind(self, model: nn.Module) -> None:
+        """Go on with another object of the same model, for instance in the next phase's trainer.
+
+        The guard's own policy is bound too, unless a host gave one.
+
+        Raises:
+            ShapeError: If its trainable parameters differ; nothing is changed then.
+        """
+        if not self.enabled:
+            return
+        found = trainable_parameters(model)
+        mine = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        if mine != theirs:
+            different = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+            name = different[0] if different else "their order"
+            raise ShapeError(
+                f"The guard was built for other trainable parameters: {len(different)} differ, for instance "
+                f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
+                "model, or build a new guard."
+            )
+        self._parameters = found
+        if self._own_policy:
+            self.policy = model_policy(model)
+        self._place()
 
     # What a host tells
 

@@ -1,0 +1,6 @@
+"""TRL: one callback for an unmodified trainer, and an order of rows that keeps domains apart."""
+
+from .callback import InterferenceGuardCallback
+from .order import order_by_domain, prompts_per_generation
+
+__all__ = ["InterferenceGuardCallback", "order_by_domain", "prompts_per_generation"]

@@ -1,0 +1,312 @@
+"""The guard inside an unmodified TRL trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from interference_guard.config import GuardConfig
+from interference_guard.errors import HostError, StateError
+from interference_guard.guard import Guard
+from interference_guard.optimizer import StepHooks, attach
+
+from .completions import generated, labelled, trainer_policy
+from .rows import DomainTable, check_dataset
+from .seams import Seams
+
+DOMAIN_ID = "domain_id"
+
+
+class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
+    """Guards every domain a trainer has finished, or leaves for a while, while it trains others.
+
+    Works with `GRPOTrainer`, `RLOOTrainer` and `SFTTrainer`. Rows carry their domain in a column.
+
+    Args:
+        trainer (`Trainer`, *optional*): The trainer to guard; call `trainer.add_callback` with this object
+            afterwards. Without one, call `attach`.
+        config (`GuardConfig`, *optional*, defaults to `GuardConfig()`): Settings.
+
+    Raises:
+        HostError: If the trainer or its dataset lacks what the guard needs.
+        MissingDomainError: If a row has no domain.
+        UnsupportedError: If the model cannot be guarded. In each case nothing has been changed.
+
+    Example:
+        trainer = GRPOTrainer(model, reward_funcs, args, train_dataset=dataset)
+        trainer.add_callback(InterferenceGuardCallback(trainer, GuardConfig(budget=0.02)))
+    """
+
+    def __init__(self, trainer: Any = None, config: GuardConfig | None = None) -> None:
+        self.config = config if config is not None else GuardConfig()
+        self.guard: Guard | None = None
+        self.domains = DomainTable(self.config.domain_column)
+        self._seams: Seams | None = None
+        self._hooks: StepHooks | None = None
+        self._rewards: Tensor | None = None
+        self._step_rows: dict[str, int] = {}
+        self._evaluated: dict[str, list[float]] = {}
+        self._failed_save: StateError | None = None
+        self._probed = -1
+        if trainer is not None:
+            self._wire(trainer)
+
+    # Attaching
+
+    def attach(self, trainer: Any) -> InterferenceGuardCallback:
+        """Guard this trainer from now on, and leave the one before; adds the callback where it is missing.
+
+        The guard keeps what it knows: a following trainer goes on with the same model, or with one of the
+        same parameters.
+        """
+        self._wire(trainer)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    def detach(self) -> None:
+        """Remove every hook and wrapped method; the trainer is as it was. Works at any time."""
+        self._unhook()
+        if self._seams is not None:
+            trainer = self._seams.trainer
+            self._seams.restore()
+            if self in trainer.callback_handler.callbacks:
+                trainer.remove_callback(self)
+        self._seams = None
+
+    def _wire(self, trainer: Any) -> None:
+        if not self.config.enabled:
+            return
+        if self._seams is not None and self._seams.trainer is trainer:
+            return
+        seams = Seams(trainer)
+        check_dataset(trainer.train_dataset, self.domains)
+        if self.guard is None:
+            self.guard = Guard(trainer.model, self.config)
+        else:
+            self.guard.bind(trainer.model)
+        self.guard.policy = trainer_policy(trainer)
+        accelerator = trainer.accelerator
+        self.guard.reduce = None
+        if accelerator.num_processes > 1:
+            self.guard.reduce = lambda values, kind: _reduce(accelerator, values, kind)
+        self.detach()
+        self._seams = seams
+        self._evaluated, self._step_rows, self._rewards = {}, {}, None
+        seams.wrap("log", self._log)
+        seams.wrap("_prepare_inputs", self._prepare_inputs)
+        seams.wrap("_save_optimizer_and_scheduler", self._save)
+        seams.wrap("_load_optimizer_and_scheduler", self._load)
+        if seams.generates:
+            seams.wrap("_generate_and_score_completions", self._generate)
+            seams.wrap("_calculate_rewards", self._calculate)
+        else:
+            # A collator is the last to see whole rows.
+            seams.wrap("_set_signature_columns_if_needed", self._keep_column)
+            seams.wrap("data_collator", self._collate)
+
+    @property
+    def _trainer(self) -> Any:
+        if self._seams is None:
+            raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
+        return self._seams.trainer
+
+    def _unhook(self) -> None:
+        if self._hooks is not None:
+            self._hooks.detach()
+        self._hooks = None
+
+    # Wrapped methods of the trainer
+
+    def _keep_column(self, method: Any) -> Any:
+        def keep() -> None:
+            method()
+            columns = self._trainer._signature_columns
+            if self.config.domain_column not in columns:
+                self._trainer._signature_columns = [*columns, self.config.domain_column]
+
+        return keep
+
+    def _collate(self, collator: Any) -> Any:
+        def collate(rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+            numbers = self.domains.numbers(rows)
+            column = self.config.domain_column
+            bare = [{key: value for key, value in row.items() if key != column} for row in rows]
+            batch = collator(bare, *args, **kwargs)
+            batch[DOMAIN_ID] = numbers
+            return batch
+
+        return collate
+
+    def _calculate(self, method: Any) -> Any:
+        def calculate(inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Tensor:
+            every: Tensor = method(inputs, prompts, *args, **kwargs)
+            weights = self._trainer.reward_weights.to(every.device).unsqueeze(0)
+            total = (every * weights).nansum(dim=1)
+            total[every.isnan().all(dim=1)] = torch.nan
+            # The trainer gathers rewards over ranks; the first axis is ordered by rank.
+            start = self._trainer.accelerator.process_index * len(prompts)
+            self._rewards = total[start : start + len(prompts)]
+            return every
+
+        return calculate
+
+    def _generate(self, method: Any) -> Any:
+        def generate(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            numbers = self._number(inputs)
+            output: dict[str, Any] = method(inputs)
+            rewards, self._rewards = self._rewards, None
+            if self._trainer.model.training:
+                self._retain(output, rewards, numbers)
+            elif rewards is not None:
+                self._note_evaluation(rewards, numbers)
+            return {**output, DOMAIN_ID: numbers}
+
+        return generate
+
+    def _prepare_inputs(self, method: Any) -> Any:
+        def prepare(batch: Any) -> Any:
+            inputs = method(batch)
+            if not isinstance(inputs, Mapping) or DOMAIN_ID not in inputs:
+                return inputs
+            # A copy: the trainer reuses buffered batches over several iterations.
+            inputs = dict(inputs)
+            numbers = inputs.pop(DOMAIN_ID)
+            if self._trainer.model.training:
+                for name, count in self.domains.counts(numbers.cpu()).items():
+                    self._step_rows[name] = self._step_rows.get(name, 0) + count
+                if self._seams is not None and not self._seams.generates:
+                    self._retain_labelled(inputs, numbers.cpu())
+            return inputs
+
+        return prepare
+
+    def _log(self, method: Any) -> Any:
+        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+            # The last line of a run sums it up; the guard's means belong to the steps before.
+            if self.guard is not None and self._trainer.model.training and "train_runtime" not in logs:
+                logs = {**logs, **self.guard.metrics()}
+            return method(logs, *args, **kwargs)
+
+        return log
+
+    def _save(self, method: Any) -> Any:
+        def save(directory: str, *args: Any, **kwargs: Any) -> Any:
+            result = method(directory, *args, **kwargs)
+            try:
+                self._guard().save(self._folder(directory))
+            except StateError as error:
+                # Raised in on_save, when the trainer's own checkpoint is complete.
+                self._failed_save = error
+            return result
+
+        return save
+
+    def _load(self, method: Any) -> Any:
+        def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+            result = method(checkpoint, *args, **kwargs)
+            if checkpoint is not None:
+                self._guard().load(self._folder(checkpoint))
+            return result
+
+        return load
+
+    # Events of the trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the step hooks; any that a crashed run left are removed first."""
+        self._unhook()
+        if not self.config.enabled:
+            return
+        self._step_rows = {}
+        self._hooks = attach(self._trainer.optimizer, self._guard())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the guard which domains the step's rows are of."""
+        if not self.config.enabled:
+            return
+        counts, self._step_rows = self._step_rows, {}
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes > 1:
+            table = torch.tensor(
+                [float(counts.get(name, 0)) for name in self.domains.names], device=accelerator.device
+            )
+            summed = _reduce(accelerator, table, "sum").tolist()
+            counts = {name: count for name, count in zip(self.domains.names, summed, strict=True) if count}
+        self._guard().begin(counts)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the domains whose turn it is."""
+        if self.config.enabled and self._probed != self._guard().steps:
+            self._probed = self._guard().steps
+            self._guard().probe()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the evaluation's true rewards to the guard, domain by domain."""
+        found, self._evaluated = self._evaluated, {}
+        for name, rewards in found.items():
+            self._guard().calibrate(name, sum(rewards) / len(rewards))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report a state file that could not be written; the trainer's checkpoint is complete by now."""
+        error, self._failed_save = self._failed_save, None
+        if error is not None:
+            raise error
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the step hooks."""
+        self._unhook()
+
+    # Parts
+
+    def _guard(self) -> Guard:
+        if self.guard is None:
+            raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
+        return self.guard
+
+    def _folder(self, directory: str) -> Path:
+        # Each rank retains completions of its own.
+        rank = self._trainer.accelerator.process_index
+        return Path(directory) if rank == 0 else Path(directory) / f"interference_guard_rank{rank}"
+
+    def _number(self, rows: list[dict[str, Any]]) -> Tensor:
+        if self._trainer.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            # A streaming dataset shows new names at different times on different ranks.
+            fresh = [row.get(self.config.domain_column) for row in rows]
+            self.domains.add(sorted({name for name in gather_object(fresh) if isinstance(name, str) and name}))
+        return self.domains.numbers(rows)
+
+    def _retain(self, output: Mapping[str, Any], rewards: Tensor | None, numbers: Tensor) -> None:
+        rows = generated(output, rewards)
+        for name in self.domains.counts(numbers):
+            chosen = numbers == self.domains.names.index(name)
+            if rewards is not None:
+                chosen = chosen & rewards.isfinite().cpu()
+            self._guard().retain(name, rows.rows(chosen.to(rows.input_ids.device)))
+
+    def _retain_labelled(self, batch: Mapping[str, Any], numbers: Tensor) -> None:
+        rows = labelled(batch)
+        for name in self.domains.counts(numbers) if rows is not None and len(rows) == len(numbers) else ():
+            chosen = numbers == self.domains.names.index(name)
+            self._guard().retain(name, rows.rows(chosen.to(rows.input_ids.device)))
+
+    def _note_evaluation(self, rewards: Tensor, numbers: Tensor) -> None:
+        accelerator = self._trainer.accelerator
+        values, names = rewards, numbers.to(rewards.device)
+        if accelerator.num_processes > 1:
+            values, names = accelerator.gather(values), accelerator.gather(names)
+        for number, value in zip(names.tolist(), values.tolist(), strict=True):
+            if value == value:
+                self._evaluated.setdefault(self.domains.names[number], []).append(value)
+
+
+def _reduce(accelerator: Any, values: Tensor, kind: str) -> Tensor:
+    gathered = accelerator.gather(values.unsqueeze(0))
+    return gathered.sum(0) if kind == "sum" else gathered.amax(0)

@@ -1,0 +1,112 @@
+"""Orders of rows in which every generation batch holds one domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from interference_guard.errors import ConfigError
+
+from .rows import DomainTable, check_dataset
+
+ORDERS = ("sequential", "round_robin")
+
+
+def prompts_per_generation(args: Any) -> int:
+    """Prompts of one generation batch over all processes, for a `GRPOConfig` or `RLOOConfig`."""
+    return int(args.generation_batch_size) // int(args.num_generations)
+
+
+def order_by_domain(
+    dataset: Any,
+    prompts: int,
+    order: str | Mapping[str, float] = "sequential",
+    *,
+    column: str = "domain",
+    batches: int | Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Any:
+    """Reorder a dataset so that each generation batch is of one domain; use it with ``shuffle_dataset=False``.
+
+    Rows are shuffled within their domain. A domain that runs out of rows starts anew, in another order.
+
+    Args:
+        dataset (`datasets.Dataset`): Rows with a domain each.
+        prompts (`int`): Prompts of one generation batch, see `prompts_per_generation`.
+        order (`str` or `dict[str, float]`, *optional*, defaults to `"sequential"`): ``"sequential"``: one
+            domain after the other, in order of first appearance; ``"round_robin"``: a batch of each in turn;
+            or weights by domain: batches drawn at random in these proportions.
+        column (`str`, *optional*, defaults to `"domain"`): The domain's column.
+        batches (`int` or `dict[str, int]`, *optional*): Generation batches of each domain; by default as many
+            full ones as it has rows for. With weights, an integer is the number of all batches.
+        seed (`int`, *optional*, defaults to `0`): Of the shuffling and the draws.
+
+    Returns:
+        `datasets.Dataset`: A view of the same rows, ``batches * prompts`` of them.
+
+    Raises:
+        ConfigError: If the order, a weight or a number of batches cannot be served.
+        MissingDomainError: If a row has no domain.
+    """
+    if not isinstance(prompts, int) or prompts < 1:
+        raise ConfigError(f"prompts={prompts!r} is not allowed: it must be an integer of at least 1.")
+    check_dataset(dataset, DomainTable(column))
+    rows: dict[str, list[int]] = {}
+    for index, name in enumerate(dataset[column]):
+        rows.setdefault(name, []).append(index)
+    counts = _counts(rows, prompts, batches if not isinstance(order, Mapping) else None)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(order, Mapping):
+        total = batches if isinstance(batches, int) else sum(counts.values())
+        sequence = _draw(order, rows, total, generator)
+    elif order == "sequential":
+        sequence = [name for name in rows for _ in range(counts[name])]
+    elif order == "round_robin":
+        turns = range(max(counts.values()))
+        sequence = [name for turn in turns for name in rows if turn < counts[name]]
+    else:
+        raise ConfigError(f"order={order!r} is not allowed: it must be one of {list(ORDERS)} or weights by domain.")
+    streams = {name: _stream(indices, generator) for name, indices in rows.items()}
+    return dataset.select([next(streams[name]) for name in sequence for _ in range(prompts)])
+
+
+def _counts(
+    rows: Mapping[str, list[int]], prompts: int, batches: int | Mapping[str, int] | None
+) -> dict[str, int]:
+    if batches is None:
+        counts = {name: len(indices) // prompts for name, indices in rows.items()}
+        small = [name for name, count in counts.items() if not count]
+        if small:
+            raise ConfigError(
+                f"Domain {small[0]!r} has {len(rows[small[0]])} rows, fewer than the {prompts} prompts of one "
+                "generation batch. Say how many batches it gets with batches=..., or use smaller batches."
+            )
+        return counts
+    counts = dict(batches) if isinstance(batches, Mapping) else dict.fromkeys(rows, batches)
+    if set(counts) != set(rows) or min(counts.values()) < 1:
+        raise ConfigError(
+            f"batches={batches!r} is not allowed: it must be at least 1 for each of the domains {list(rows)}."
+        )
+    return counts
+
+
+def _draw(
+    weights: Mapping[str, float], rows: Mapping[str, list[int]], total: int, generator: torch.Generator
+) -> list[str]:
+    if set(weights) != set(rows) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ConfigError(
+            f"order={dict(weights)!r} is not allowed: it must give each of the domains {list(rows)} a weight of "
+            "at least 0, and one of them more."
+        )
+    chances = torch.tensor([float(weights[name]) for name in rows])
+    drawn = torch.multinomial(chances, total, replacement=True, generator=generator)
+    names = list(rows)
+    return [names[index] for index in drawn.tolist()]
+
+
+def _stream(indices: list[int], generator: torch.Generator) -> Any:
+    while True:
+        for place in torch.randperm(len(indices), generator=generator).tolist():
+            yield indices[place]

@@ -1,0 +1,85 @@
+"""Domains of a trainer's rows: read from one column, numbered, and refused where they are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interference_guard.errors import HostError, MissingDomainError
+
+
+class DomainTable:
+    """Numbers of domain names, the same on every rank once all ranks have seen the same dataset.
+
+    Args:
+        column: The dataset column that holds a row's domain.
+    """
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self.names: list[str] = []
+
+    def add(self, names: Sequence[str]) -> None:
+        """Number names that are new, in the order given."""
+        self.names += [name for name in names if name not in self.names]
+
+    def number(self, row: Mapping[str, Any], index: int) -> int:
+        """Number of a row's domain.
+
+        Raises:
+            MissingDomainError: If the row has none; the message names the row.
+        """
+        name = row.get(self.column)
+        if not isinstance(name, str) or not name:
+            raise missing(self.column, index, name, row)
+        if name not in self.names:
+            self.names.append(name)
+        return self.names.index(name)
+
+    def numbers(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Numbers of the rows' domains, ``(rows,)`` int64 on the CPU: reading them never waits for a device."""
+        return torch.tensor([self.number(row, index) for index, row in enumerate(rows)], dtype=torch.int64)
+
+    def counts(self, numbers: Tensor) -> dict[str, int]:
+        """Rows of each domain that occurs."""
+        found = torch.bincount(numbers, minlength=len(self.names)).tolist()
+        return {name: count for name, count in zip(self.names, found, strict=True) if count}
+
+
+def missing(column: str, index: int, found: object, row: Mapping[str, Any]) -> MissingDomainError:
+    """The error for a row whose domain is not a non-empty string."""
+    shown = {key: str(value)[:60] for key, value in row.items() if key != column}
+    return MissingDomainError(
+        f"Row {index} has {column}={found!r}: every row needs a non-empty string there. The row: {shown}. "
+        f"Fill the {column!r} column, or name another one with GuardConfig(domain_column=...)."
+    )
+
+
+def check_dataset(dataset: Any, table: DomainTable) -> None:
+    """Check a training dataset before anything is wired, and number its domains in sorted order.
+
+    A streaming dataset cannot be read ahead: its rows are checked as they come.
+
+    Raises:
+        HostError: If there is no dataset, or it has no such column.
+        MissingDomainError: If a row's domain is empty.
+    """
+    if dataset is None:
+        raise HostError("The trainer has no train_dataset. Build the trainer with one, then attach the guard.")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and table.column not in columns:
+        raise HostError(
+            f"The training dataset has no column {table.column!r}; it has {sorted(columns)}. Add it (one domain "
+            "name a row), or name another one with GuardConfig(domain_column=...)."
+        )
+    if not hasattr(dataset, "unique") or columns is None:
+        return
+    names = dataset.unique(table.column)
+    bad = next((name for name in names if not isinstance(name, str) or not name), "")
+    if bad != "" or "" in names:
+        index = next(i for i, name in enumerate(dataset[table.column]) if not isinstance(name, str) or not name)
+        raise missing(table.column, index, dataset[index][table.column], dataset[index])
+    table.add(sorted(names))

@@ -1,0 +1,55 @@
+"""Methods of one trainer instance, wrapped and put back: the class and other trainers stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from interference_guard.errors import HostError
+
+# Attributes of one instance; the class behind it is never changed.
+ALWAYS = ("log", "_prepare_inputs", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler")
+GENERATING = ("_generate_and_score_completions", "_calculate_rewards")
+
+
+class Seams:
+    """Wraps methods of a trainer instance; `restore` leaves nothing behind.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        HostError: If it lacks a method the guard needs; nothing is wrapped then.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.generates = any(hasattr(trainer, name) for name in GENERATING)
+        needed = ALWAYS + (GENERATING if self.generates else ())
+        absent = [name for name in needed if not callable(getattr(trainer, name, None))]
+        if absent:
+            raise HostError(
+                f"{type(trainer).__name__} has no method {absent[0]!r}, which the guard needs. Tested are "
+                "GRPOTrainer, RLOOTrainer and SFTTrainer of trl 1.14 to 1.16; install one of these versions."
+            )
+        self._wrapped: dict[str, tuple[bool, Any, Any]] = {}
+
+    def wrap(self, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace the method `name` of this instance by ``make(method)``."""
+        before = getattr(self.trainer, name)
+        own = name in vars(self.trainer)
+        after = wraps(before)(make(before)) if hasattr(before, "__name__") else make(before)
+        setattr(self.trainer, name, after)
+        self._wrapped[name] = (own, before, after)
+
+    def restore(self) -> None:
+        """Put every method back as it was; a method that someone wrapped since keeps that wrap."""
+        for name, (own, before, after) in self._wrapped.items():
+            if vars(self.trainer).get(name) is not after:
+                continue
+            if own:
+                setattr(self.trainer, name, before)
+            else:
+                delattr(self.trainer, name)
+        self._wrapped.clear()
