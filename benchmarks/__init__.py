@@ -1,0 +1,1 @@
+"""Measurements anyone can rerun; their results lie beside them in `results/`."""

@@ -1,0 +1,215 @@
+"""One run of the bed: GRPO through the real trainer, plain, guarded or mixed."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from interference_guard import GuardConfig
+from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
+
+from . import domains, model as policy
+
+PROMPTS, GENERATIONS, LONGEST = 16, 8, 6
+TEST_ROWS = 256
+Watch = Callable[[str, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run.
+
+    Args:
+        method: ``"plain"``, ``"guarded"``, ``"observed"`` (the guard predicts and measures only) or
+            ``"mixed"`` (all domains in every batch, the same number of rollouts).
+        rate: Learning rate of AdamW.
+        seed: Of weights, data and sampling.
+        order: Domains in the order they are trained.
+        steps: Optimizer steps of each domain.
+        guard: Settings of the guard that differ from the defaults.
+    """
+
+    method: str
+    rate: float
+    seed: int
+    order: tuple[str, ...]
+    steps: int = 100
+    guard: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What came out; pass rates are sampled on rows no run trains on.
+
+    Args:
+        run: The run.
+        curve: Per evaluation: step, and each domain's pass rate.
+        own: Pass rate right after the domain's own phase.
+        final: Pass rate at the end.
+        start: Pass rate of the warm start.
+        seconds: Wall-clock time of training without evaluations.
+        guard_seconds: Time of the guard by part.
+        metrics: The guard's metrics by step.
+        pairs: With `"observed"`: step, domain, raw prediction and measured loss.
+    """
+
+    run: dict[str, Any]
+    curve: list[dict[str, float]] = field(default_factory=list)
+    own: dict[str, float] = field(default_factory=dict)
+    final: dict[str, float] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    guard_seconds: dict[str, float] = field(default_factory=dict)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def average(self) -> float:
+        """Mean final pass rate."""
+        return sum(self.final.values()) / len(self.final)
+
+    @property
+    def forgetting(self) -> float:
+        """Mean of own minus final over all domains but the last, which nothing follows."""
+        earlier = list(self.own)[:-1]
+        return sum(self.own[name] - self.final[name] for name in earlier) / max(len(earlier), 1)
+
+    @property
+    def bwt(self) -> float:
+        """Backward transfer (Lopez-Paz and Ranzato, 2017): the mean change after the own phase."""
+        return -self.forgetting
+
+
+class _Evaluate(TrainerCallback):  # type: ignore[misc]
+    def __init__(
+        self, words: PreTrainedTokenizerFast, tests: Mapping[str, Any], every: int, result: Result, watch: Watch
+    ) -> None:
+        self.words, self.tests, self.every, self.result, self.watch = words, tests, every, result, watch
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            started = time.perf_counter()
+            rates = policy.pass_rates(model, self.words, self.tests, longest=LONGEST)
+            self.result.curve.append({"step": state.global_step, **rates})
+            self.seconds += time.perf_counter() - started
+            self.watch("rates", state.global_step, rates)
+        else:
+            self.watch("step", state.global_step, {})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        kept = {name: value for name, value in logs.items() if name.startswith("guard/")}
+        if kept:
+            self.result.metrics.append({"step": state.global_step, **kept})
+
+
+class _Pairs(TrainerCallback):  # type: ignore[misc]
+    """Writes down raw prediction against measurement of every protected domain."""
+
+    def __init__(self, guard: InterferenceGuardCallback, every: int, result: Result) -> None:
+        self.guard, self.every, self.result = guard.guard, every, result
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.guard is None or state.global_step % self.every:
+            return
+        for name in self.guard.protected:
+            found = self.guard.measure(name)
+            self.result.pairs.append(
+                {"step": state.global_step, "domain": name, "raw": found.raw, "loss": found.loss, "kl": found.kl}
+            )
+
+
+_STARTS: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+
+
+def prepare(order: Sequence[str], seed: int) -> tuple[Any, PreTrainedTokenizerFast]:
+    """The warm-started model and its tokenizer; made once per set of domains and seed."""
+    names = sorted(order)
+    words = policy.tokenizer(names)
+    student = policy.build(words, seed)
+    key = (*names, seed)
+    if key not in _STARTS:
+        policy.warm_start(student, words, names, seed)
+        _STARTS[key] = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    # A fresh model each time: TRL binds a forward to the instance it is given.
+    student.load_state_dict(_STARTS[key])
+    return student, words
+
+
+def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int = 25) -> Result:
+    """Run it.
+
+    Args:
+        run: What to run.
+        watch: Called after each step with ``"step"`` or ``"rates"``, the step and the pass rates.
+        every: Steps between two evaluations; each phase's length should be a multiple.
+    """
+    student, words = prepare(run.order, run.seed)
+    tests = {name: domains.rows(name, TEST_ROWS, seed=10_000) for name in run.order}
+    rows = [row for name in run.order for row in domains.rows(name, 1000, seed=20_000 + run.seed)]
+    total = run.steps * len(run.order)
+    data = Dataset.from_list(rows)
+    if run.method == "mixed":
+        mixture = torch.Generator().manual_seed(run.seed)
+        data = data.select(torch.randint(len(rows), (total * PROMPTS,), generator=mixture).tolist())
+    else:
+        data = order_by_domain(data, PROMPTS, "sequential", batches=run.steps, seed=run.seed)
+    result = Result(run=asdict(run))
+    result.start = policy.pass_rates(student, words, tests, longest=LONGEST)
+    result.curve.append({"step": 0, **result.start})
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = GRPOConfig(
+            output_dir=folder,
+            learning_rate=run.rate,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=PROMPTS * GENERATIONS,
+            num_generations=GENERATIONS,
+            max_completion_length=LONGEST,
+            max_steps=total,
+            shuffle_dataset=False,
+            beta=0.0,
+            temperature=1.0,
+            seed=run.seed,
+            logging_steps=5,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            log_level="error",
+        )
+        trainer = GRPOTrainer(
+            student, domains.reward, args, train_dataset=data, processing_class=words
+        )
+        guard = None
+        if run.method in ("guarded", "observed"):
+            settings = {"project": run.method == "guarded", "seed": run.seed, **run.guard}
+            guard = InterferenceGuardCallback(trainer, GuardConfig(**settings))
+            trainer.add_callback(guard)
+        if guard is not None and run.method == "observed":
+            trainer.add_callback(_Pairs(guard, 10, result))
+        evaluate = _Evaluate(words, tests, every, result, watch)
+        trainer.add_callback(evaluate)
+        trainer.remove_callback("PrinterCallback") if False else None
+        started = time.perf_counter()
+        trainer.train()
+        result.seconds = time.perf_counter() - started - evaluate.seconds
+    for index, name in enumerate(run.order):
+        at = total if run.method == "mixed" else (index + 1) * run.steps
+        result.own[name] = next(point[name] for point in result.curve if point["step"] == at)
+    result.final = {name: result.curve[-1][name] for name in run.order}
+    if guard is not None and guard.guard is not None:
+        result.guard_seconds = dict(guard.guard.seconds)
+    return result
