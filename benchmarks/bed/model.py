@@ -62,7 +62,7 @@ def warm_start(
     words: PreTrainedTokenizerFast,
     names: Sequence[str],
     seed: int,
-    steps: int = 400,
+    steps: int = 800,
     noise: float = 0.4,
     rate: float = 2e-3,
     batch: int = 128,

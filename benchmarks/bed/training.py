@@ -19,7 +19,7 @@ from interference_guard.integrations.trl import InterferenceGuardCallback, order
 
 from . import domains, model as policy
 
-PROMPTS, GENERATIONS, LONGEST = 16, 8, 6
+PROMPTS, GENERATIONS, LONGEST = 32, 8, 6
 TEST_ROWS = 256
 Watch = Callable[[str, int, dict[str, float]], None]
 

@@ -210,7 +210,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
     details["pending"] = len(state.pending)
     for index, tensor in enumerate(state.start or ()):
         put(f"start/{index}", tensor)
-    for name in ("anchor_scores", "radius", "subspace", "residual"):
+    for name in ("anchor_scores", "radius", "subspace"):
         put(name, getattr(state, name))
     for name in ("protected_set", "half_set"):
         chosen = getattr(state, name)
@@ -264,7 +264,7 @@ def _unpack_domain(
             state.pending.append(rows_of_batch)
     start = [get(f"start/{index}") for index in range(len(guard.blocks))]
     state.start = [tensor for tensor in start if tensor is not None] or None
-    for key in ("anchor_scores", "radius", "subspace", "residual"):
+    for key in ("anchor_scores", "radius", "subspace"):
         setattr(state, key, get(key))
     for key in ("protected_set", "half_set"):
         masks = {

@@ -56,7 +56,7 @@ class DomainState:
         true_reward: The host's latest evaluation since the anchor, NaN without one.
         measurement: The last probe.
         radius: The region's radius as a 0-d tensor on the device; 0 until the first foreign step.
-        subspace, residual: The two parts of the raw prediction after the last step, 0-d tensors.
+        subspace: Raw prediction inside the domain's directions after the last step, a 0-d tensor.
     """
 
     name: str
@@ -78,7 +78,6 @@ class DomainState:
     measurement: Measurement | None = None
     radius: Tensor | None = None
     subspace: Tensor | None = None
-    residual: Tensor | None = None
     protected_set: ProtectedSet | None = None
     half_set: ProtectedSet | None = None
     start: list[Tensor] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +25,7 @@ from .config import GuardConfig
 from .curvature import DomainCurvature, block_matrices
 from .domain import DomainState, RunningMean
 from .errors import MissingDomainError, ShapeError, UnknownDomainError
-from .local_model import anchor_domain, look, project
+from .local_model import anchor_domain, displacements, predict, project
 from .metering import collect
 from .probe import Completions, Measurement, Policy, estimate, model_policy
 from .protection import protected_rows, span_of_edits
@@ -260,11 +260,9 @@ class Guard:
             return
         started = perf_counter()
         models = [state.model for state in states if state.model is not None]
-        passes, columns = look(self._weights(), models, self._residuals)
-        seen = [model.displacement(passes, own) for model, own in zip(models, columns, strict=True)]
-        for state, model, displacement in zip(states, models, seen, strict=True):
+        seen = displacements(self._weights(), models)
+        for state, displacement in zip(states, seen, strict=True):
             state.foreign_steps += 1
-            state.residual = model.residual(displacement, passes, self._residuals)
             state.subspace = displacement.energy()
             if state.radius is None:
                 # The first foreign step's own displacement: nothing else is known of the unit yet.
@@ -338,8 +336,7 @@ class Guard:
             state.span,
             None if self.reduce is None else lambda table: self.reduce(table, "sum"),  # type: ignore[misc]
         )
-        subspace = 0.0 if state.subspace is None else state.subspace.item()
-        residual = 0.0 if state.residual is None else state.residual.item()
+        subspace, residual = self.interference([domain])[domain]
         if state.radius is not None and not state.region.radius:
             state.region.radius = state.region.largest = state.radius.item()
         result = state.region.measured(found, subspace, residual)
@@ -391,8 +388,28 @@ class Guard:
         Raises:
             UnknownDomainError: If the domain has no anchor.
         """
-        state = self._anchored(domain)
-        return sum(part.item() for part in (state.subspace, state.residual) if part is not None)
+        return sum(self.interference([domain])[domain])
+
+    @torch.no_grad()
+    def interference(self, domains: Iterable[str] | None = None) -> dict[str, tuple[float, float]]:
+        """Uncalibrated prediction of domains under the present weights, in one pass over them.
+
+        Args:
+            domains: Their names; all anchored ones by default.
+
+        Returns:
+            By domain: the part inside its directions, which the projection bounds, and the part outside,
+            estimated through random directions. Reads the device.
+
+        Raises:
+            UnknownDomainError: If a domain has no anchor.
+        """
+        if domains is None:
+            domains = [name for name, state in self._domains.items() if state.anchored]
+        models = {name: model for name in domains if (model := self._anchored(name).model) is not None}
+        parts = predict(self._weights(), list(models.values()), self._residuals) if models else []
+        table = torch.stack([torch.stack(pair) for pair in parts]).tolist() if parts else []
+        return {name: (inside, outside) for name, (inside, outside) in zip(models, table, strict=True)}
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -521,7 +538,7 @@ class Guard:
         state.anchored = True
         state.own_steps = state.foreign_steps = 0
         state.true_reward = math.nan
-        state.subspace = state.residual = None
+        state.subspace = None
         state.measurement = None
         state.start = None
 

@@ -21,6 +21,9 @@ from torch import Tensor
 from .curvature import DomainCurvature, truncate
 from .projection import shrinkage, subspace_energy
 
+# Excess over the radius that a sweep after the first leaves alone; the promise for several domains is 1.05.
+SLACK = 1.02
+
 
 @dataclass
 class LocalBlock:
@@ -104,23 +107,20 @@ class LocalModel:
 
     blocks: list[LocalBlock]
 
-    def displacement(self, passes: Sequence[Tensor], columns: Sequence[slice]) -> Displacement:
+    def displacement(self, passes: Sequence[Tensor]) -> Displacement:
         """Coordinates of the present weights relative to the anchor.
 
         Args:
-            passes: Per block ``W [R, U_a, U_b, ...]``, ``(matrices, units, columns)`` fp32.
-            columns: Per block, which of those columns are this domain's.
+            passes: Per block W U, ``(matrices, units, rank)`` fp32.
         """
-        size = sum(block.z0.numel() for block in self.blocks)
-        flat = passes[0].new_empty(size)
+        flat = passes[0].new_empty(sum(block.z0.numel() for block in self.blocks))
         views, start = [], 0
-        for block, seen, own in zip(self.blocks, passes, columns, strict=True):
+        for block, seen in zip(self.blocks, passes, strict=True):
             view = flat[start : start + block.z0.numel()].view_as(block.z0)
-            part = seen[..., own]
             if block.rows is None:
-                torch.sub(part, block.z0.view_as(part), out=view.view(part.shape))
+                torch.sub(seen, block.z0.view_as(seen), out=view.view(seen.shape))
             else:
-                torch.sub(block.select(part), block.z0, out=view)
+                torch.sub(block.select(seen), block.z0, out=view)
             views.append(view)
             start += block.z0.numel()
         weights = torch.cat([block.weights().flatten() for block in self.blocks])
@@ -131,11 +131,11 @@ class LocalModel:
 
         Args:
             seen: This domain's `displacement`.
-            passes: As given to `displacement`; the first columns are W R.
+            passes: Per block W R, ``(matrices, units, residual)`` fp32.
             matrices: R per block, ``(width, residual)``.
         """
         parts = [
-            block.residual(z, through[..., : R.shape[1]], R)
+            block.residual(z, through, R)
             for block, z, through, R in zip(self.blocks, seen.views, passes, matrices, strict=True)
         ]
         return torch.stack(parts).sum()
@@ -160,30 +160,37 @@ class Displacement:
         return subspace_energy(self.flat, self.weights)
 
 
-def look(
-    weights: Sequence[Tensor], models: Sequence[LocalModel], matrices: Sequence[Tensor]
-) -> tuple[list[Tensor], list[list[slice]]]:
-    """One pass over the weights for all domains: ``W [R, U_a, U_b, ...]`` per block.
+def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> list[Displacement]:
+    """Displacements of several domains, in one pass over the weights: ``W [U_a, U_b, ...]`` per block.
 
     Args:
         weights: Per block ``(matrices, units, width)`` fp32.
-        models: The protected domains' local models.
-        matrices: R per block, ``(width, residual)``.
-
-    Returns:
-        The products, and for each model the columns that are its own, per block.
+        models: The domains' local models.
     """
-    passes: list[Tensor] = []
-    columns: list[list[slice]] = [[] for _ in models]
-    for index, (W, R) in enumerate(zip(weights, matrices, strict=True)):
-        parts, start = [R.expand(W.shape[0], -1, -1)], R.shape[1]
-        for model, own in zip(models, columns, strict=True):
-            block = model.blocks[index]
-            parts.append(block.U)
-            own.append(slice(start, start + block.rank))
-            start += block.rank
-        passes.append(W @ torch.cat(parts, -1))
-    return passes, columns
+    passes: list[list[Tensor]] = [[] for _ in models]
+    for index, W in enumerate(weights):
+        directions = [model.blocks[index].U for model in models]
+        product = W @ (directions[0] if len(directions) == 1 else torch.cat(directions, -1))
+        for own, part in zip(passes, product.split([U.shape[2] for U in directions], -1), strict=True):
+            own.append(part)
+    return [model.displacement(own) for model, own in zip(models, passes, strict=True)]
+
+
+def predict(
+    weights: Sequence[Tensor], models: Sequence[LocalModel], matrices: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Raw predictions of several domains: the part inside the kept directions and the part outside, 0-d.
+
+    Args:
+        weights: Per block ``(matrices, units, width)`` fp32.
+        models: The domains' local models.
+        matrices: R per block, ``(width, residual)``.
+    """
+    through = [W @ R for W, R in zip(weights, matrices, strict=True)]
+    return [
+        (seen.energy(), model.residual(seen, through, matrices))
+        for seen, model in zip(displacements(weights, models), models, strict=True)
+    ]
 
 
 def anchor_domain(
@@ -263,8 +270,8 @@ def project(
     for sweep in range(sweeps if len(models) > 1 else 1):
         still = True
         for i, (seen, radius) in enumerate(zip(displacements, radii, strict=True)):
-            # A later sweep need only mend what earlier corrections pushed out noticeably.
-            slack = 1.0 if sweep == 0 else 1.001
+            # A later sweep need only mend what other corrections pushed out noticeably.
+            slack = 1.0 if sweep == 0 else SLACK
             if early and (seen.energy() <= radius * slack).item():
                 continue
             still = False

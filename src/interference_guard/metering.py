@@ -14,8 +14,10 @@ def collect(guard: Guard) -> dict[str, float]:
     """All metrics that have a value now, by their names in `metrics.METRICS`; reads the device."""
     table: dict[str, float | None] = {}
     states = list(guard.domains.values())
+    seen = guard.interference()
     for state in states:
-        table |= {f"guard/{state.name}/{key}": value for key, value in _domain(state).items()}
+        values = _domain(state, *seen.get(state.name, (0.0, 0.0)))
+        table |= {f"guard/{state.name}/{key}": value for key, value in values.items()}
     for index, a in enumerate(states):
         for b in states[index + 1 :]:
             if a.half_set is not None and b.half_set is not None:
@@ -26,14 +28,12 @@ def collect(guard: Guard) -> dict[str, float]:
     return {name: value for name, value in table.items() if value is not None and math.isfinite(value)}
 
 
-def _domain(state: DomainState) -> dict[str, float | None]:
+def _domain(state: DomainState, subspace: float, residual: float) -> dict[str, float | None]:
     table: dict[str, float | None] = {"reward": state.rewards.take(), "length": state.lengths.take()}
     if state.protected_set is not None:
         table["protected_share"] = state.protected_set.share
     if not state.anchored:
         return table
-    subspace = 0.0 if state.subspace is None else state.subspace.item()
-    residual = 0.0 if state.residual is None else state.residual.item()
     table["predicted"] = state.region.predict(subspace + residual)
     table["residual"] = residual / (subspace + residual) if subspace + residual > 0 else 0.0
     if state.radius is not None:

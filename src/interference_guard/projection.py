@@ -16,7 +16,7 @@ from torch import Tensor
 
 NEWTON_STEPS = 12
 # Relative gap between f(mu) and the radius at which the CPU path stops early.
-CONVERGED = 1e-6
+CONVERGED = 1e-4
 
 
 def subspace_energy(z: Tensor, w: Tensor) -> Tensor:
@@ -33,20 +33,33 @@ def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False) -> Tens
         z: Coordinates of the displacement, ``(n,)`` fp32.
         w: Weights, ``(n,)`` fp32, not negative.
         radius: 0-d fp32 tensor, above 0.
-        early: Stop as soon as the equation holds to 1e-6; reads the device, so only for the CPU.
+        early: Stop as soon as the equation holds to 1e-4 (the rest is scaled off); reads the device, so only
+            for the CPU.
 
     Returns:
         ``(n,)`` fp32 in (0, 1]; exactly 1 everywhere when z is inside.
     """
-    # Unit-free: with a_i the terms over the radius and v_i = w_i / max w, f(mu) = sum a / (1 + nu v)^2.
+    # Unit-free: with a_i the terms over the radius and v_i = w_i / max w, f(nu) = sum a / (1 + nu v)^2.
     top = w.max().clamp(min=torch.finfo(w.dtype).tiny)
     v = w / top
     a = _terms(z, w, radius)
     total = a.sum()
-    inside = total <= 1
-    if early and inside.item():
-        return torch.ones_like(z)
-    single = ((a.sqrt() - 1).clamp(min=0) / v.clamp(min=torch.finfo(w.dtype).tiny)).where(v > 0, 0.0)
+    if early:
+        if total.item() <= 1:
+            return torch.ones_like(z)
+        factors = _root_read_back(a, v, total.item())
+    else:
+        factors = _root(a, v, total)
+    left = (a * factors.square()).sum()
+    # What rounding leaves outside is taken off evenly where it counts, so the result is inside.
+    factors = torch.where(v > 0, factors * left.clamp(min=1).rsqrt(), factors)
+    return factors if early else torch.where(total <= 1, 1.0, factors)
+
+
+def _root(a: Tensor, v: Tensor, total: Tensor) -> Tensor:
+    tiny = torch.finfo(v.dtype).tiny
+    # Two bounds from below: every term alone, and all of them at the largest weight.
+    single = ((a.sqrt() - 1).clamp(min=0) / v.clamp(min=tiny)).where(v > 0, 0.0)
     nu = torch.maximum(single.max(), total.sqrt() - 1).clamp(min=0)
     for _ in range(NEWTON_STEPS):
         inverse = 1 / (1 + nu * v)
@@ -54,15 +67,27 @@ def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False) -> Tens
         f = part.sum()
         slope = torch.dot(part, v * inverse)
         # Newton on 1/sqrt(f) - 1: d/dnu f = -2 slope.
-        step = (f.sqrt() - 1) * f / slope.clamp(min=torch.finfo(w.dtype).tiny)
-        nu = nu + step.clamp(min=0)
-        if early and (f - 1).item() <= CONVERGED:
+        nu = nu + ((f.sqrt() - 1) * f / slope.clamp(min=tiny)).clamp(min=0)
+    return 1 / (1 + nu * v)
+
+
+def _root_read_back(a: Tensor, v: Tensor, total: float) -> Tensor:
+    """`_root` with its scalars on the host and as few passes over the terms as possible."""
+    nu = max(total**0.5 - 1, 0.0)
+    one = torch.ones((), dtype=v.dtype)
+    for _ in range(4 * NEWTON_STEPS):
+        divisor = torch.add(one, v, alpha=nu)
+        part = a / divisor
+        part /= divisor
+        f = part.sum().item()
+        if f - 1 <= CONVERGED:
+            return divisor.reciprocal_()
+        part /= divisor
+        slope = torch.dot(part, v).item()
+        if slope <= 0:
             break
-    factors = 1 / (1 + nu * v)
-    left = (a * factors.square()).sum()
-    # What rounding leaves outside is taken off evenly where it counts, so the result is inside.
-    factors = factors * torch.where(v > 0, left.clamp(min=1).rsqrt(), 1.0)
-    return torch.where(inside, 1.0, factors)
+        nu += (f**0.5 - 1) * f / slope
+    return torch.add(one, v, alpha=nu).reciprocal_()
 
 
 def _terms(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
