@@ -25,7 +25,7 @@ from .config import GuardConfig
 from .curvature import DomainCurvature, block_matrices
 from .domain import DomainState, RunningMean
 from .errors import MissingDomainError, ShapeError, UnknownDomainError
-from .local_model import anchor_domain, displacements, predict, project
+from .local_model import Grams, anchor_domain, displacements, predict, project
 from .metering import collect
 from .probe import Completions, Measurement, Policy, estimate, model_policy
 from .protection import protected_rows, span_of_edits
@@ -82,6 +82,8 @@ class Guard:
         self._kept = RunningMean()
         self._kept_tensor: Tensor | None = None
         self._reported = (0, 0.0)
+        # By id of the local models, which live as long as the entry: cleared whenever one is replaced.
+        self._grams: Grams = {}
         # Off only in tests, which prove that the path for accelerators reads nothing back.
         self._early = True
         self._parameters: dict[str, nn.Parameter] = {}
@@ -272,7 +274,7 @@ class Guard:
             return
         radii = [state.radius for state in states if state.radius is not None]
         before = torch.stack([state.subspace for state in states if state.subspace is not None])
-        changes = project(models, seen, radii, self.config.sweeps, self._early and self._on_cpu)
+        changes = project(models, seen, radii, self.config.sweeps, self._early and self._on_cpu, self._grams)
         if changes is not None:
             for block, change in zip(self.blocks, changes, strict=True):
                 targets = block.targets(self._parameters)
@@ -465,6 +467,7 @@ class Guard:
     def replace_domains(self, domains: Mapping[str, DomainState]) -> None:
         """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
+        self._grams.clear()
 
     # Parts
 
@@ -518,6 +521,7 @@ class Guard:
         state.retained = state.latest(self.config.retain)
         state.pending = [] if state.retained is None else [state.retained]
         rows = protected_rows(state, self)
+        self._grams.clear()
         reuse = state.model if state.since_refresh < self.config.refresh_steps else None
         state.model = anchor_domain(
             state.curvature, self._weights(), self._residuals, self.config.rank, rows, reuse

@@ -159,6 +159,11 @@ class Displacement:
         """Sum of w z^2 / 2, a 0-d tensor: the subspace term of the prediction."""
         return subspace_energy(self.flat, self.weights)
 
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A vector of the length of `flat` by block, each part ``(rows, rank)`` and a view."""
+        pieces = flat.split([view.numel() for view in self.views])
+        return [piece.view_as(view) for piece, view in zip(pieces, self.views, strict=True)]
+
 
 def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> list[Displacement]:
     """Displacements of several domains, in one pass over the weights: ``W [U_a, U_b, ...]`` per block.
@@ -234,12 +239,16 @@ def anchor_domain(
     return LocalModel(blocks)
 
 
+Grams = dict[tuple[int, int], list[Tensor]]
+
+
 def project(
     models: Sequence[LocalModel],
     displacements: Sequence[Displacement],
     radii: Sequence[Tensor],
     sweeps: int,
     early: bool,
+    grams: Grams | None = None,
 ) -> list[Tensor] | None:
     """Bring the displacement of every domain inside its radius, by cyclic passes.
 
@@ -252,65 +261,60 @@ def project(
         radii: 0-d fp32 tensors.
         sweeps: Most passes over the domains.
         early: Stop as soon as all are inside; reads the device, so only for the CPU.
+        grams: Products of the models' directions by their `id`, kept from call to call; filled in place.
 
     Returns:
         Per block the change to subtract from the weights, ``(matrices, units, width)`` fp32, or None when
         nothing is outside (only with `early`).
     """
-    removed = [torch.zeros_like(seen.flat) for seen in displacements]
-    views = [
-        [
-            part[begin : begin + z.numel()].view_as(z)
-            for z, begin in zip(seen.views, _starts(seen.views), strict=True)
-        ]
-        for seen, part in zip(displacements, removed, strict=True)
-    ]
-    grams: dict[tuple[int, int, int], Tensor] = {}
-    moved = False
+    grams = {} if grams is None else grams
+    removed: list[Tensor | None] = [None for _ in models]
     for sweep in range(sweeps if len(models) > 1 else 1):
+        # A later sweep need only mend what other corrections pushed out noticeably.
+        slack = 1.0 if sweep == 0 else SLACK
         still = True
         for i, (seen, radius) in enumerate(zip(displacements, radii, strict=True)):
-            # A later sweep need only mend what other corrections pushed out noticeably.
-            slack = 1.0 if sweep == 0 else SLACK
-            if early and (seen.energy() <= radius * slack).item():
+            if early and seen.energy().item() <= radius.item() * slack:
                 continue
             still = False
-            moved = True
             change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, early))
             seen.flat.sub_(change)
-            removed[i].add_(change)
-            begins = _starts(seen.views)
-            for j, (other, model) in enumerate(zip(displacements, models, strict=True)):
-                if j == i:
-                    continue
-                for b, (mine, theirs) in enumerate(zip(models[i].blocks, model.blocks, strict=True)):
-                    if (i, j, b) not in grams:
-                        grams[i, j, b] = mine.U.mT @ theirs.U
-                    part = change[begins[b] : begins[b] + mine.z0.numel()].view_as(mine.z0)
-                    if mine.rows is None and theirs.rows is None:
-                        matrices = mine.energy.shape[0]
-                        other.views[b].view(matrices, -1, theirs.rank).baddbmm_(
-                            part.view(matrices, -1, mine.rank), grams[i, j, b], alpha=-1
-                        )
-                    else:
-                        other.views[b].sub_(theirs.select(mine.scatter(part) @ grams[i, j, b]))
+            before = removed[i]
+            removed[i] = change if before is None else before.add_(change)
+            parts = seen.split(change)
+            for j, other in enumerate(displacements):
+                if j != i:
+                    _push(parts, models[i], models[j], other, grams)
         if early and still:
             break
-    if early and not moved:
+    moved = [
+        (model, seen.split(part))
+        for model, seen, part in zip(models, displacements, removed, strict=True)
+        if part is not None
+    ]
+    if not moved:
         return None
     changes = []
     for b in range(len(models[0].blocks)):
-        coefficients = torch.cat(
-            [model.blocks[b].scatter(part[b]) for model, part in zip(models, views, strict=True)], -1
-        )
-        directions = torch.cat([model.blocks[b].U for model in models], -1)
-        changes.append(coefficients @ directions.mT)
+        coefficients = [model.blocks[b].scatter(parts[b]) for model, parts in moved]
+        directions = [model.blocks[b].U for model, _ in moved]
+        if len(moved) == 1:
+            changes.append(coefficients[0] @ directions[0].mT)
+        else:
+            changes.append(torch.cat(coefficients, -1) @ torch.cat(directions, -1).mT)
     return changes
 
 
-def _starts(views: Sequence[Tensor]) -> list[int]:
-    starts, total = [], 0
-    for view in views:
-        starts.append(total)
-        total += view.numel()
-    return starts
+def _push(
+    parts: Sequence[Tensor], mine: LocalModel, theirs: LocalModel, other: Displacement, grams: Grams
+) -> None:
+    """What a correction in one domain's directions does to another's coordinates, in place."""
+    key = (id(mine), id(theirs))
+    if key not in grams:
+        grams[key] = [a.U.mT @ b.U for a, b in zip(mine.blocks, theirs.blocks, strict=True)]
+    for part, view, a, b, gram in zip(parts, other.views, mine.blocks, theirs.blocks, grams[key], strict=True):
+        if a.rows is None and b.rows is None:
+            matrices = a.energy.shape[0]
+            view.view(matrices, -1, b.rank).baddbmm_(part.view(matrices, -1, a.rank), gram, alpha=-1)
+        else:
+            view.sub_(b.select(a.scatter(part) @ gram))
