@@ -201,8 +201,12 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
             put(f"sums/{index}/{name}", getattr(sums, name))
     details["model"] = state.model is not None
     for index, block in enumerate(state.model.blocks if state.model is not None else ()):
-        for name in ("U", "lam", "rho", "scale", "rows", "z0", "q0"):
+        for name in ("lam", "rho", "scale", "rows", "z0", "q0"):
             put(f"model/{index}/{name}", getattr(block, name))
+        # Fresh directions are the leading columns of the curvature's own basis and are stored once.
+        basis = state.curvature.sums[index].basis
+        if basis is None or basis.untyped_storage().data_ptr() != block.U.untyped_storage().data_ptr():
+            put(f"model/{index}/U", block.U)
     for group, rows in (("retained", state.retained), *enumerate(state.pending)):
         if rows is not None:
             for item in fields(rows):
@@ -253,9 +257,13 @@ def _unpack_domain(
     if details["model"]:
         blocks = []
         for index, sums in enumerate(state.curvature.sums):
-            parts = {key: need(f"model/{index}/{key}") for key in ("U", "lam", "rho", "scale", "z0", "q0")}
-            rows = get(f"model/{index}/rows")
-            blocks.append(LocalBlock(energy=sums.energy, rows=rows, **parts))
+            parts = {key: need(f"model/{index}/{key}") for key in ("lam", "rho", "scale", "z0", "q0")}
+            rows, U = get(f"model/{index}/rows"), get(f"model/{index}/U")
+            if U is None:
+                if sums.basis is None:
+                    raise KeyError(f"{prefix}model/{index}/U")
+                U = sums.basis[:, :, : parts["lam"].shape[1]]
+            blocks.append(LocalBlock(U=U, energy=sums.energy, rows=rows, **parts))
         state.model = LocalModel(blocks)
     state.retained = _completions("completions/retained", get)
     for index in range(details["pending"]):

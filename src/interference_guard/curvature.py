@@ -22,6 +22,8 @@ from .errors import ShapeError
 
 # Part of a matrix's energy after which further directions are left to the residual.
 RANK_COVERAGE = 0.9999
+# Devices where reading a flag costs nothing and saves masked arithmetic.
+READS_BACK = ("cpu",)
 
 
 def sketch_matrix(width: int, sketch: int, seed: int) -> Tensor:
@@ -91,8 +93,7 @@ class DomainCurvature:
         energies = [gradient.square().sum(-1) for gradient in gradients]
         total = torch.stack([energy.sum() for energy in energies]).sum()
         counted = total.isfinite() & (total > 0)
-        # On the CPU reading the flag costs nothing and saves the masked arithmetic below.
-        if counted.device.type == "cpu":
+        if counted.device.type in READS_BACK:
             if counted.item():
                 for sums, gradient, energy, omega in zip(
                     self.sums, gradients, energies, self.omegas, strict=True
@@ -190,24 +191,23 @@ def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         Directions without energy are zero columns with eigenvalue 0.
 
     Reference:
-        Tropp, Yurtsever, Udell, Cevher, 2017, arXiv:1706.05736, algorithm 3 (shifted). The Cholesky factor
-        is replaced by an eigendecomposition, which also serves a singular core.
+        Tropp, Yurtsever, Udell, Cevher, 2017, arXiv:1706.05736, algorithm 3. Its shift, which keeps a
+        Cholesky factorisation from failing, is replaced by an eigendecomposition of the core that drops what
+        lies under the noise of the sums: the same stability, and no bias in small eigenvalues.
     """
     Y, Omega = sketch.double(), omega.double()
     # Sums of gradients can be as small as 1e-24: the arithmetic runs on matrices of norm 1.
     norm = torch.linalg.matrix_norm(Y, keepdim=True)
     Y = Y / norm.clamp(min=torch.finfo(torch.float64).tiny)
-    # fp32 sums carry errors of this size, which a shift keeps from making the core indefinite.
-    shift = torch.finfo(torch.float32).eps
-    shifted = Y + shift * Omega
-    core = Omega.mT @ shifted
+    core = Omega.mT @ Y
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    # A core eigenvalue under the shift is noise, and its inverse root would blow it up.
-    usable = values > shift / 2
-    roots = torch.where(usable, values.clamp(min=shift / 2).rsqrt(), 0.0)
-    U, S, _ = torch.linalg.svd(shifted @ (vectors * roots.unsqueeze(-2)), full_matrices=False)
-    eigenvalues = (S.square() - shift).clamp(min=0.0)
-    eigenvalues = torch.where(eigenvalues > 4 * shift, eigenvalues, 0.0)
+    # fp32 sums carry errors of this size: a smaller eigenvalue of the core is noise, and its inverse root
+    # would blow that up.
+    noise = 2 * torch.finfo(torch.float32).eps
+    roots = torch.where(values > noise, values.clamp(min=noise).rsqrt(), 0.0)
+    U, S, _ = torch.linalg.svd(Y @ (vectors * roots.unsqueeze(-2)), full_matrices=False)
+    eigenvalues = S.square()
+    eigenvalues = torch.where(eigenvalues > noise, eigenvalues, 0.0)
     U = torch.where((eigenvalues > 0).unsqueeze(-2), U, 0.0)
     return U.float(), (eigenvalues * norm.squeeze(-1)).float()
 
@@ -219,25 +219,15 @@ def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tu
         basis: ``(matrices, width, sketch)``.
         eigenvalues: ``(matrices, sketch)``, descending.
         trace: ``(matrices,)``.
-        rank: Most directions kept; fewer where those cover all but 1e-4 of the trace.
+        rank: Most directions kept; fewer where those cover all but 1e-4 of every matrix's trace.
 
     Returns:
-        U ``(matrices, width, min(rank, sketch))`` with unused columns zero, their eigenvalues, and the
-        mean eigenvalue rho ``(matrices,)`` of the remaining directions.
+        U ``(matrices, width, kept)``, a view of `basis`, its eigenvalues, and the mean eigenvalue rho
+        ``(matrices,)`` of the remaining directions.
     """
-    width = basis.shape[1]
-    k = min(rank, basis.shape[2])
+    before = eigenvalues.cumsum(-1) - eigenvalues
+    used = (eigenvalues > 0) & (before < RANK_COVERAGE * trace.unsqueeze(-1))
+    k = max(1, min(rank, int(used.sum(-1).max())))
     kept = eigenvalues[:, :k]
-    before = kept.cumsum(-1) - kept
-    used = (kept > 0) & (before < RANK_COVERAGE * trace.unsqueeze(-1))
-    kept = torch.where(used, kept, 0.0)
-    U = torch.where(used.unsqueeze(-2), basis[:, :, :k], 0.0)
     rest = (trace - kept.sum(-1)).clamp(min=0.0)
-    return U, kept, rest / (width - used.sum(-1)).clamp(min=1)
-
-
-def block_matrices(blocks: Sequence[Block], size: int, seed: int, kind: str) -> list[Tensor]:
-    """One shared random matrix per width, listed by block: `kind` is ``"test"`` or ``"residual"``."""
-    make = sketch_matrix if kind == "test" else residual_matrix
-    cache = {width: make(width, size, seed) for width in {block.width for block in blocks}}
-    return [cache[block.width] for block in blocks]
+    return basis[:, :, :k], kept, rest / max(basis.shape[1] - k, 1)

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.reference import nearest_in_ellipsoid
+
+from interference_guard.projection import nearest_point, shrinkage, subspace_energy
+
+SCALES = st.floats(-12, 6).map(lambda power: 10.0**power)
+
+
+@st.composite
+def regions(draw):
+    """Coordinates, weights and a radius, each at its own scale."""
+    size = draw(st.integers(1, 60))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    z = torch.randn(size, generator=generator) * draw(SCALES)
+    w = torch.rand(size, generator=generator) ** draw(st.integers(1, 6)) * draw(SCALES)
+    w[torch.rand(size, generator=generator) < draw(st.sampled_from([0.0, 0.3]))] = 0.0
+    energy = float((w.double() * z.double().square()).sum() / 2)
+    radius = max(energy * draw(st.floats(1e-4, 2.0)), 1e-36)
+    return z, w, torch.tensor(radius, dtype=torch.float32)
+
+
+def energy_of(z, w):
+    return float((w.double() * z.double().square()).sum() / 2)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(region=regions())
+def test_point_is_inside_and_the_nearest(early, region):
+    z, w, radius = region
+    point = shrinkage(z, w, radius, early) * z
+    assert energy_of(point, w) <= float(radius) * (1 + 1e-3)
+    truth = nearest_in_ellipsoid(z, w, float(radius))
+    gap = (point.double() - truth).norm() / max(float(z.double().norm()), 1e-300)
+    assert gap < 1e-3
+
+
+@settings(max_examples=200, deadline=None)
+@given(region=regions())
+def test_optimality_conditions_hold(region):
+    z, w, radius = region
+    point = nearest_point(z, w, radius)
+    if energy_of(z, w) <= float(radius) * (1 - 1e-5):
+        assert torch.equal(point, z)
+        return
+    # Stationarity: (z - p) = mu w p with one mu >= 0 for all coordinates; complementarity: on the surface.
+    z64, p64, w64 = z.double(), point.double(), w.double()
+    assert energy_of(point, w) >= float(radius) * (1 - 1e-3)
+    mu = float(((z64 - p64) * w64 * p64).sum() / (w64 * p64).square().sum().clamp(min=1e-300))
+    assert mu >= 0
+    slack = (z64 - p64 - mu * w64 * p64).norm() / z64.norm()
+    assert slack < 1e-3
+
+
+@settings(max_examples=100, deadline=None)
+@given(region=regions())
+def test_second_projection_changes_nothing_visible(region):
+    z, w, radius = region
+    once = nearest_point(z, w, radius)
+    twice = nearest_point(once, w, radius * (1 + 1e-3))
+    assert torch.equal(once, twice)
+
+
+@settings(max_examples=100, deadline=None)
+@given(region=regions(), larger=st.floats(1.01, 10.0))
+def test_a_larger_region_moves_the_point_less(region, larger):
+    z, w, radius = region
+    near, far = nearest_point(z, w, radius * larger), nearest_point(z, w, radius)
+    assert (z - near).double().norm() <= (z - far).double().norm() * (1 + 1e-4) + 1e-30
+
+
+def test_weights_of_zero_are_left_alone():
+    z = nearest_point(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 0.0]), torch.tensor(1.0))
+    torch.testing.assert_close(z, torch.tensor([1.0, 5.0]))
+
+
+def test_energy_is_the_halved_weighted_square():
+    assert subspace_energy(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).item() == 9.5
+
+
+def test_host_and_device_paths_agree():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        z = torch.randn(200, generator=generator)
+        w = torch.rand(200, generator=generator) ** 4
+        radius = subspace_energy(z, w) * torch.rand((), generator=generator)
+        a, b = (shrinkage(z, w, radius, early) for early in (True, False))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
