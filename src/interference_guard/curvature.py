@@ -231,3 +231,10 @@ def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tu
     kept = eigenvalues[:, :k]
     rest = (trace - kept.sum(-1)).clamp(min=0.0)
     return basis[:, :, :k], kept, rest / max(basis.shape[1] - k, 1)
+
+
+def block_matrices(blocks: Sequence[Block], size: int, seed: int, kind: str) -> list[Tensor]:
+    """One shared random matrix per width, listed by block: `kind` is ``"test"`` or ``"residual"``."""
+    make = sketch_matrix if kind == "test" else residual_matrix
+    cache = {width: make(width, size, seed) for width in {block.width for block in blocks}}
+    return [cache[block.width] for block in blocks]
