@@ -202,10 +202,11 @@ def estimate(
     mean = (log_ratio.sum(-1) / tokens.clamp(min=1)).clamp(-LOG_LIMIT, LOG_LIMIT)
     low, high = span if span is not None else (0.0, 0.0)
     R = torch.zeros_like(whole) if rewards is None else rewards.to(whole) - low
-    kinds = [whole.exp().clamp(max=TRUNCATION), mean.exp().clamp(max=TRUNCATION)]
+    kinds = [whole.exp(), mean.exp()]
     sums = [kl, tokens.sum(), torch.as_tensor(float(len(whole)), dtype=kl.dtype, device=kl.device), R.sum()]
     for ratio in kinds:
-        sums += [(ratio * R).sum(), ratio.sum(), ratio.square().sum()]
+        # The sample size is that of the plain ratios: truncated ones always look healthy.
+        sums += [(ratio.clamp(max=TRUNCATION) * R).sum(), ratio.sum(), ratio.square().sum()]
     table = torch.stack(sums)
     if reduce is not None:
         table = reduce(table)

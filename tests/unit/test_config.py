@@ -1,0 +1,50 @@
+import dataclasses
+
+import pytest
+
+from interference_guard.config import GuardConfig
+from interference_guard.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("budget", 0, "a number above 0"),
+        ("budget", -0.1, "a number above 0"),
+        ("budget", float("nan"), "a number above 0"),
+        ("budget", "0.02", "a number above 0"),
+        ("budget_nats", 0.0, "a number above 0"),
+        ("half_life", float("inf"), "a number above 0"),
+        ("rank", 0, "an integer >= 1"),
+        ("rank", 2.5, "an integer >= 1"),
+        ("rank", True, "an integer >= 1"),
+        ("sketch", 8, "at least rank=16"),
+        ("retain", 0, "an integer >= 1"),
+        ("coverage", 0, "above 0 and at most 1"),
+        ("coverage", 1.5, "above 0 and at most 1"),
+        ("active_share", 0, "above 0 and at most 1"),
+        ("selection", "best", "one of"),
+        ("domain_column", "", "a column name"),
+        ("seed", 1.5, "an integer"),
+    ],
+)
+def test_values_outside_their_range_are_refused(field, value, allowed):
+    with pytest.raises(ConfigError, match=rf"{field}=.* is not allowed: it must be .*{allowed}"):
+        GuardConfig(**{field: value})
+
+
+@pytest.mark.parametrize("entry", ["weight", "=row", "x=diagonal"])
+def test_unit_overrides_must_name_a_pattern_and_a_kind(entry):
+    with pytest.raises(ConfigError, match="must read 'pattern=kind'"):
+        GuardConfig(unit_overrides=[entry])
+
+
+def test_overrides_are_a_table():
+    assert GuardConfig(unit_overrides=["*.mix=column", "a=b=row"]).overrides() == {"*.mix": "column", "a=b": "row"}
+
+
+def test_every_field_has_help_and_cannot_be_changed():
+    config = GuardConfig()
+    assert all(item.metadata["help"].endswith((".", ")")) or item.metadata["help"] for item in dataclasses.fields(config))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.budget = 1.0

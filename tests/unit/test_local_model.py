@@ -1,0 +1,125 @@
+import pytest
+import torch
+from tests.reference import quadratic
+
+from interference_guard.curvature import DomainCurvature, residual_matrix, sketch_matrix
+from interference_guard.local_model import anchor_domain, displacements, predict, project
+
+WIDTH, UNITS = 20, 9
+
+
+def make(seed, rank=6, sketch=20, residual=4000, matrices=2, inner=4, rows=None):
+    """A domain whose gradients span `inner` strong directions, and its anchor weights."""
+    generator = torch.Generator().manual_seed(seed)
+    span = torch.randn(matrices, inner, WIDTH, generator=generator)
+    curvature = DomainCurvature(1.0, [sketch_matrix(WIDTH, sketch, 0)])
+    steps = []
+    for _ in range(5):
+        strong = torch.randn(matrices, UNITS, inner, generator=generator) @ span
+        steps.append(strong + 0.1 * torch.randn(matrices, UNITS, WIDTH, generator=generator))
+        curvature.observe([steps[-1]])
+    weights = [torch.randn(matrices, UNITS, WIDTH, generator=generator)]
+    matrices_r = [residual_matrix(WIDTH, residual, 0)]
+    return curvature, steps, weights, matrices_r, anchor_domain(curvature, weights, matrices_r, rank, [rows])
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_prediction_is_the_dense_quadratic_form(rank):
+    curvature, steps, weights, R, model = make(0, rank=rank)
+    rank = model.blocks[0].rank
+    move = 0.1 * torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(9))
+    ((inside, outside),) = predict([weights[0] + move], [model], R)
+    truth_in = truth_out = 0.0
+    for m in range(2):
+        second = sum(G[m].double().T @ G[m].double() for G in steps) / len(steps)
+        energy = sum(G[m].double().square().sum(1) for G in steps)
+        a, b = quadratic(move[m], energy, second, rank)
+        truth_in, truth_out = truth_in + a, truth_out + b
+    # One number a domain scales both, so that the largest weight is 1.
+    scale = float(model.blocks[0].weights().max())
+    assert scale == pytest.approx(1.0, rel=1e-5)
+    assert (inside / (inside + outside)).item() == pytest.approx(truth_in / (truth_in + truth_out), rel=0.05)
+    shares = torch.stack([sum(G[m].square().sum(1) for G in steps) for m in range(2)])
+    shares = shares / shares.sum(1, keepdim=True)
+    top = max(
+        float(shares[m].max() * torch.linalg.eigvalsh(sum(G[m].T @ G[m] for G in steps) / len(steps))[-1])
+        for m in range(2)
+    )
+    assert inside.item() == pytest.approx(truth_in / top, rel=1e-3)
+    assert outside.item() == pytest.approx(truth_out / top, rel=0.1)
+
+
+def test_prediction_grows_with_the_square_of_the_displacement():
+    _, _, weights, R, model = make(1)
+    move = torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(3))
+    small = sum(predict([weights[0] + 0.01 * move], [model], R)[0]).item()
+    large = sum(predict([weights[0] + 0.1 * move], [model], R)[0]).item()
+    assert large / small == pytest.approx(100, rel=0.02)
+    assert sum(predict(weights, [model], R)[0]).item() < 1e-9
+
+
+def test_scale_of_gradients_does_not_matter():
+    values = []
+    for scale in (1e-10, 1.0, 1e4):
+        generator = torch.Generator().manual_seed(0)
+        curvature = DomainCurvature(1.0, [sketch_matrix(WIDTH, 12, 0)])
+        for _ in range(4):
+            curvature.observe([scale * torch.randn(1, UNITS, WIDTH, generator=generator)])
+        weights, R = [torch.zeros(1, UNITS, WIDTH)], [residual_matrix(WIDTH, 8, 0)]
+        model = anchor_domain(curvature, weights, R, 6, [None])
+        values.append(sum(predict([torch.ones(1, UNITS, WIDTH)], [model], R)[0]).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert values[2] == pytest.approx(values[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("protected", [None, torch.tensor([0, 3, 4, 11, 17])])
+def test_projected_weights_are_inside_and_move_only_along_the_directions(early, protected):
+    _, _, weights, _, model = make(2, rows=protected)
+    move = torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(4))
+    new = weights[0] + move
+    seen = displacements([new], [model])
+    radius = seen[0].energy() / 10
+    (change,) = project([model], seen, [radius], 3, early)
+    after = displacements([new - change], [model])[0]
+    assert after.energy().item() == pytest.approx(radius.item(), rel=1e-3)
+    torch.testing.assert_close(after.flat, seen[0].flat, rtol=1e-3, atol=1e-4)
+    U = model.blocks[0].U
+    torch.testing.assert_close(change, change @ U @ U.mT, rtol=1e-4, atol=1e-5)
+    if protected is not None:
+        outside = torch.ones(2 * UNITS, dtype=torch.bool)
+        outside[protected] = False
+        assert change.reshape(-1, WIDTH)[outside].abs().max() == 0
+
+
+def test_nothing_moves_inside_the_region():
+    _, _, weights, _, model = make(3)
+    seen = displacements([weights[0] + 0.01], [model])
+    radius = seen[0].energy() * 2
+    assert project([model], seen, [radius], 3, True) is None
+    (change,) = project([model], displacements([weights[0] + 0.01], [model]), [radius], 3, False)
+    assert change.abs().max() == 0
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_several_domains_end_within_five_percent(early):
+    made = [make(seed, rank=6) for seed in range(3)]
+    models = [item[-1] for item in made]
+    anchor = made[0][2][0]
+    for model in models[1:]:
+        block = model.blocks[0]
+        block.z0 = block.select(anchor @ block.U).contiguous()
+    new = anchor + torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(5))
+    seen = displacements([new], models)
+    radii = [item.energy() / 20 for item in seen]
+    (change,) = project(models, seen, radii, 10, early)
+    for item, radius in zip(displacements([new - change], models), radii, strict=True):
+        assert item.energy().item() <= radius.item() * 1.05
+
+
+def test_reused_directions_only_move_the_anchor():
+    curvature, _, weights, R, model = make(4)
+    curvature.observe([torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(6))])
+    moved = anchor_domain(curvature, [weights[0] + 1], R, 6, [None], model)
+    assert moved.blocks[0].U is model.blocks[0].U
+    assert sum(predict([weights[0] + 1], [moved], R)[0]).item() < 1e-9

@@ -1,0 +1,98 @@
+import math
+
+import pytest
+
+from interference_guard.probe import Measurement
+from interference_guard.trust_region import FLOOR, TrustRegion
+
+
+def region(radius=1.0):
+    return TrustRegion(0.02, 0.01, radius=radius, largest=radius)
+
+
+def found(loss, ratio="sequence"):
+    return Measurement("d", loss, 0.0, 1.0, ratio)
+
+
+@pytest.mark.parametrize(
+    ("loss", "subspace", "residual", "radius"),
+    [
+        (0.005, 1.0, 0.0, 2.0),  # under half the budget, at the surface: grows
+        (-0.5, 1.0, 0.0, 2.0),
+        (0.005, 0.5, 0.0, 1.0),  # not at the surface: stays
+        (0.016, 1.0, 0.0, 1.25),  # budget / loss
+        (0.025, 1.0, 0.0, 0.8),
+        (0.025, 0.1, 0.0, 0.8),  # shrinking does not wait for the surface
+        (0.5, 1.0, 0.0, 0.5),
+        (0.5, 0.4, 0.6, 0.5),  # the residual leads, the floor is far
+    ],
+)
+def test_radius_follows_the_measurement(loss, subspace, residual, radius):
+    control = region()
+    control.measured(found(loss), subspace, residual)
+    assert control.radius == pytest.approx(radius)
+
+
+def test_radius_stops_at_the_floor_where_the_residual_leads():
+    control = region()
+    for _ in range(20):
+        control.measured(found(0.5), 0.01, 0.5)
+    assert control.radius == FLOOR
+    assert control.at_floor
+    control.measured(found(0.005), FLOOR, 0.5)
+    assert not control.at_floor
+    assert control.radius == 2 * FLOOR
+
+
+def test_radius_has_no_floor_where_the_subspace_leads():
+    control = region()
+    for _ in range(20):
+        control.measured(found(0.5), 0.5, 0.01)
+    assert control.radius == pytest.approx(0.5**20)
+
+
+def test_prediction_is_calibrated_by_measurements():
+    control = region()
+    assert math.isnan(control.predict(1.0))
+    for raw in (0.1, 0.2, 0.4):
+        control.measured(found(0.05 * raw), raw, 0.0)
+    assert control.predict(2.0) == pytest.approx(0.1)
+    assert control.measured(found(0.02), 0.4, 0.0).predicted == pytest.approx(0.02)
+
+
+def test_a_change_of_unit_forgets_the_old_pairs():
+    control = region()
+    control.measured(found(0.5), 1.0, 0.0)
+    control.measured(found(0.003, "nats"), 1.0, 0.0)
+    assert control.predict(1.0) == pytest.approx(0.003)
+
+
+def test_nats_have_their_own_budget():
+    control = region()
+    control.measured(found(0.02, "nats"), 1.0, 0.0)
+    assert control.radius == pytest.approx(0.5)
+
+
+def test_truth_scales_later_measurements_and_is_shrunk_toward_one():
+    control = region()
+    control.measured(found(0.04), 1.0, 0.0)
+    control.truth(0.02)
+    assert 0.5 < control.scale < 1.0
+    before = control.scale
+    for _ in range(20):
+        control.measured(found(0.04), 1.0, 0.0)
+        control.truth(0.02)
+    assert 0.5 < control.scale < before
+    assert control.measured(found(0.04), 1.0, 0.0).loss == pytest.approx(0.04 * control.scale)
+
+
+def test_a_measurement_that_is_no_number_changes_no_radius():
+    control = region()
+    control.measured(found(math.nan), 1.0, 0.0)
+    assert control.radius == 1.0
+
+
+def test_state_round_trip():
+    control = region()
+    control.measured(found(0.03), 1.0, 0.2)
+    assert TrustRegion(**control.state()) == control
