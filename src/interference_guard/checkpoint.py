@@ -8,6 +8,7 @@ taken over.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,7 +118,8 @@ def save(guard: Guard, directory: Path) -> None:
         ) from error
     finally:
         for path in temporary:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def load(guard: Guard, directory: Path) -> None:

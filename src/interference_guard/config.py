@@ -64,7 +64,7 @@ class GuardConfig:
         default=3, metadata={"help": "Cyclic passes of the projection when several domains are protected."}
     )
     retain: int = field(
-        default=64, metadata={"help": "Latest completions kept per domain to measure interference on."}
+        default=128, metadata={"help": "Latest completions kept per domain to measure interference on."}
     )
     probe_steps: int = field(
         default=20,

@@ -209,7 +209,8 @@ def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues = S.square()
     eigenvalues = torch.where(eigenvalues > noise, eigenvalues, 0.0)
     U = torch.where((eigenvalues > 0).unsqueeze(-2), U, 0.0)
-    return U.float(), (eigenvalues * norm.squeeze(-1)).float()
+    # A state that was saved and loaded is contiguous; another layout would round differently.
+    return U.float().contiguous(), (eigenvalues * norm.squeeze(-1)).float()
 
 
 def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

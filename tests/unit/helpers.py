@@ -1,0 +1,87 @@
+"""A toy policy with rewards, small enough to run hundreds of guarded steps in a test."""
+
+import torch
+from torch import nn
+
+from interference_guard import Completions, Guard, GuardConfig, GuardedOptimizer
+
+VOCABULARY = 12
+
+
+class Toy(nn.Module):
+    """Next-token logits from the last token, through one hidden layer."""
+
+    def __init__(self, seed=0, hidden=16):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(VOCABULARY, hidden)
+        self.mlp = nn.ModuleDict(
+            {
+                "up_proj": nn.Linear(hidden, 2 * hidden, bias=False),
+                "down_proj": nn.Linear(2 * hidden, hidden, bias=False),
+            }
+        )
+        self.norm = nn.LayerNorm(hidden)
+        self.lm_head = nn.Linear(hidden, VOCABULARY, bias=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        x = x + self.mlp["down_proj"](torch.tanh(self.mlp["up_proj"](x)))
+        return self.lm_head(self.norm(x))
+
+
+# Domains share their prompts' tokens and want different answers: they conflict through all weights.
+PROMPTS = {"math": (0, 1, 2, 3), "code": (4, 5, 6, 7), "qa": (8, 9, 10, 11)}
+
+
+def wanted(domain, prompts):
+    shift = {"math": 1, "code": 5, "qa": 3}[domain]
+    return (prompts * 7 + shift) % VOCABULARY
+
+
+def rollout(model, domain, rows=32, seed=0):
+    """Completions of one token, reward 1 for the wanted one."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.tensor(PROMPTS[domain])[torch.randint(4, (rows,), generator=generator)]
+    with torch.no_grad():
+        p = torch.softmax(model(prompts.unsqueeze(1))[:, 0].float(), -1)
+    answers = torch.multinomial(p, 1, generator=generator).squeeze(1)
+    ids = torch.stack([prompts, answers], 1)
+    mask = torch.tensor([[0, 1]]).expand(rows, 2)
+    return Completions(ids, torch.ones_like(ids), mask, (answers == wanted(domain, prompts)).float())
+
+
+def pass_rate(model, domain):
+    """Exact expected reward."""
+    prompts = torch.tensor(PROMPTS[domain])
+    with torch.no_grad():
+        p = torch.softmax(model(prompts.unsqueeze(1))[:, 0].float(), -1)
+    return float(p.gather(1, wanted(domain, prompts).unsqueeze(1)).mean())
+
+
+def policy_gradient(model, rows):
+    logits = model(rows.input_ids[:, :1])[:, 0].float()
+    advantages = rows.rewards - rows.rewards.mean()
+    return -(advantages * torch.log_softmax(logits, -1).gather(1, rows.input_ids[:, 1:]).squeeze(1)).mean()
+
+
+CONFIG = GuardConfig(rank=8, sketch=12, residual=4, probe_steps=5)
+
+
+def train(model, guard, optimizer, domains, start=0, after=lambda step: None):
+    """One step for each domain named, with everything a host does."""
+    for step, domain in enumerate(domains, start):
+        rows = rollout(model, domain, seed=1000 + step)
+        with guard.domain(domain):
+            guard.retain(domain, rows)
+            policy_gradient(model, rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.probe()
+        after(step)
+
+
+def guarded(seed=0, rate=0.02, config=CONFIG, dtype=torch.float32, make=torch.optim.AdamW):
+    model = Toy(seed).to(dtype)
+    guard = Guard(model, config)
+    return model, guard, GuardedOptimizer(make(model.parameters(), lr=rate), guard)

@@ -1,0 +1,259 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from tests.unit.helpers import CONFIG, Toy, guarded, pass_rate, policy_gradient, rollout, train
+
+from interference_guard import (
+    Completions,
+    Guard,
+    GuardConfig,
+    MissingDomainError,
+    ShapeError,
+    UnknownDomainError,
+    UnsupportedError,
+)
+from interference_guard.metrics import METRICS, expand
+
+ORDER = ["math"] * 40 + ["code"] * 40 + ["qa"] * 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_earlier_domains_keep_their_reward(seed):
+    final = {}
+    for project in (False, True):
+        model, guard, optimizer = guarded(seed, config=dataclasses.replace(CONFIG, project=project))
+        own = {}
+
+        def note(step, model=model, own=own):
+            own[ORDER[step]] = pass_rate(model, ORDER[step])
+
+        train(model, guard, optimizer, ORDER, after=note)
+        assert own["math"] > 0.9
+        final[project] = own["math"] - pass_rate(model, "math")
+    assert final[False] > 0.15, "the plain run must forget"
+    assert final[True] < 0.06
+
+
+def test_anchors_follow_the_order_of_domains():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 3)
+    assert guard.protected == ()
+    train(model, guard, optimizer, ["code"], start=3)
+    assert guard.domains["math"].anchored
+    assert not guard.domains["code"].anchored
+    guard.begin({"code": 1.0})
+    assert guard.protected == ("math",)
+    train(model, guard, optimizer, ["math"], start=4)
+    assert not guard.domains["math"].anchored
+    assert guard.domains["code"].anchored
+    guard.begin({"qa": 1.0})
+    train(model, guard, optimizer, ["qa"], start=5)
+    assert set(guard.domains) == {"math", "code", "qa"}
+    assert guard.domains["math"].foreign_steps == 1
+    assert guard.domains["code"].foreign_steps == 2
+
+
+def test_small_shares_stay_protected():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 2 + ["code"] * 2)
+    guard.begin({"code": 99, "math": 1})
+    assert guard.active == ("code",)
+    assert guard.protected == ("math",)
+    guard.begin({"code": 50, "math": 50})
+    assert guard.active == ("code", "math")
+    assert guard.protected == ()
+    many = Guard(Toy(), GuardConfig(active_share=0.5))
+    many.begin({"a": 1, "b": 1, "c": 1})
+    assert many.active == ("a", "b", "c")
+
+
+def test_a_step_without_usable_gradients_leaves_no_anchor():
+    model, guard, optimizer = guarded()
+    with guard.domain("math"):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    train(model, guard, optimizer, ["code"])
+    assert not guard.domains["math"].anchored
+    assert guard.domains["code"].own_steps == 1
+
+
+def test_an_empty_probe_costs_no_forward_pass():
+    model, guard, optimizer = guarded()
+    calls = []
+
+    def policy(rows):
+        calls.append(len(rows))
+        return torch.zeros(rows.input_ids.shape)
+
+    guard.policy = policy
+    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 11)
+    # Scores at the anchor, then after foreign steps 1, 2, 4, 5 and 10.
+    assert len(calls) == 6
+    assert max(calls) <= guard.config.retain
+
+
+def test_measurement_is_near_the_true_loss():
+    errors = []
+    for seed in range(5):
+        model, guard, optimizer = guarded(
+            seed, rate=0.004, config=dataclasses.replace(CONFIG, project=False, retain=256)
+        )
+        train(model, guard, optimizer, ["math"] * 60)
+        before = pass_rate(model, "math")
+        train(model, guard, optimizer, ["code"] * 12, start=60)
+        found = guard.measure("math")
+        errors.append(found.loss - (before - pass_rate(model, "math")))
+    assert abs(sum(errors) / len(errors)) < 0.05
+
+
+def test_evaluations_correct_the_measurements():
+    model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, project=False))
+    train(model, guard, optimizer, ["math"] * 40)
+    guard.calibrate("math", 0.9)
+    train(model, guard, optimizer, ["code"] * 20, start=40)
+    plain = guard.measure("math").loss
+    guard.calibrate("math", 0.9 - 0.5 * plain)
+    region = guard.domains["math"].region
+    assert region.scale == pytest.approx(0.5, abs=0.2)
+    assert guard.measure("math").loss == pytest.approx(plain * region.scale, rel=1e-6)
+    assert guard.metrics()["guard/math/forgetting"] == pytest.approx(0.5 * plain)
+    with pytest.raises(UnknownDomainError, match="'poetry' has no anchor"):
+        guard.calibrate("poetry", 0.5)
+
+
+def test_metrics_are_the_documented_ones_and_bounded():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 5 + ["code"] * 5 + ["qa"] * 5)
+    found = guard.metrics()
+    allowed = set(expand(guard.domains))
+    assert set(found) <= allowed
+    for name in ("predicted", "measured", "kl", "radius", "reward", "forgetting", "protected_share"):
+        assert f"guard/math/{name}" in found
+    for name in ("guard/update_kept", "guard/overlap/code_math", "guard/seconds"):
+        assert name in found
+    assert all(isinstance(value, float) and math.isfinite(value) for value in found.values())
+    assert 0 < found["guard/update_kept"] <= 1
+    assert all(METRICS.values())
+    again = guard.metrics()
+    assert "guard/math/reward" not in again
+
+
+def test_domains_must_be_named():
+    model, guard, optimizer = guarded()
+    policy_gradient(model, rollout(model, "math")).backward()
+    with pytest.raises(MissingDomainError, match=r"no domain is set.*guard\.domain"):
+        optimizer.step()
+    for shares, message in (
+        ({}, "names one"),
+        ({"math": 0.0}, "names one"),
+        ({"": 1.0}, "non-empty string"),
+        ({3: 1.0}, "non-empty string"),
+        ({"math": -1.0}, "has share -1.0"),
+        ({"math": math.nan}, "has share nan"),
+    ):
+        with pytest.raises(MissingDomainError, match=message):
+            guard.begin(shares)
+
+
+def test_domains_without_an_anchor_cannot_be_asked_for():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 2)
+    for call in (guard.measure, guard.raw, guard.predicted):
+        with pytest.raises(UnknownDomainError, match=r"'math' has no anchor\. Known domains: \['math'\]"):
+            call("math")
+        with pytest.raises(UnknownDomainError, match="'poetry' has no anchor"):
+            call("poetry")
+
+
+def test_a_domain_without_completions_is_warned_about():
+    model, guard, optimizer = guarded()
+    for domain in ("math", "code"):
+        with guard.domain(domain):
+            policy_gradient(model, rollout(model, domain)).backward()
+            if domain == "code":
+                with pytest.warns(UserWarning, match="No completions of domain 'math'"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    with pytest.raises(UnknownDomainError, match="no retained completions"):
+        guard.measure("math")
+    assert guard.probe() == {}
+
+
+class Dora(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora_magnitude_vector = torch.nn.Parameter(torch.ones(3))
+
+
+def test_models_that_cannot_be_guarded_are_refused():
+    packed = torch.nn.Linear(3, 3)
+    packed.weight = torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.uint8), requires_grad=False)
+    packed.weight.quant_state = object()
+    Guard(packed)  # frozen packed weights are how QLoRA trains
+    loose = torch.nn.Linear(3, 3)
+    loose.weight.quant_state = object()
+    frozen = torch.nn.Linear(3, 3).requires_grad_(False)
+    for model, message in (
+        (Dora(), "uses DoRA"),
+        (loose, "packed low-bit weights"),
+        (frozen, "no trainable parameter"),
+        (torch.nn.Linear(3, 3, device="meta"), "not loaded"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            Guard(model)
+
+
+def test_a_guard_follows_to_the_same_model_elsewhere():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 3)
+    other = Toy(5)
+    other.load_state_dict(model.state_dict())
+    before = guard.raw("math")
+    guard.bind(other)
+    assert guard.raw("math") == before
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert guard.raw("math") == before
+    with pytest.raises(ShapeError, match="2 differ|differ, for instance"):
+        guard.bind(torch.nn.Linear(3, 3))
+    assert guard.raw("math") == before
+
+
+@pytest.mark.parametrize("selection", ["energy", "edits", "random"])
+def test_only_protected_units_are_moved_back(selection):
+    config = dataclasses.replace(CONFIG, coverage=0.5, selection=selection)
+    model, guard, optimizer = guarded(config=config)
+    train(model, guard, optimizer, ["math"] * 10 + ["code"] * 10)
+    state = guard.domains["math"]
+    assert 0 < state.protected_set.share < 1
+    guard.begin({"code": 1.0})
+    state.radius.fill_(1e-6)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    guard.after_step()
+    moved = {
+        name: (new - old).abs()
+        for (name, new), old in zip(model.named_parameters(), before, strict=True)
+    }
+    for name, mask in state.protected_set.masks.items():
+        by_unit = guard.layout.views[name].view(moved[name].detach()).amax(-1)
+        assert by_unit[~mask].sum() == 0
+    assert sum(change.sum() for change in moved.values()) > 0
+
+
+def test_retained_rows_are_the_latest_and_copies():
+    model, guard, _ = guarded(config=dataclasses.replace(CONFIG, retain=10))
+    ids = torch.arange(24).reshape(12, 2) % 12
+    rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids), torch.arange(12.0))
+    guard.retain("math", rows)
+    guard.retain("math", rows.rows(slice(0, 3)))
+    kept = guard.domains["math"].latest(10)
+    assert kept.rewards.tolist() == [5, 6, 7, 8, 9, 10, 11, 0, 1, 2]
+    rows.rewards.zero_()
+    assert kept.rewards.tolist()[0] == 5
+    assert guard.domains["math"].span == (0.0, 11.0)
