@@ -250,7 +250,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         """Give the evaluation's true rewards to the guard, domain by domain."""
         found, self._evaluated = self._evaluated, {}
         for name, rewards in found.items():
-            self._guard().calibrate(name, sum(rewards) / len(rewards))
+            # A domain that has not been trained yet has nothing to keep.
+            if name in self._guard().domains:
+                self._guard().calibrate(name, sum(rewards) / len(rewards))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a state file that could not be written; the trainer's checkpoint is complete by now."""

@@ -248,6 +248,7 @@ class Guard:
             state.curvature.observe(batch)
             state.own_steps += 1
             state.since_refresh += 1
+            state.evaluated = False
             state.anchored = False
         self._clock("observe", started)
 
@@ -351,8 +352,9 @@ class Guard:
     def calibrate(self, domain: str, reward: float) -> None:
         """Tell the true mean reward of a domain under the present weights, from an evaluation.
 
-        While the domain is trained, or before another one has taken a step, it becomes the reward at the
-        anchor. After that it corrects the scale of the domain's measurements.
+        Between the domain's last own step and the first foreign one it is the reward at the anchor. After
+        that it corrects the scale of the domain's measurements; without one at the anchor, the first counts
+        as right and later ones are compared with it.
 
         Raises:
             UnknownDomainError: If the guard has never seen the domain.
@@ -367,10 +369,14 @@ class Guard:
             return
         state.true_reward = reward
         span = state.span
-        # A reward from training rows and one from an evaluation are on different rows: not comparable.
-        if state.evaluated and span is not None and state.retained is not None:
-            self.measure(domain)
+        if span is None or state.retained is None:
+            return
+        loss = self.measure(domain).loss
+        if state.evaluated:
             state.region.truth((state.anchor_reward - reward) / (span[1] - span[0]))
+        else:
+            # The retained rows' rewards are of other prompts than the evaluation's.
+            state.anchor_reward, state.evaluated = reward + loss * (span[1] - span[0]), True
 
     def predicted(self, domain: str) -> float:
         """Calibrated prediction of a domain's interference under the present weights.

@@ -1,0 +1,86 @@
+"""Real trainers over a tiny Qwen3, in seconds."""
+
+import torch
+from datasets import Dataset
+from tests.docs.preludes import small_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+
+from interference_guard import GuardConfig
+
+CONFIG = GuardConfig(rank=4, sketch=8, residual=4, probe_steps=2, retain=16)
+COMMON = {
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+}
+_FOLDERS = {}
+
+
+def model_and_words(folder):
+    if folder not in _FOLDERS:
+        _FOLDERS[folder] = small_model(folder)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def rows(blocks, column="domain"):
+    """One row per prompt; `blocks` is a list of (domain, rows)."""
+    found = []
+    for domain, count in blocks:
+        for index in range(count):
+            prompt = f"{index % 7} + {index % 3} =" if domain == "math" else f"reverse {'abc'[index % 3]} a"
+            found.append({"prompt": prompt, "answer": "1" if domain == "math" else "a", column: domain})
+    return Dataset.from_list(found)
+
+
+def reward(completions, answer, **columns):
+    return [float(right in text) + 0.01 * len(text) for text, right in zip(completions, answer, strict=True)]
+
+
+def online(kind, tmp_path, dataset, model=None, peft=None, evaluation=None, **options):
+    """A GRPO or RLOO trainer; one step is 2 prompts with 2 completions each, unless told otherwise."""
+    start, words = model_and_words(tmp_path / "model")
+    make_args, make = (GRPOConfig, GRPOTrainer) if kind == "grpo" else (RLOOConfig, RLOOTrainer)
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 3,
+        "shuffle_dataset": False,
+        "max_steps": 6,
+        **COMMON,
+        **options,
+    }
+    return make(
+        model if model is not None else start,
+        reward,
+        args=make_args(**settings),
+        train_dataset=dataset,
+        eval_dataset=evaluation,
+        processing_class=words,
+        peft_config=peft,
+    )
+
+
+def supervised(tmp_path, dataset, **options):
+    start, words = model_and_words(tmp_path / "model")
+    args = SFTConfig(
+        output_dir=str(tmp_path / "sft"), per_device_train_batch_size=2, max_steps=6, **(COMMON | options)
+    )
+    return SFTTrainer(start, args=args, train_dataset=dataset, processing_class=words)
+
+
+def weights(trainer):
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

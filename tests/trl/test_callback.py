@@ -1,0 +1,392 @@
+
+import pytest
+import torch
+from peft import LoraConfig
+from tests.trl.host import CONFIG, model_and_words, online, rows, same, supervised, weights
+from transformers import TrainerCallback
+
+from interference_guard import (
+    GuardConfig,
+    HostError,
+    MissingDomainError,
+    ShapeError,
+    StateError,
+    UnsupportedError,
+)
+from interference_guard.checkpoint import DETAILS, TENSORS
+from interference_guard.integrations.trl import InterferenceGuardCallback
+from interference_guard.metrics import expand
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+TWO_PHASES = [("math", 6), ("code", 6)]
+
+
+def guarded(trainer, config=CONFIG):
+    callback = InterferenceGuardCallback(trainer, config)
+    trainer.add_callback(callback)
+    return callback
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_one_ordered_dataset(kind, tmp_path):
+    trainer = online(kind, tmp_path, rows(TWO_PHASES))
+    callback = guarded(trainer)
+    trainer.train()
+    guard = callback.guard
+    assert guard.steps == 6
+    assert guard.domains["math"].anchored
+    assert guard.domains["math"].foreign_steps == 3
+    assert guard.domains["code"].own_steps == 3
+    assert len(guard.domains["math"].retained) == 12
+    assert guard.domains["math"].retained.rewards.std() > 0
+    inside, _ = guard.interference()["math"]
+    assert inside <= guard.domains["math"].radius.item() * (1 + 1e-3)
+    assert guard.domains["math"].measurement.ratio == "sequence"
+    logged = {name for line in trainer.state.log_history for name in line if name.startswith("guard/")}
+    assert logged <= set(expand(["code", "math"]))
+    for name in ("predicted", "measured", "kl", "radius", "reward", "length", "forgetting"):
+        assert f"guard/math/{name}" in logged
+    rewards = [line["guard/math/reward"] for line in trainer.state.log_history if "guard/math/reward" in line]
+    assert len(rewards) == 3
+
+
+def test_scores_at_the_anchor_are_those_of_the_policy(tmp_path):
+    # The anchor's log-probabilities, by the trainer's own function, equal a plain forward pass.
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), temperature=0.7)
+    callback = guarded(trainer)
+    found = {}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            found[state.global_step] = weights(trainer)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    state = callback.guard.domains["math"]
+    model, _ = model_and_words(tmp_path / "model")
+    model.load_state_dict(found[3], strict=False)
+    retained = state.retained
+    with torch.no_grad():
+        logits = model(input_ids=retained.input_ids, attention_mask=retained.attention_mask).logits / 0.7
+    scores = torch.log_softmax(logits[:, :-1], -1).gather(-1, retained.input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    expected = torch.nn.functional.pad(scores, (1, 0)) * retained.completion_mask
+    torch.testing.assert_close(state.anchor_scores, expected, rtol=1e-4, atol=1e-5)
+    assert retained.completion_mask.sum() > 0
+
+
+def test_rewards_stay_with_their_completions(tmp_path):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+    callback = guarded(trainer)
+    trainer.train()
+    _, words = model_and_words(tmp_path / "model")
+    kept = callback.guard.domains["math"].retained
+    for ids, mask, value in zip(kept.input_ids, kept.completion_mask, kept.rewards, strict=True):
+        text = words.decode(ids[mask.bool()], skip_special_tokens=True)
+        assert value.item() == pytest.approx(float("1" in text) + 0.01 * len(text), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_disabled_is_bit_identical(kind, tmp_path):
+    plain = online(kind, tmp_path, rows(TWO_PHASES))
+    plain.train()
+    watched = online(kind, tmp_path, rows(TWO_PHASES))
+    guarded(watched, GuardConfig(enabled=False))
+    watched.train()
+    assert same(weights(plain), weights(watched))
+    assert [line.keys() for line in plain.state.log_history] == [line.keys() for line in watched.state.log_history]
+
+
+def test_one_domain_alone_is_bit_identical(tmp_path):
+    plain = online("grpo", tmp_path, rows([("math", 12)]))
+    plain.train()
+    watched = online("grpo", tmp_path, rows([("math", 12)]))
+    guarded(watched)
+    watched.train()
+    assert same(weights(plain), weights(watched))
+
+
+ACCUMULATION = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+SHAPES = {
+    "plain": {},
+    "accumulated": ACCUMULATION,
+    "several steps a generation": {"steps_per_generation": 2, "generation_batch_size": None},
+    "several iterations": {**ACCUMULATION, "num_iterations": 2},
+}
+
+
+# Inside a generation batch TRL itself generates anew when it resumes, so those stop at its ends.
+STOPS = [(shape, stop) for shape in SHAPES for stop in ((2, 4) if "several" in shape else (2, 3, 5))]
+
+
+@pytest.mark.parametrize(("shape", "stop"), STOPS)
+def test_resume_is_bit_identical(shape, stop, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": 1, **SHAPES[shape]}
+    data = rows([("math", 8), ("code", 8), ("math", 8)])
+    whole = online("grpo", tmp_path, data, **options)
+    guarded(whole)
+    whole.train()
+
+    first = online("grpo", tmp_path / "b", data, **options)
+    guarded(first)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == stop
+
+    first.add_callback(Stop())
+    first.train()
+    resumed = online("grpo", tmp_path / "b", data, **options)
+    callback = guarded(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert callback.guard.steps == 6
+    assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_step_knows_its_domains(shape, tmp_path):
+    trainer = online("grpo", tmp_path, rows([("math", 4), ("code", 4), ("math", 4), ("code", 4)]), **SHAPES[shape])
+    callback = guarded(trainer)
+    seen = []
+    begin = callback.guard.begin
+    callback.guard.begin = lambda shares: (seen.append(dict(shares)), begin(shares))
+    trainer.train()
+    assert len(seen) == 6
+    if shape != "several steps a generation":
+        assert all(len(shares) == 1 for shares in seen)
+        assert all(sum(shares.values()) == 4 for shares in seen)
+    assert {name for shares in seen for name in shares} == {"math", "code"}
+
+
+def test_mixed_batches_count_rows(tmp_path):
+    data = rows([("math", 1), ("code", 1)] * 6)
+    trainer = online("grpo", tmp_path, data, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    callback = guarded(trainer)
+    seen = []
+    begin = callback.guard.begin
+    callback.guard.begin = lambda shares: (seen.append(dict(shares)), begin(shares))
+    trainer.train()
+    assert seen == [{"math": 2, "code": 2}] * 6
+    assert callback.guard.protected == ()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_lora(kind, tmp_path):
+    trainer = online(kind, tmp_path, rows(TWO_PHASES), peft=LoraConfig(r=4, target_modules="all-linear"))
+    callback = guarded(trainer)
+    trainer.train()
+    assert all("lora" in name for name in callback.guard.layout.views)
+    inside, _ = callback.guard.interference()["math"]
+    assert inside <= callback.guard.domains["math"].radius.item() * (1 + 1e-3)
+
+
+def test_supervised_training_uses_its_labels(tmp_path):
+    data = rows(TWO_PHASES).map(lambda row: {"completion": " " + row["answer"]}, remove_columns="answer")
+    trainer = supervised(tmp_path, data, train_sampling_strategy="sequential")
+    callback = guarded(trainer)
+    trainer.train()
+    state = callback.guard.domains["math"]
+    assert state.anchored
+    assert state.measurement.ratio == "nats"
+    assert state.retained.rewards is None
+    assert state.retained.completion_mask.sum() > 0
+    inside, _ = callback.guard.interference()["math"]
+    assert inside <= state.radius.item() * (1 + 1e-3)
+    callback.detach()
+
+
+def test_one_trainer_a_phase(tmp_path):
+    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=3)
+    callback = InterferenceGuardCallback(config=CONFIG)
+    assert callback.attach(first) is callback
+    first.train()
+    assert not callback.guard.domains["math"].anchored
+    second = online("grpo", tmp_path, rows([("code", 6)]), model=first.model, max_steps=3)
+    callback.attach(second)
+    second.train()
+    assert callback.guard.steps == 6
+    assert callback.guard.domains["math"].foreign_steps == 3
+    # The first trainer is as it was.
+    assert not any(name in vars(first) for name in ("log", "_prepare_inputs", "_calculate_rewards"))
+    assert not any(isinstance(item, InterferenceGuardCallback) for item in first.callback_handler.callbacks)
+
+
+def test_one_trainer_a_phase_with_saved_state(tmp_path):
+    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=3)
+    callback = guarded(first)
+    first.train()
+    first.save_model(str(tmp_path / "phase"))
+    callback.guard.save(tmp_path / "phase")
+    second = online("grpo", tmp_path, rows([("code", 6)]), model=str(tmp_path / "phase"), max_steps=3)
+    again = guarded(second)
+    again.guard.load(tmp_path / "phase")
+    second.train()
+    assert again.guard.domains["math"].foreign_steps == 3
+
+
+def test_evaluations_reach_the_guard_by_domain(tmp_path):
+    evaluation = rows([("math", 4), ("code", 2)])
+    trainer = online(
+        "grpo", tmp_path, rows(TWO_PHASES), evaluation=evaluation,
+        eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=2,
+    )
+    callback = guarded(trainer)
+    heard = []
+    calibrate = callback.guard.calibrate
+    callback.guard.calibrate = lambda name, value: (heard.append((name, value)), calibrate(name, value))
+    trainer.train()
+    # Before its first own step a domain has nothing to compare with.
+    assert [name for name, _ in heard] == ["math", "math", "code"]
+    state = callback.guard.domains["math"]
+    assert state.evaluated
+    assert state.anchor_reward == heard[0][1]
+    assert state.true_reward == heard[1][1]
+    totals = [line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line]
+    assert (4 * heard[1][1] + 2 * heard[2][1]) / 6 == pytest.approx(totals[1], abs=1e-5)
+
+
+class TestRefusals:
+    def test_unknown_column(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES, column="subject"))
+        with pytest.raises(HostError, match=r"no column 'domain'; it has .*'subject'.*domain_column"):
+            InterferenceGuardCallback(trainer, CONFIG)
+        InterferenceGuardCallback(trainer, GuardConfig(domain_column="subject")).detach()
+
+    @pytest.mark.parametrize("bad", [None, ""])
+    def test_row_without_a_domain(self, tmp_path, bad):
+        data = rows(TWO_PHASES)
+        names = data["domain"][:]
+        names[7] = bad
+        trainer = online("grpo", tmp_path, data.remove_columns("domain").add_column("domain", names))
+        before = dict(vars(trainer))
+        with pytest.raises(MissingDomainError, match=r"Row 7 has domain=.*: every row needs.*reverse"):
+            InterferenceGuardCallback(trainer, CONFIG)
+        assert vars(trainer) == before
+
+    def test_streamed_row_without_a_domain(self, tmp_path):
+        data = rows([("math", 4)]).to_list()
+        data[1]["domain"] = None
+        from datasets import Dataset
+
+        trainer = online("grpo", tmp_path, Dataset.from_list(data).to_iterable_dataset())
+        guarded(trainer)
+        with pytest.raises(MissingDomainError, match="has domain=None"):
+            trainer.train()
+
+    def test_dora(self, tmp_path):
+        peft = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), peft=peft)
+        before = dict(vars(trainer))
+        with pytest.raises(UnsupportedError, match="uses DoRA"):
+            InterferenceGuardCallback(trainer, CONFIG)
+        assert vars(trainer) == before
+
+    def test_another_model_in_the_next_phase(self, tmp_path):
+        first = online("grpo", tmp_path, rows([("math", 6)]))
+        callback = guarded(first)
+        second = online("grpo", tmp_path, rows([("code", 6)]), peft=LoraConfig(r=4, target_modules=["q_proj"]))
+        with pytest.raises(ShapeError, match="other trainable parameters"):
+            callback.attach(second)
+        assert "log" in vars(first)
+        assert "log" not in vars(second)
+
+    def test_missing_seam(self, tmp_path, monkeypatch):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        monkeypatch.setattr(type(trainer), "_calculate_rewards", None)
+        with pytest.raises(HostError, match="no method '_calculate_rewards', which the guard needs"):
+            InterferenceGuardCallback(trainer, CONFIG)
+
+    def test_no_trainer(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        trainer.add_callback(InterferenceGuardCallback(config=CONFIG))
+        with pytest.raises(HostError, match=r"Call attach\(trainer\)"):
+            trainer.train()
+
+
+class TestSaving:
+    OPTIONS = {"save_strategy": "steps", "save_steps": 4}
+
+    def saved(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **self.OPTIONS)
+        callback = guarded(trainer)
+        trainer.train()
+        return callback, tmp_path / "run" / "checkpoint-4"
+
+    def test_a_full_disk_leaves_the_hosts_checkpoint_whole(self, tmp_path, monkeypatch):
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        plain = online("grpo", tmp_path / "plain", rows(TWO_PHASES), **self.OPTIONS)
+        plain.train()
+        monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
+        with pytest.raises(StateError, match="No space left on device"):
+            self.saved(tmp_path)
+        theirs = {path.name for path in (tmp_path / "plain" / "run" / "checkpoint-4").iterdir()}
+        mine = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
+        assert mine == theirs
+
+    def test_the_state_lies_beside_the_checkpoint(self, tmp_path):
+        callback, folder = self.saved(tmp_path)
+        assert (folder / DETAILS).is_file()
+        assert (folder / TENSORS).is_file()
+        assert (folder / "optimizer.pt").is_file()
+
+    @pytest.mark.parametrize(
+        ("harm", "message"),
+        [
+            (lambda folder: (folder / DETAILS).unlink(), "does not exist"),
+            (lambda folder: (folder / TENSORS).write_bytes(b"short"), "is damaged"),
+        ],
+    )
+    def test_resuming_without_a_whole_state_is_refused(self, tmp_path, harm, message):
+        _, folder = self.saved(tmp_path)
+        harm(folder)
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **self.OPTIONS)
+        guarded(trainer)
+        with pytest.raises(StateError, match=message):
+            trainer.train(resume_from_checkpoint=str(folder))
+
+    def test_state_of_another_model_is_refused(self, tmp_path):
+        _, folder = self.saved(tmp_path)
+        peft = LoraConfig(r=4, target_modules=["q_proj"])
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), peft=peft)
+        callback = guarded(trainer)
+        with pytest.raises(StateError, match="of another model"):
+            callback.guard.load(folder)
+
+
+def test_detach_leaves_nothing(tmp_path):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+    before = dict(vars(trainer))
+    callbacks = list(trainer.callback_handler.callbacks)
+    callback = guarded(trainer)
+    assert vars(trainer) != before
+    callback.detach()
+    assert vars(trainer) == before
+    assert trainer.callback_handler.callbacks == callbacks
+    trainer.train()
+    assert callback.guard.steps == 0
+
+
+def test_a_crash_leaves_hooks_that_the_next_run_replaces(tmp_path):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+    callback = guarded(trainer)
+
+    class Crash(TrainerCallback):
+        on = True
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.on:
+                raise KeyboardInterrupt
+
+    crash = Crash()
+    trainer.add_callback(crash)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    crash.on = False
+    trainer.train()
+    assert callback.guard.steps == 1 + 6
+    inner = trainer.optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    assert not inner._optimizer_step_pre_hooks
+    assert not inner._optimizer_step_post_hooks
