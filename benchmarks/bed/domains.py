@@ -18,10 +18,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "count_bits": {"min_n": 1, "max_n": 255},
     "spell_backward": {"min_word_len": 3, "max_word_len": 3},
     "caesar_cipher": {"min_words": 1, "max_words": 1, "min_rotation": 1, "max_rotation": 1},
-    "letter_counting": {"min_words": 1, "max_words": 1},
     "count_primes": {"min_n": 1, "max_n": 30},
 }
-NAMES = tuple(SETTINGS)
+# The order of training; the last one is followed by nothing.
+ORDER = (
+    "spell_backward",
+    "products",
+    "gcd",
+    "caesar_cipher",
+    "lcm",
+    "count_bits",
+    "chain_sum",
+    "count_primes",
+)
 
 
 def rows(domain: str, count: int, seed: int) -> list[dict[str, str]]:

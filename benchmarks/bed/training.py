@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PrinterCallback, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from interference_guard import GuardConfig
@@ -42,13 +42,13 @@ class Run:
     rate: float
     seed: int
     order: tuple[str, ...]
-    steps: int = 100
+    steps: int = 60
     guard: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """What came out; pass rates are sampled on rows no run trains on.
+    """What came out; pass rates are sampled on rows drawn apart from those trained on.
 
     Args:
         run: The run.
@@ -58,6 +58,7 @@ class Result:
         start: Pass rate of the warm start.
         seconds: Wall-clock time of training without evaluations.
         guard_seconds: Time of the guard by part.
+        phases: Per phase: its seconds without evaluations, and the guard's by part.
         metrics: The guard's metrics by step.
         pairs: With `"observed"`: step, domain, raw prediction and measured loss.
     """
@@ -69,6 +70,7 @@ class Result:
     start: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     guard_seconds: dict[str, float] = field(default_factory=dict)
+    phases: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     pairs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -91,12 +93,32 @@ class Result:
 
 class _Evaluate(TrainerCallback):  # type: ignore[misc]
     def __init__(
-        self, words: PreTrainedTokenizerFast, tests: Mapping[str, Any], every: int, result: Result, watch: Watch
+        self,
+        words: PreTrainedTokenizerFast,
+        tests: Mapping[str, Any],
+        every: int,
+        result: Result,
+        watch: Watch,
+        guard: InterferenceGuardCallback | None,
     ) -> None:
         self.words, self.tests, self.every, self.result, self.watch = words, tests, every, result, watch
+        self.guard = guard
         self.seconds = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+        self.before: tuple[float, dict[str, float]] = (0.0, {})
+
+    def _phase(self) -> None:
+        seconds = time.perf_counter() - self.started - self.seconds
+        guard = dict(self.guard.guard.seconds) if self.guard is not None and self.guard.guard else {}
+        parts = {name: value - self.before[1].get(name, 0.0) for name, value in guard.items()}
+        self.result.phases.append({"seconds": seconds - self.before[0], "guard": parts})
+        self.before = (seconds, guard)
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.result.run["steps"] == 0:
+            self._phase()
         if state.global_step % self.every == 0:
             started = time.perf_counter()
             rates = policy.pass_rates(model, self.words, self.tests, longest=LONGEST)
@@ -145,7 +167,7 @@ def prepare(order: Sequence[str], seed: int) -> tuple[Any, PreTrainedTokenizerFa
     return student, words
 
 
-def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int = 25) -> Result:
+def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int = 20) -> Result:
     """Run it.
 
     Args:
@@ -200,9 +222,9 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
             trainer.add_callback(guard)
         if guard is not None and run.method == "observed":
             trainer.add_callback(_Pairs(guard, 10, result))
-        evaluate = _Evaluate(words, tests, every, result, watch)
+        evaluate = _Evaluate(words, tests, every, result, watch, guard)
         trainer.add_callback(evaluate)
-        trainer.remove_callback("PrinterCallback") if False else None
+        trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         trainer.train()
         result.seconds = time.perf_counter() - started - evaluate.seconds

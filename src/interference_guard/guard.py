@@ -32,7 +32,7 @@ from .protection import protected_rows, span_of_edits
 from .trust_region import TrustRegion
 from .units import UnitLayout
 
-PARTS = ("observe", "anchor", "predict", "project", "probe")
+PARTS = ("retain", "observe", "anchor", "predict", "project", "probe", "metrics")
 # The first foreign steps are the ones about which least is known.
 EARLY_PROBES = (1, 2, 4)
 Reduce = Callable[[Tensor, str], Tensor]
@@ -201,6 +201,7 @@ class Guard:
         """
         if not self.enabled or not len(completions):
             return
+        started = perf_counter()
         state = self._state(domain)
         # Rows that `retain` would drop at once need not be copied.
         rows = completions.rows(slice(max(len(completions) - self.config.retain, 0), None))
@@ -213,6 +214,7 @@ class Guard:
             if len(finite):
                 state.see_rewards(finite.min().item(), finite.max().item())
                 state.rewards.add(finite.sum().item(), len(finite))
+        self._clock("retain", started)
 
     # The optimizer step
 
@@ -425,7 +427,12 @@ class Guard:
 
         Means are taken since the last call.
         """
-        return collect(self) if self.enabled else {}
+        if not self.enabled:
+            return {}
+        started = perf_counter()
+        found = collect(self)
+        self._clock("metrics", started)
+        return found
 
     def take_kept(self) -> float | None:
         """Mean of `guard/update_kept` since the last call."""

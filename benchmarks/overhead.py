@@ -1,0 +1,65 @@
+"""The guard's share of the training time on the bed, by part, for 0 to 3 protected domains.
+
+    python -m benchmarks.overhead [--seeds 0 1 2]
+
+One guarded run of four domains a seed: phase k trains with k domains protected, so each phase is measured
+against its own steps in the same run. Writes `benchmarks/results/overhead.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from .provenance import write
+
+DOMAINS = 4
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    import torch
+
+    torch.set_num_threads(1)
+    from rich.console import Console
+    from rich.table import Table
+
+    from .bed.domains import ORDER
+    from .bed.training import Run, train
+    from .forgetting import RATE
+
+    seeds: dict[int, list[dict[str, Any]]] = {}
+    for seed in options.seeds:
+        run = Run("guarded", RATE, seed, ORDER[:DOMAINS])
+        seeds[seed] = train(run, every=run.steps).phases
+        print(f"seed {seed} done", flush=True)
+    rows = []
+    for protected in range(DOMAINS):
+        phases = [phases[protected] for phases in seeds.values()]
+        steps = Run.steps * len(phases)
+        step = sum(phase["seconds"] for phase in phases) / steps
+        parts = {name: sum(phase["guard"][name] for phase in phases) / steps for name in phases[0]["guard"]}
+        rows.append(
+            {
+                "protected": protected,
+                "step_seconds": step,
+                "guard_seconds_by_part": parts,
+                "share": sum(parts.values()) / step,
+            }
+        )
+    path = write("overhead", {"rows": rows, "phases": seeds})
+    table = Table("protected", "ms a step", *rows[0]["guard_seconds_by_part"], "share", title="Guard, ms a step")
+    for row in rows:
+        parts = [f"{1e3 * value:.2f}" for value in row["guard_seconds_by_part"].values()]
+        table.add_row(str(row["protected"]), f"{1e3 * row['step_seconds']:.0f}", *parts, f"{row['share']:.1%}")
+    Console().print(table)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
