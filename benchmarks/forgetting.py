@@ -22,8 +22,8 @@ from .provenance import RESULTS, write
 RATE = 7e-4
 PLAIN_RATES = (1e-4, 2e-4, 3e-4, RATE)
 MIXED_RATES = (3e-4, RATE)
-# Small steps: the prediction is local, and a run that has lost everything says nothing about it.
-OBSERVED_RATE = 2e-4
+# The prediction is local: a run that has lost everything says nothing about it.
+OBSERVED_RATE = 3e-4
 OBSERVED_ROWS = 512
 
 
@@ -102,17 +102,31 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "average_over_plain_best_rate": guarded["average"] - best["average"],
             "last_domain_minus_plain": guarded["last"] - plain["last"],
         }
-    correlations: dict[str, list[float]] = {}
-    for run in runs:
-        for domain in {pair["domain"] for pair in run["pairs"]}:
-            pairs = [pair for pair in run["pairs"] if pair["domain"] == domain]
-            if len(pairs) >= 10:
-                found = spearman([pair["raw"] for pair in pairs], [pair["loss"] for pair in pairs])
-                correlations.setdefault(domain, []).append(found)
-    if correlations:
-        summary["spearman"] = {domain: mean(values) for domain, values in sorted(correlations.items())}
-        summary["spearman_mean"] = mean(list(summary["spearman"].values()))
+    summary |= correlations(runs)
     return summary
+
+
+def correlations(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlation of raw prediction and measurement within each domain, mean over seeds.
+
+    Over the first foreign phase, in which the displacement goes one way, and over the whole run, in which
+    several domains pull in turn; the measurement in reward and, beside it, in nats.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        steps = run["run"]["steps"]
+        for place, domain in enumerate(run["run"]["order"][:-1]):
+            pairs = [pair for pair in run["pairs"] if pair["domain"] == domain]
+            first = [pair for pair in pairs if pair["step"] <= (place + 2) * steps]
+            for span, chosen in (("first_phase", first), ("whole_run", pairs)):
+                for unit, key in (("reward", "loss"), ("nats", "kl")):
+                    if chosen:
+                        value = spearman([pair["raw"] for pair in chosen], [pair[key] for pair in chosen])
+                        found.setdefault(f"{span}_{unit}", {}).setdefault(domain, []).append(value)
+    table = {name: {domain: mean(values) for domain, values in by.items()} for name, by in found.items()}
+    if not table:
+        return {}
+    return {"spearman": table, "spearman_mean": {name: mean(list(by.values())) for name, by in table.items()}}
 
 
 def show(summary: dict[str, Any]) -> None:

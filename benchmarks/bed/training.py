@@ -221,7 +221,7 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
             guard = InterferenceGuardCallback(trainer, GuardConfig(**settings))
             trainer.add_callback(guard)
         if guard is not None and run.method == "observed":
-            trainer.add_callback(_Pairs(guard, 10, result))
+            trainer.add_callback(_Pairs(guard, 3, result))
         evaluate = _Evaluate(words, tests, every, result, watch, guard)
         trainer.add_callback(evaluate)
         trainer.remove_callback(PrinterCallback)
