@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,6 +166,16 @@ def prepare(order: Sequence[str], seed: int) -> tuple[Any, PreTrainedTokenizerFa
     # A fresh model each time: TRL binds a forward to the instance it is given.
     student.load_state_dict(_STARTS[key])
     return student, words
+
+
+def share_start(order: Sequence[str], seed: int, path: Path, save: bool) -> None:
+    """Write the warm start to a file, or take it from there instead of making it again."""
+    key = (*sorted(order), seed)
+    if save:
+        prepare(order, seed)
+        torch.save(_STARTS[key], path)
+    else:
+        _STARTS[key] = torch.load(path, weights_only=True)
 
 
 def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int = 20) -> Result:

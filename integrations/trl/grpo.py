@@ -1,0 +1,210 @@
+"""Guarded GRPO over several domains from one YAML file.
+
+    python -m interference_guard.integrations.trl.grpo --config run.yaml [--guard_budget 0.05 ...]
+
+The file holds the fields of TRL's `GRPOConfig` and `ModelConfig`, those of `GuardConfig` with the prefix
+``guard_`` (both have a ``seed``), and the domains:
+
+    domains:
+      - name: math
+        path: data/math.jsonl
+        rewards: [rewards.py:exact_match]
+        batches: 100
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any
+
+from datasets import concatenate_datasets, load_dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from interference_guard.config import GuardConfig
+from interference_guard.errors import ConfigError
+
+from .callback import InterferenceGuardCallback
+from .order import ORDERS, order_by_domain, prompts_per_generation
+from .rewards import for_domain, load
+
+PREFIX = "guard_"
+FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+GuardArguments = make_dataclass(
+    "GuardArguments",
+    [
+        (
+            PREFIX + item.name,
+            item.type,
+            field(
+                default=None if item.default is MISSING else item.default,
+                metadata={"help": f"The guard: {item.metadata['help']}"},
+            ),
+        )
+        for item in fields(GuardConfig)
+    ],
+    namespace={"__doc__": "The fields of `GuardConfig`, each with the prefix ``guard_``."},
+)
+
+
+@dataclass
+class DomainSettings:
+    """One domain of a run.
+
+    Args:
+        name (`str`): Its name, as metrics show it.
+        path (`str`): A local .json, .jsonl, .parquet or .csv file, or a data set's name for `load_dataset`. Its
+            rows need a `prompt`.
+        rewards (`list[str]`): Reward functions, ``"package.module.function"`` or ``"file.py:function"``; they
+            see the domain's rows alone, and are added up.
+        batches (`int`, *optional*): Generation batches; by default as many full ones as there are rows for.
+        weight (`float`, *optional*, defaults to `1.0`): Chance of a batch with ``order: weights``.
+        config (`str`, *optional*): Configuration of the data set.
+        split (`str`, *optional*, defaults to `"train"`): Its split.
+    """
+
+    name: str
+    path: str
+    rewards: list[str]
+    batches: int | None = None
+    weight: float = 1.0
+    config: str | None = None
+    split: str = "train"
+
+
+@dataclass
+class DomainArguments:
+    """The domains of a run and their order.
+
+    Args:
+        domains (`list[DomainSettings]`): In the order of training.
+        order (`str`, *optional*, defaults to `"sequential"`): ``"sequential"``, ``"round_robin"`` or
+            ``"weights"``.
+    """
+
+    domains: list[DomainSettings] = field(
+        default_factory=list, metadata={"help": "Domains, in the order of training: name, path, rewards, batches."}
+    )
+    order: str = field(default="sequential", metadata={"help": "'sequential', 'round_robin' or 'weights'."})
+
+    def __post_init__(self) -> None:
+        allowed = [item.name for item in fields(DomainSettings)]
+        made = []
+        for entry in self.domains:
+            if isinstance(entry, dict):
+                unknown = sorted(set(entry) - set(allowed))
+                absent = [name for name in ("name", "path", "rewards") if name not in entry]
+                if unknown or absent:
+                    raise ConfigError(
+                        f"The domain {entry!r} has unknown fields {unknown} and lacks {absent}; it may have "
+                        f"{allowed}, of which name, path and rewards are needed."
+                    )
+                entry = DomainSettings(**entry)
+            made.append(entry)
+        self.domains = made
+        if self.order not in (*ORDERS, "weights"):
+            raise ConfigError(f"order={self.order!r} is not allowed: it must be one of {[*ORDERS, 'weights']}.")
+
+
+def make_parser() -> Any:
+    """The parser of the file and the command line."""
+    return TrlParser((DomainArguments, GuardArguments, GRPOConfig, ModelConfig))
+
+
+def guard_config(arguments: Any) -> GuardConfig:
+    """The `GuardConfig` that ``guard_`` arguments describe."""
+    return GuardConfig(**{item.name: getattr(arguments, PREFIX + item.name) for item in fields(GuardConfig)})
+
+
+def load_rows(domains: list[DomainSettings], column: str) -> Any:
+    """All domains' rows in one data set, each with its domain in `column`.
+
+    Raises:
+        ConfigError: If there is no domain, two have one name, or a data set has no prompts.
+    """
+    names = [domain.name for domain in domains]
+    if not domains or len(set(names)) < len(names):
+        raise ConfigError(f"domains are {names}; a run needs at least one, and each name once.")
+    parts = []
+    for domain in domains:
+        suffix = os.path.splitext(domain.path)[1]
+        if suffix in FILES:
+            rows = load_dataset(FILES[suffix], data_files=domain.path, split="train")
+        else:
+            rows = load_dataset(domain.path, domain.config, split=domain.split)
+        if "prompt" not in rows.column_names:
+            raise ConfigError(
+                f"The rows of domain {domain.name!r} ({domain.path}) have no column 'prompt'; they have "
+                f"{rows.column_names}. Prepare them first, see examples/trl/prepare.py."
+            )
+        if column in rows.column_names:
+            rows = rows.remove_columns(column)
+        parts.append(rows.add_column(column, [domain.name] * len(rows)))
+    return concatenate_datasets(parts)
+
+
+def arrange(rows: Any, arguments: DomainArguments, training: Any, column: str) -> Any:
+    """Rows in the order of the run, every generation batch of one domain."""
+    given = {domain.name: domain.batches for domain in arguments.domains}
+    prompts = prompts_per_generation(training)
+    counts = {
+        name: batches if batches is not None else max(1, rows[column][:].count(name) // prompts)
+        for name, batches in given.items()
+    }
+    if arguments.order == "weights":
+        weights = {domain.name: domain.weight for domain in arguments.domains}
+        total = sum(counts.values())
+        return order_by_domain(rows, prompts, weights, column=column, batches=total, seed=training.seed)
+    return order_by_domain(rows, prompts, arguments.order, column=column, batches=counts, seed=training.seed)
+
+
+def build(arguments: DomainArguments, guard: GuardConfig, training: Any, model: Any) -> Any:
+    """The guarded trainer of a run; returns it with its callback."""
+    column = guard.domain_column
+    rows = arrange(load_rows(arguments.domains, column), arguments, training, column)
+    # The rows are in order, and one pass over them is the run.
+    training.shuffle_dataset = False
+    training.num_train_epochs = 1
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    rewards = [
+        for_domain(load(path), domain.name, column) for domain in arguments.domains for path in domain.rewards
+    ]
+    options = {"quantization_config": get_quantization_config(model)}
+    trainer = GRPOTrainer(
+        model.model_name_or_path,
+        rewards,
+        args=training,
+        train_dataset=rows,
+        peft_config=get_peft_config(model),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    callback = InterferenceGuardCallback(trainer, guard)
+    trainer.add_callback(callback)
+    return trainer, callback
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Train, then save the model and the guard's state side by side; returns the trainer."""
+    # Reward functions are looked for beside the caller, as TRL's own script does.
+    sys.path.insert(0, os.getcwd())
+    try:
+        domains, guard, training, model = make_parser().parse_args_and_config(arguments)
+        trainer, callback = build(domains, guard_config(guard), training, model)
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_model(training.output_dir)
+        if callback.guard is not None and trainer.accelerator.is_main_process:
+            callback.guard.save(training.output_dir)
+    finally:
+        sys.path.remove(os.getcwd())
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

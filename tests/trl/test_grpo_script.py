@@ -1,0 +1,120 @@
+import json
+
+import pytest
+import yaml
+from tests.trl.host import COMMON, model_and_words
+
+from interference_guard import ConfigError, GuardConfig
+from interference_guard.integrations.trl import grpo
+from interference_guard.integrations.trl.rewards import for_domain, load
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+REWARDS = """
+def contains(completions, answer, **columns):
+    assert all(value is not None for value in answer)
+    return [float(right in text) for text, right in zip(completions, answer)]
+
+def brief(completions, **columns):
+    return [-0.01 * len(text) for text in completions]
+"""
+
+
+@pytest.fixture
+def settings(tmp_path):
+    model_and_words(tmp_path / "model")
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    for name, prompt in (("math", "1 + 1 ="), ("code", "reverse a")):
+        lines = [json.dumps({"prompt": prompt, "answer": "1", f"only_{name}": index}) for index in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    domain = {"rewards": [f"{tmp_path}/rewards.py:contains", f"{tmp_path}/rewards.py:brief"], "batches": 2}
+    return {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dtype": "float32",
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 3,
+        "guard_rank": 4,
+        "guard_sketch": 8,
+        "guard_seed": 3,
+        "domains": [{"name": name, "path": str(tmp_path / f"{name}.jsonl"), **domain} for name in ("math", "code")],
+        **COMMON,
+    }
+
+
+def written(tmp_path, settings):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path)]
+
+
+def test_a_file_trains_all_domains_in_order(tmp_path, settings):
+    trainer = grpo.main([*written(tmp_path, settings), "--guard_budget", "0.05"])
+    assert trainer.state.global_step == 4
+    assert trainer.train_dataset["domain"][:] == ["math"] * 4 + ["code"] * 4
+    history = trainer.state.log_history
+    assert ["guard/math/reward" in line for line in history[:4]] == [True, True, False, False]
+    assert "rewards/code_contains/mean" in history[3]
+    assert (tmp_path / "run" / "interference_guard.safetensors").is_file()
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_every_guard_setting_has_its_argument(tmp_path, settings):
+    domains, guard, training, model = grpo.make_parser().parse_args_and_config(written(tmp_path, settings))
+    config = grpo.guard_config(guard)
+    assert config == GuardConfig(rank=4, sketch=8, seed=3)
+    assert training.seed == 42
+    assert [domain.name for domain in domains.domains] == ["math", "code"]
+
+
+@pytest.mark.parametrize("order", ["round_robin", "weights"])
+def test_orders(tmp_path, settings, order):
+    settings["order"] = order
+    if order == "weights":
+        settings["domains"][0]["weight"] = 0.0
+    trainer = grpo.main(written(tmp_path, settings))
+    names = trainer.train_dataset["domain"][:]
+    expected = ["code"] * 8 if order == "weights" else (["math"] * 2 + ["code"] * 2) * 2
+    assert names == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": "random"}, "order='random' is not allowed"),
+        ({"domains": [{"name": "math"}]}, r"lacks \['path', 'rewards'\]"),
+        ({"domains": [{"name": "a", "path": "b", "rewards": [], "steps": 3}]}, r"unknown fields \['steps'\]"),
+        ({"domains": []}, "at least one"),
+        ({"guard_budget": 0}, "budget=0 is not allowed"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, settings, change, message):
+    with pytest.raises(ConfigError, match=message):
+        grpo.main(written(tmp_path, settings | change))
+
+
+def test_rows_without_prompts_are_refused(tmp_path, settings):
+    (tmp_path / "math.jsonl").write_text('{"question": "1 + 1"}')
+    with pytest.raises(ConfigError, match=r"domain 'math' .* have no column 'prompt'; they have \['question'\]"):
+        grpo.main(written(tmp_path, settings))
+
+
+@pytest.mark.parametrize("path", ["nowhere.module.f", "file.py:f", "math:no_such", "plain"])
+def test_reward_functions_that_do_not_exist(path):
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load(path)
+
+
+def test_a_domains_reward_sees_its_rows_alone():
+    seen = {}
+
+    def reward(prompts, completions, answer, trainer_state, **columns):
+        seen.update(prompts=prompts, answer=answer, state=trainer_state)
+        return [1.0] * len(completions)
+
+    scored = for_domain(reward, "math")
+    found = scored(["p", "q", "r"], ["x", "y", "z"], domain=["math", "code", "math"], answer=[1, 2, 3], trainer_state={})
+    assert found == [1.0, None, 1.0]
+    assert seen == {"prompts": ["p", "r"], "answer": [1, 3], "state": {}}
+    assert scored.__name__ == "math_reward"
+    assert scored(["p"], ["x"], domain=["code"], answer=[1]) == [None]

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from datasets import Dataset
+
+from interference_guard import ConfigError, HostError, MissingDomainError
+from interference_guard.integrations.trl import order_by_domain, prompts_per_generation
+
+
+@pytest.fixture
+def data():
+    names = ["math", "code", "math", "qa", "code"] * 8
+    return Dataset.from_dict({"domain": names, "index": list(range(40))})
+
+
+def blocks(ordered, size):
+    names = ordered["domain"][:]
+    cut = [names[i : i + size] for i in range(0, len(names), size)]
+    assert all(len(set(block)) == 1 for block in cut)
+    return [block[0] for block in cut]
+
+
+def test_sequential(data):
+    ordered = order_by_domain(data, 4)
+    assert blocks(ordered, 4) == ["math"] * 4 + ["code"] * 4 + ["qa"] * 2
+    assert sorted(ordered["index"][:]) == sorted(data["index"][:])
+
+
+def test_round_robin(data):
+    assert blocks(order_by_domain(data, 4, "round_robin"), 4) == ["math", "code", "qa"] * 2 + ["math", "code"] * 2
+
+
+def test_weights(data):
+    found = blocks(order_by_domain(data, 4, {"math": 3, "code": 1, "qa": 0}, batches=400), 4)
+    assert found.count("qa") == 0
+    assert 250 < found.count("math") < 350
+
+
+def test_rows_start_anew_in_another_order(data):
+    rows = order_by_domain(data, 4, batches={"math": 8, "code": 1, "qa": 1})["index"][:32]
+    assert sorted(rows[:16]) == sorted(rows[16:])
+    assert rows[:16] != rows[16:]
+
+
+def test_seeds(data):
+    state = torch.get_rng_state()
+    first = order_by_domain(data, 4, seed=1)["index"][:]
+    assert first == order_by_domain(data, 4, seed=1)["index"][:]
+    assert first != order_by_domain(data, 4, seed=2)["index"][:]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": 0}, "prompts=0 is not allowed"),
+        ({"prompts": 9}, "'qa' has 8 rows, fewer than the 9 prompts"),
+        ({"order": "random"}, "order='random' is not allowed"),
+        ({"order": {"math": 1.0}}, "a weight of"),
+        ({"order": {"math": 0.0, "code": 0.0, "qa": 0.0}}, "a weight of"),
+        ({"batches": {"math": 1}}, "at least 1 for each"),
+        ({"batches": 0}, "at least 1 for each"),
+    ],
+)
+def test_refusals(data, options, message):
+    with pytest.raises(ConfigError, match=message):
+        order_by_domain(data, **({"prompts": 4} | options))
+
+
+def test_bad_rows(data):
+    with pytest.raises(HostError, match="no column 'subject'"):
+        order_by_domain(data, 4, column="subject")
+    rows = data.to_list()
+    rows[5]["domain"] = None
+    with pytest.raises(MissingDomainError, match="Row 5"):
+        order_by_domain(Dataset.from_list(rows), 4)
+
+
+def test_prompts_of_a_generation_batch():
+    class Arguments:
+        generation_batch_size, num_generations = 64, 8
+
+    assert prompts_per_generation(Arguments()) == 8
