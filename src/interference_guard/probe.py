@@ -152,7 +152,7 @@ class Measurement:
         loss: Expected reward lost since the anchor, as a part of the domain's reward range; in nats per
             token when `ratio` is ``"nats"``.
         kl: KL divergence from the anchor's policy, nats per token, estimated on the same rows.
-        effective: Effective sample size of the ratios, as a part of the rows.
+        effective: Effective sample size of the truncated ratios, as a part of the rows.
         ratio: Which importance ratios the loss rests on.
         raw: The uncalibrated prediction at the same weights.
         predicted: The calibrated prediction before this measurement, in the unit of `loss`.
@@ -202,11 +202,10 @@ def estimate(
     mean = (log_ratio.sum(-1) / tokens.clamp(min=1)).clamp(-LOG_LIMIT, LOG_LIMIT)
     low, high = span if span is not None else (0.0, 0.0)
     R = torch.zeros_like(whole) if rewards is None else rewards.to(whole) - low
-    kinds = [whole.exp(), mean.exp()]
+    kinds = [whole.exp().clamp(max=TRUNCATION), mean.exp().clamp(max=TRUNCATION)]
     sums = [kl, tokens.sum(), torch.as_tensor(float(len(whole)), dtype=kl.dtype, device=kl.device), R.sum()]
     for ratio in kinds:
-        # The sample size is that of the plain ratios: truncated ones always look healthy.
-        sums += [(ratio.clamp(max=TRUNCATION) * R).sum(), ratio.sum(), ratio.square().sum()]
+        sums += [(ratio * R).sum(), ratio.sum(), ratio.square().sum()]
     table = torch.stack(sums)
     if reduce is not None:
         table = reduce(table)

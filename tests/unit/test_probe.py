@@ -95,12 +95,21 @@ def test_no_change_is_no_loss():
 def test_long_completions_fall_back_to_token_ratios():
     rows, length = 64, 400
     anchor = torch.full((rows, length), -1.0)
-    now = anchor + torch.randn(rows, length, generator=torch.Generator().manual_seed(0)) * 0.3
+    # Ratios whose mean is 1, as those of real policies: log-normal around minus half the variance.
+    now = anchor + torch.randn(rows, length, generator=torch.Generator().manual_seed(0)) * 0.3 - 0.045
     rewards = (torch.arange(rows) % 2).float()
     found = estimate("d", now, anchor, torch.ones(rows, length), rewards, (0.0, 1.0))
     assert found.ratio == "token"
     assert found.effective > 0.9
-    assert abs(found.loss) < 0.1
+    assert 0 < found.loss < 0.1
+
+
+def test_one_row_that_became_likely_does_not_change_the_estimator():
+    anchor = torch.full((128, 1), -1.0)
+    now = anchor.clone()
+    now[0] += 4.0
+    found = estimate("d", now, anchor, torch.ones(128, 1), (torch.arange(128) % 2).float(), (0.0, 1.0))
+    assert found.ratio == "sequence"
 
 
 def test_without_rewards_the_measure_is_nats_per_token():
