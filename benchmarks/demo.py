@@ -57,8 +57,13 @@ def follow(options: dict[str, Any], start: str, console: Any) -> dict[str, dict[
     waiting = [context.Process(target=work, args=(method, options, start, news)) for method in METHODS]
     running = []
     columns = ("{task.description}", BarColumn(), "{task.completed:>3.0f}/{task.total:.0f} steps")
-    with Progress(*columns, TextColumn("{task.fields[now]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                  console=console) as progress:
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[now]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
         bars = {method: progress.add_task(f"{method:8}", total=total, now="") for method in METHODS}
         try:
             while len(results) < len(METHODS):
@@ -127,7 +132,9 @@ def main() -> None:
         start = Path(folder) / "start.pt"
         with console.status("Warm start: supervised steps on noisy answers, about half a minute"):
             share_start(ORDER, options.seed, start, save=True)
-        console.print(f"GRPO on {len(ORDER)} domains in turn, seed {options.seed}, learning rate {options.rate:g}")
+        console.print(
+            f"GRPO on {len(ORDER)} domains in turn, seed {options.seed}, learning rate {options.rate:g}"
+        )
         results = follow({"seed": options.seed, "rate": options.rate}, str(start), console)
     console.print(table(results))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set_ylim(0, 1)
         axis.set_ylabel("pass rate")
         axis.set_title(
-            f"{title}: average {run['average']:.3f}, forgetting {run['forgetting']:.3f}", loc="left", fontsize=11
+            f"{title}: average {run['average']:.3f}, forgetting {run['forgetting']:.3f}",
+            loc="left",
+            fontsize=11,
         )
     for axis, key, title in (
         (axes[2], "predicted", "guarded: predicted interference (free, every step)"),

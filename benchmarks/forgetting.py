@@ -36,9 +36,7 @@ def plan(seeds: list[int], methods: list[str]) -> list[dict[str, Any]]:
         made += [{"method": "plain", "rate": rate, "seed": seed} for rate in PLAIN_RATES]
         made += [{"method": "guarded", "rate": RATE, "seed": seed}]
         made += [{"method": "mixed", "rate": rate, "seed": seed} for rate in MIXED_RATES]
-        made += [
-            {"method": "observed", "rate": OBSERVED_RATE, "seed": seed, "guard": {"retain": OBSERVED_ROWS}}
-        ]
+        made += [{"method": "observed", "rate": OBSERVED_RATE, "seed": seed, "guard": {"retain": OBSERVED_ROWS}}]
     return [{"order": ORDER, **item} for item in made if item["method"] in methods]
 
 
@@ -134,7 +132,9 @@ def show(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "rate", "seeds", "own", "final", "forgetting", "last", "overhead", title="Means over seeds")
+    table = Table(
+        "method", "rate", "seeds", "own", "final", "forgetting", "last", "overhead", title="Means over seeds"
+    )
     for row in summary["by_method"]:
         numbers = [f"{row[key]:.3f}" for key in ("own", "average", "forgetting", "last")]
         table.add_row(row["method"], f"{row['rate']:g}", str(row["seeds"]), *numbers, f"{row['overhead']:.1%}")

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "reasoning-gym", "interference-guard")
+PACKAGES = (
+    "torch",
+    "trl",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "reasoning-gym",
+    "interference-guard",
+)
 
 
 def describe() -> dict[str, Any]:
@@ -44,7 +53,11 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS.parent,
+        check=False,
     )
     return found.stdout.strip() or None
 

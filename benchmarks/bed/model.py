@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Split
-from tokenizers.decoders import Fuse
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -27,13 +27,21 @@ def tokenizer(names: Sequence[str]) -> PreTrainedTokenizerFast:
     texts = [row["prompt"] + row["answer"] for name in names for row in domains.rows(name, 300, seed=54321)]
     alphabet = sorted({character for text in texts for character in text})
     trainer = BpeTrainer(
-        vocab_size=4000, special_tokens=[PAD, END], initial_alphabet=alphabet, min_frequency=50, show_progress=False,
+        vocab_size=4000,
+        special_tokens=[PAD, END],
+        initial_alphabet=alphabet,
+        min_frequency=50,
+        show_progress=False,
         max_token_length=400,
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.decoder = Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=END, padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -75,7 +83,9 @@ def warm_start(
         for row in rows:
             wrong = rows[int(torch.randint(len(rows), (), generator=generator))]
             noisy = torch.rand((), generator=generator) < noise
-            examples.append((words(row["prompt"]).input_ids, words((wrong if noisy else row)["answer"]).input_ids))
+            examples.append(
+                (words(row["prompt"]).input_ids, words((wrong if noisy else row)["answer"]).input_ids)
+            )
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps + 1, pct_start=0.1)
     model.train()
@@ -108,7 +118,9 @@ def pass_rates(
 ) -> dict[str, float]:
     """Sampled pass rate of each domain; the global random generator is left as it was."""
     rows = [row for test in tests.values() for row in test]
-    inputs = words([row["prompt"] for row in rows], return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = words(
+        [row["prompt"] for row in rows], return_tensors="pt", padding=True, return_token_type_ids=False
+    )
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[]):

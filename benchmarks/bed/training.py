@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from interference_guard import GuardConfig
 from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
 
-from . import domains, model as policy
+from . import domains
+from . import model as policy
 
 PROMPTS, GENERATIONS, LONGEST = 32, 8, 6
 TEST_ROWS = 256
@@ -147,7 +148,13 @@ class _Pairs(TrainerCallback):  # type: ignore[misc]
         for name in self.guard.protected:
             found = self.guard.measure(name)
             self.result.pairs.append(
-                {"step": state.global_step, "domain": name, "raw": found.raw, "loss": found.loss, "kl": found.kl}
+                {
+                    "step": state.global_step,
+                    "domain": name,
+                    "raw": found.raw,
+                    "loss": found.loss,
+                    "kl": found.kl,
+                }
             )
 
 
@@ -223,9 +230,7 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
             disable_tqdm=True,
             log_level="error",
         )
-        trainer = GRPOTrainer(
-            student, domains.reward, args, train_dataset=data, processing_class=words
-        )
+        trainer = GRPOTrainer(student, domains.reward, args, train_dataset=data, processing_class=words)
         guard = None
         if run.method in ("guarded", "observed"):
             settings = {"project": run.method == "guarded", "seed": run.seed, **run.guard}

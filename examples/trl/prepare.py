@@ -41,7 +41,10 @@ def message(text: str) -> list[dict[str, str]]:
 def math_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """OpenR1-Math: `problem` and `answer`."""
     for row in rows:
-        yield {"prompt": message(f"{row['problem']}\n\nPut the final answer in \\boxed{{}}."), "answer": row["answer"]}
+        yield {
+            "prompt": message(f"{row['problem']}\n\nPut the final answer in \\boxed{{}}."),
+            "answer": row["answer"],
+        }
 
 
 def code_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -48,7 +48,9 @@ def tests_pass(completions: Sequence[Any], answer: Sequence[str], **columns: Any
 
     The programs run as your user, with a time limit and nothing else: use a container or a sandbox.
     """
-    return [float(_passes(_program(text_of(item)), tests)) for item, tests in zip(completions, answer, strict=True)]
+    return [
+        float(_passes(_program(text_of(item)), tests)) for item, tests in zip(completions, answer, strict=True)
+    ]
 
 
 def _program(text: str) -> str:
@@ -94,5 +96,5 @@ def _prose(text: str) -> float:
     length = min(len(words) / 300, 1.0, 900 / len(words))
     phrases = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     fresh = len(set(phrases)) / len(phrases)
-    ends = float(text.rstrip()[-1] in ".!?\"'”’")
+    ends = float(text.rstrip()[-1] in ".!?\"'")
     return round(length * fresh * (0.7 + 0.3 * ends), 4)

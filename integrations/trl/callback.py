@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
     def _retain_labelled(self, batch: Mapping[str, Any], numbers: Tensor) -> None:
         rows = labelled(batch)
-        for name in self.domains.counts(numbers) if rows is not None and len(rows) == len(numbers) else ():
+        if rows is None or len(rows) != len(numbers):
+            return
+        for name in self.domains.counts(numbers):
             chosen = numbers == self.domains.names.index(name)
             self._guard().retain(name, rows.rows(chosen.to(rows.input_ids.device)))
 
@@ -305,10 +308,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if accelerator.num_processes > 1:
             values, names = accelerator.gather(values), accelerator.gather(names)
         for number, value in zip(names.tolist(), values.tolist(), strict=True):
-            if value == value:
+            if math.isfinite(value):
                 self._evaluated.setdefault(self.domains.names[number], []).append(value)
 
 
 def _reduce(accelerator: Any, values: Tensor, kind: str) -> Tensor:
-    gathered = accelerator.gather(values.unsqueeze(0))
+    gathered: Tensor = accelerator.gather(values.unsqueeze(0))
     return gathered.sum(0) if kind == "sum" else gathered.amax(0)

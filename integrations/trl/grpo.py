@@ -85,7 +85,8 @@ class DomainArguments:
     """
 
     domains: list[DomainSettings] = field(
-        default_factory=list, metadata={"help": "Domains, in the order of training: name, path, rewards, batches."}
+        default_factory=list,
+        metadata={"help": "Domains, in the order of training: name, path, rewards, batches."},
     )
     order: str = field(default="sequential", metadata={"help": "'sequential', 'round_robin' or 'weights'."})
 

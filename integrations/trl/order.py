@@ -67,7 +67,9 @@ def order_by_domain(
         turns = range(max(counts.values()))
         sequence = [name for turn in turns for name in rows if turn < counts[name]]
     else:
-        raise ConfigError(f"order={order!r} is not allowed: it must be one of {list(ORDERS)} or weights by domain.")
+        raise ConfigError(
+            f"order={order!r} is not allowed: it must be one of {list(ORDERS)} or weights by domain."
+        )
     streams = {name: _stream(indices, generator) for name, indices in rows.items()}
     return dataset.select([next(streams[name]) for name in sequence for _ in range(prompts)])
 

@@ -66,7 +66,9 @@ def for_domain(function: RewardFunction, domain: str, column: str = "domain") ->
             for name, values in columns.items()
         }
         found = function(
-            prompts=[prompts[index] for index in mine], completions=[completions[index] for index in mine], **chosen
+            prompts=[prompts[index] for index in mine],
+            completions=[completions[index] for index in mine],
+            **chosen,
         )
         for index, score in zip(mine, found, strict=True):
             scores[index] = score

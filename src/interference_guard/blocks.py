@@ -49,18 +49,13 @@ class Block:
 
         A missing tensor (a gradient that is None) reads as zero.
         """
-        views = []
-        for view in self.views:
-            tensor = tensors[view.name]
-            if tensor is None:
-                views.append(None)
-            else:
-                shaped = view.view(tensor)
-                views.append(shaped if shaped.dtype == torch.float32 else shaped.float())
-        present = next((item for item in views if item is not None), None)
+        found = [
+            None if (tensor := tensors[view.name]) is None else view.view(tensor).float() for view in self.views
+        ]
+        present = next((item for item in found if item is not None), None)
         if present is None:
             return torch.zeros(self.matrices, self.units, self.width)
-        filled = [torch.zeros_like(present) if item is None else item for item in views]
+        filled = [torch.zeros_like(present) if item is None else item for item in found]
         if len(filled) == 1:
             return filled[0] if filled[0].dim() == 3 else filled[0].unsqueeze(0)
         return torch.stack(filled)

@@ -71,9 +71,7 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
     """Take over what `pack` made; raises before the guard is changed."""
     details, tensors = packed.get("details"), packed.get("tensors")
     if not isinstance(details, dict) or not isinstance(tensors, Mapping):
-        raise StateError(
-            "The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned."
-        )
+        raise StateError("The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned.")
     _check(guard, details, "The state")
     try:
         domains = {
@@ -139,9 +137,7 @@ def load(guard: Guard, directory: Path) -> None:
     try:
         details = json.loads(details_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StateError(
-            f"{details_path} is damaged: {error}. Resume from another checkpoint."
-        ) from error
+        raise StateError(f"{details_path} is damaged: {error}. Resume from another checkpoint.") from error
     if not isinstance(details, dict):
         raise StateError(f"{details_path} is damaged: it holds no table. Resume from another checkpoint.")
     _check(guard, details, str(details_path))
@@ -314,4 +310,3 @@ def tensor_bytes(guard: Guard) -> int:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-

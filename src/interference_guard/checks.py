@@ -56,4 +56,3 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "needs them on one. Load the model without device_map splitting."
         )
     return found
-

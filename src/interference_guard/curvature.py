@@ -34,14 +34,15 @@ def sketch_matrix(width: int, sketch: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
     gaussian = torch.randn(width, min(sketch, width), generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(gaussian).Q.float()
+    basis: Tensor = torch.linalg.qr(gaussian).Q
+    return basis.float()
 
 
 def residual_matrix(width: int, residual: int, seed: int) -> Tensor:
     """Random directions R, ``(width, residual)`` fp32, scaled so that E|x R|^2 = |x|^2."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width + 500_000)
     directions = torch.randn(width, residual, generator=generator, dtype=torch.float64)
-    return (directions / residual**0.5).float()
+    return directions.div(residual**0.5).float()
 
 
 @dataclass
@@ -145,7 +146,8 @@ class DomainCurvature:
             if sums.sketch is not None:
                 sums.basis, sums.eigenvalues = nystrom(sums.sketch, omega)
                 sums.sketch = None
-            assert sums.basis is not None and sums.eigenvalues is not None
+            assert sums.basis is not None
+            assert sums.eigenvalues is not None
             scale = 1.0 / self.count.clamp(min=1e-30)
             factors.append((sums.basis, sums.eigenvalues * scale, sums.energy.sum(-1) * scale))
         return factors
@@ -171,7 +173,8 @@ class DomainCurvature:
     @staticmethod
     def _sketch(sums: BlockSums, omega: Tensor) -> Tensor:
         if sums.sketch is None:
-            assert sums.basis is not None and sums.eigenvalues is not None
+            assert sums.basis is not None
+            assert sums.eigenvalues is not None
             sums.sketch = (sums.basis * sums.eigenvalues.unsqueeze(-2)) @ (sums.basis.mT @ omega)
             sums.basis = sums.eigenvalues = None
         return sums.sketch

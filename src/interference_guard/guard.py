@@ -91,7 +91,7 @@ class Guard:
             self._parameters = trainable_parameters(model)
             self.layout = UnitLayout(
                 self._parameters.items(),
-                self.config.overrides(),  # type: ignore[arg-type]
+                self.config.overrides(),
                 module=model,
             )
             self.blocks = make_blocks(self.layout, self._parameters)
@@ -154,9 +154,7 @@ class Guard:
                     "Give every row of the data a domain."
                 )
             if not (math.isfinite(share) and share >= 0):
-                raise MissingDomainError(
-                    f"Domain {name!r} has share {share!r}; shares are numbers from 0 to 1."
-                )
+                raise MissingDomainError(f"Domain {name!r} has share {share!r}; shares are numbers from 0 to 1.")
         total = sum(shares.values())
         if total <= 0:
             raise MissingDomainError(
@@ -182,9 +180,7 @@ class Guard:
     def protected(self) -> tuple[str, ...]:
         """Anchored domains that the present step does not train."""
         active = self.active
-        return tuple(
-            name for name, state in self._domains.items() if state.anchored and name not in active
-        )
+        return tuple(name for name, state in self._domains.items() if state.anchored and name not in active)
 
     @property
     def domains(self) -> Mapping[str, DomainState]:
@@ -575,7 +571,7 @@ class Guard:
         table = torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
         if self.reduce is not None:
             table = self.reduce(table, "sum")
-        total, count = table.tolist()
+        total, count = map(float, table.tolist())
         return total / max(count, 1.0)
 
     def _clock(self, part: str, started: float) -> float:

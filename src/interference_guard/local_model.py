@@ -55,7 +55,7 @@ class LocalBlock:
         return self.U.shape[2]
 
     def unit_scale(self) -> Tensor:
-        """c e_j of each protected unit, ``(rows,)``."""
+        """C e_j of each protected unit, ``(rows,)``."""
         scale = (self.energy * self.scale.unsqueeze(-1)).flatten()
         return scale if self.rows is None else scale[self.rows]
 
@@ -68,7 +68,7 @@ class LocalBlock:
         return values[self.rows // units]
 
     def weights(self) -> Tensor:
-        """w of every coordinate, ``(rows, rank)``."""
+        """W of every coordinate, ``(rows, rank)``."""
         if self.rows is None:
             scaled = self.energy * self.scale.unsqueeze(-1)
             return (scaled.unsqueeze(-1) * self.lam.unsqueeze(1)).view(-1, self.rank)
@@ -161,7 +161,7 @@ class Displacement:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """A vector of the length of `flat` by block, each part ``(rows, rank)`` and a view."""
-        pieces = flat.split([view.numel() for view in self.views])
+        pieces = torch.split(flat, [view.numel() for view in self.views])
         return [piece.view_as(view) for piece, view in zip(pieces, self.views, strict=True)]
 
 
@@ -176,7 +176,7 @@ def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> li
     for index, W in enumerate(weights):
         directions = [model.blocks[index].U for model in models]
         product = W @ (directions[0] if len(directions) == 1 else torch.cat(directions, -1))
-        for own, part in zip(passes, product.split([U.shape[2] for U in directions], -1), strict=True):
+        for own, part in zip(passes, torch.split(product, [U.shape[2] for U in directions], -1), strict=True):
             own.append(part)
     return [model.displacement(own) for model, own in zip(models, passes, strict=True)]
 
@@ -227,9 +227,7 @@ def anchor_domain(
         tops.append((share * lam[:, 0]).amax())
     top = torch.stack(tops).amax().clamp(min=tiny)
     blocks = []
-    for (U, lam, rho), sums, W, R, chosen in zip(
-        parts, curvature.sums, weights, matrices, rows, strict=True
-    ):
+    for (U, lam, rho), sums, W, R, chosen in zip(parts, curvature.sums, weights, matrices, rows, strict=True):
         # lam / top first: a product of two small eigenvalue sums would underflow.
         scale = 1 / sums.energy.sum(-1).clamp(min=tiny)
         block = LocalBlock(U, lam / top, rho / top, scale, sums.energy, chosen, lam, lam)

@@ -39,9 +39,7 @@ def expand(domains: Iterable[str]) -> list[str]:
             result += [pattern.replace("<domain>", name) for name in names]
         elif "<a>" in pattern:
             result += [
-                pattern.replace("<a>", a).replace("<b>", b)
-                for i, a in enumerate(names)
-                for b in names[i + 1 :]
+                pattern.replace("<a>", a).replace("<b>", b) for i, a in enumerate(names) for b in names[i + 1 :]
             ]
         else:
             result.append(pattern)

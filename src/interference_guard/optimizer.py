@@ -23,7 +23,8 @@ HOOK_TABLES = (
 
 def _eager(call: Callable[[], None]) -> Callable[[], None]:
     """The call, kept out of a compiled step: it would only break the graph into pieces."""
-    return cast(Callable[[], None], torch.compiler.disable(call))
+    disable = cast(Callable[[Callable[[], None]], Callable[[], None]], torch.compiler.disable)
+    return disable(call)
 
 
 class StepGuard(Protocol):
@@ -187,17 +188,17 @@ class GuardedOptimizer(Optimizer):
         self._patch_step_function()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The inner optimizer's groups."""
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         """The inner optimizer's state."""
         return self.optimizer.state
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimizer's defaults."""
         return self.optimizer.defaults
 

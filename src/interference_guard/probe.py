@@ -11,7 +11,7 @@ answers nobody sampled must count as a loss, and self-normalisation would hide e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -64,13 +64,21 @@ class Completions:
 
     def rows(self, chosen: slice | Tensor) -> Completions:
         """The chosen rows."""
-        parts = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Completions(**{name: None if part is None else part[chosen] for name, part in parts.items()})
+        return Completions(
+            self.input_ids[chosen],
+            self.attention_mask[chosen],
+            self.completion_mask[chosen],
+            None if self.rewards is None else self.rewards[chosen],
+        )
 
     def to(self, device: torch.device) -> Completions:
         """The same rows on `device`."""
-        parts = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Completions(**{name: None if part is None else part.to(device) for name, part in parts.items()})
+        return Completions(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.completion_mask.to(device),
+            None if self.rewards is None else self.rewards.to(device),
+        )
 
     def detached(self) -> Completions:
         """A copy that shares no memory with the host's tensors."""

@@ -91,7 +91,7 @@ def _root_read_back(a: Tensor, v: Tensor, total: float) -> Tensor:
 
 
 def _terms(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
-    """w z^2 / (2 radius) without under- or overflow of the intermediate square."""
+    """W z^2 / (2 radius) without under- or overflow of the intermediate square."""
     root = (w / 2).sqrt() * (z / radius.sqrt())
     return root.square()
 
@@ -104,4 +104,3 @@ def nearest_point(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
     [1.0, 0.5]
     """
     return shrinkage(z.flatten(), w.flatten(), radius).view_as(z) * z
-

@@ -58,7 +58,10 @@ def select_units(scores: Mapping[str, Tensor], views: Mapping[str, UnitView], co
 
 
 def random_units(
-    like: ProtectedSet, scores: Mapping[str, Tensor], views: Mapping[str, UnitView], generator: torch.Generator
+    like: ProtectedSet,
+    scores: Mapping[str, Tensor],
+    views: Mapping[str, UnitView],
+    generator: torch.Generator,
 ) -> ProtectedSet:
     """As many neurons and other units as `like` has, drawn at random: the control of every selection."""
     members, totals = _candidates(scores, views)
@@ -69,9 +72,7 @@ def random_units(
     return _chosen(members, totals, order[: int(inside.sum())])
 
 
-def _candidates(
-    scores: Mapping[str, Tensor], views: Mapping[str, UnitView]
-) -> tuple[dict[str, Tensor], Tensor]:
+def _candidates(scores: Mapping[str, Tensor], views: Mapping[str, UnitView]) -> tuple[dict[str, Tensor], Tensor]:
     """Each unit's candidate number, by parameter, and the candidates' summed scores (fp64, CPU)."""
     groups: dict[str, int] = {}
     members: dict[str, Tensor] = {}

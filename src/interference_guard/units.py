@@ -26,16 +26,27 @@ Kind = Literal["row", "column", "vector"]
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Linear layers whose output is added to the residual stream.
 WRITERS = frozenset(
-    "o_proj out_proj down_proj c_proj dense fc2 fc_out w2 wo dense_4h_to_h linear2 output_linear".split()
+    ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h")
 )
 # Layers of an MLP whose output channels are its neurons, and those that read the channels back.
 CHANNELS_OUT = frozenset(
-    "gate_proj up_proj gate_up_proj c_fc fc1 fc_in w1 w3 wi wi_0 wi_1 dense_h_to_4h linear1 input_linear".split()
+    (
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "c_fc",
+        "fc1",
+        "fc_in",
+        "w1",
+        "w3",
+        "wi",
+        "wi_0",
+        "wi_1",
+        "dense_h_to_4h",
+    )
 )
-FUSED = frozenset({"gate_up_proj", "input_linear"})
-CHANNELS_IN = frozenset(
-    "down_proj c_proj fc2 fc_out w2 wo dense_4h_to_h linear2 output_linear".split()
-)
+FUSED = frozenset(("gate_up_proj",))
+CHANNELS_IN = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h"))
 
 
 def canonical_name(name: str) -> str:

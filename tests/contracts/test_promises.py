@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.helpers import CONFIG, Toy, guarded, policy_gradient, rollout, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interference_guard import Guard, GuardConfig, GuardedOptimizer
 from interference_guard.checkpoint import tensor_bytes
+from tests.unit.helpers import CONFIG, Toy, guarded, policy_gradient, rollout, train
 
 
 def step(model, optimizer, guard, domain, seed=0):
@@ -113,7 +113,7 @@ def test_a_step_reads_nothing_back(coverage, monkeypatch):
     # On the CPU reading is free and used to stop early; this is the path of accelerators.
     monkeypatch.setattr("interference_guard.curvature.READS_BACK", ())
     config = dataclasses.replace(CONFIG, coverage=coverage)
-    model, guard, optimizer = prepared(config, ("math", "code", "qa"))
+    model, guard, _optimizer = prepared(config, ("math", "code", "qa"))
     guard._early = False
     policy_gradient(model, rollout(model, "qa")).backward()
     guard.begin({"qa": 1.0})
@@ -186,7 +186,7 @@ def test_memory_per_protected_domain_is_bounded(rank, sketch, residual):
 
 
 def test_detached_guard_leaves_the_optimizer_as_it_was():
-    model, guard, optimizer = prepared()
+    model, _guard, optimizer = prepared()
     inner = optimizer.detach()
     assert not inner._optimizer_step_pre_hooks
     assert not inner._optimizer_step_post_hooks

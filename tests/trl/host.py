@@ -2,11 +2,11 @@
 
 import torch
 from datasets import Dataset
-from tests.docs.preludes import small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from interference_guard import GuardConfig
+from tests.docs.preludes import small_model
 
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4, probe_steps=2, retain=16)
 COMMON = {
@@ -28,7 +28,9 @@ def model_and_words(folder):
     if folder not in _FOLDERS:
         _FOLDERS[folder] = small_model(folder)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 def rows(blocks, column="domain"):

@@ -8,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from interference_guard import Guard, GuardConfig
 from interference_guard.units import UnitLayout
 
-H, I, V, L = 16, 24, 40, 2
+H, INTER, V, L = 16, 24, 40, 2
 COMMON = {
     "vocab_size": V,
     "hidden_size": H,
-    "intermediate_size": I,
+    "intermediate_size": INTER,
     "num_hidden_layers": L,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -27,9 +27,9 @@ LLAMA = {
     "k_proj.weight": ("row", 8, H, False),
     "v_proj.weight": ("row", 8, H, False),
     "o_proj.weight": ("column", 16, H, False),
-    "gate_proj.weight": ("row", I, H, True),
-    "up_proj.weight": ("row", I, H, True),
-    "down_proj.weight": ("column", I, H, True),
+    "gate_proj.weight": ("row", INTER, H, True),
+    "up_proj.weight": ("row", INTER, H, True),
+    "down_proj.weight": ("column", INTER, H, True),
     "layernorm.weight": ("vector", 1, H, False),
     "norm.weight": ("vector", 1, H, False),
 }
@@ -51,9 +51,9 @@ PHI = {
     "v_proj.bias": ("vector", 1, 8, False),
     "dense.weight": ("column", 16, H, False),
     "dense.bias": ("vector", 1, H, False),
-    "fc1.weight": ("row", I, H, True),
-    "fc1.bias": ("vector", 1, I, False),
-    "fc2.weight": ("column", I, H, True),
+    "fc1.weight": ("row", INTER, H, True),
+    "fc1.bias": ("vector", 1, INTER, False),
+    "fc2.weight": ("column", INTER, H, True),
     "fc2.bias": ("vector", 1, H, False),
     "layernorm.weight": ("vector", 1, H, False),
     "layernorm.bias": ("vector", 1, H, False),
@@ -61,7 +61,7 @@ PHI = {
 PHI3 = {
     **{key: LLAMA[key] for key in ("embed_tokens.weight", "lm_head.weight", "o_proj.weight", "down_proj.weight")},
     "qkv_proj.weight": ("row", 32, H, False),
-    "gate_up_proj.weight": ("row", 2 * I, H, True),
+    "gate_up_proj.weight": ("row", 2 * INTER, H, True),
     "layernorm.weight": ("vector", 1, H, False),
     "norm.weight": ("vector", 1, H, False),
 }
@@ -94,8 +94,8 @@ MIXTRAL = {
     **{key: value for key, value in LLAMA.items() if "mlp" not in key and "proj" not in key},
     **{key: LLAMA[key] for key in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")},
     "gate.weight": ("row", E_, H, False),
-    "experts.gate_up_proj": ("row", E_ * 2 * I, H, True),
-    "experts.down_proj": ("column", E_ * I, H, True),
+    "experts.gate_up_proj": ("row", E_ * 2 * INTER, H, True),
+    "experts.down_proj": ("column", E_ * INTER, H, True),
 }
 CASES = {
     "llama": (transformers.LlamaConfig(**COMMON), LLAMA),
@@ -176,13 +176,14 @@ def test_tied_embeddings_are_one_parameter():
 
 def test_lora_factors_are_rows():
     model = get_peft_model(
-        build("qwen3"), LoraConfig(r=3, target_modules=["q_proj", "o_proj", "down_proj"], modules_to_save=["lm_head"])
+        build("qwen3"),
+        LoraConfig(r=3, target_modules=["q_proj", "o_proj", "down_proj"], modules_to_save=["lm_head"]),
     )
     views = Guard(model).layout.views
     assert {name.rpartition("layers.")[2].partition(".")[0] for name in views if "lora" in name} == {"0", "1"}
     for name, view in views.items():
         if "lora_A" in name:
-            assert (view.kind, view.units, view.width) == ("row", 3, I if "down" in name else 16)
+            assert (view.kind, view.units, view.width) == ("row", 3, INTER if "down" in name else 16)
         elif "lora_B" in name:
             assert (view.kind, view.units, view.width) == ("row", 16, 3)
         else:

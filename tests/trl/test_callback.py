@@ -1,8 +1,6 @@
-
 import pytest
 import torch
 from peft import LoraConfig
-from tests.trl.host import CONFIG, model_and_words, online, rows, same, supervised, weights
 from transformers import TrainerCallback
 
 from interference_guard import (
@@ -16,8 +14,11 @@ from interference_guard import (
 from interference_guard.checkpoint import DETAILS, TENSORS
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from interference_guard.metrics import expand
+from tests.trl.host import CONFIG, model_and_words, online, rows, same, supervised, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
 TWO_PHASES = [("math", 6), ("code", 6)]
 
 
@@ -93,7 +94,9 @@ def test_disabled_is_bit_identical(kind, tmp_path):
     guarded(watched, GuardConfig(enabled=False))
     watched.train()
     assert same(weights(plain), weights(watched))
-    assert [line.keys() for line in plain.state.log_history] == [line.keys() for line in watched.state.log_history]
+    assert [line.keys() for line in plain.state.log_history] == [
+        line.keys() for line in watched.state.log_history
+    ]
 
 
 def test_one_domain_alone_is_bit_identical(tmp_path):
@@ -144,7 +147,9 @@ def test_resume_is_bit_identical(shape, stop, tmp_path):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_step_knows_its_domains(shape, tmp_path):
-    trainer = online("grpo", tmp_path, rows([("math", 4), ("code", 4), ("math", 4), ("code", 4)]), **SHAPES[shape])
+    trainer = online(
+        "grpo", tmp_path, rows([("math", 4), ("code", 4), ("math", 4), ("code", 4)]), **SHAPES[shape]
+    )
     callback = guarded(trainer)
     seen = []
     begin = callback.guard.begin
@@ -226,8 +231,13 @@ def test_one_trainer_a_phase_with_saved_state(tmp_path):
 def test_evaluations_reach_the_guard_by_domain(tmp_path):
     evaluation = rows([("math", 4), ("code", 2)])
     trainer = online(
-        "grpo", tmp_path, rows(TWO_PHASES), evaluation=evaluation,
-        eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=2,
+        "grpo",
+        tmp_path,
+        rows(TWO_PHASES),
+        evaluation=evaluation,
+        eval_strategy="steps",
+        eval_steps=3,
+        per_device_eval_batch_size=2,
     )
     callback = guarded(trainer)
     heard = []
@@ -302,11 +312,12 @@ class TestRefusals:
             trainer.train()
 
 
-class TestSaving:
-    OPTIONS = {"save_strategy": "steps", "save_steps": 4}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
 
+
+class TestSaving:
     def saved(self, tmp_path):
-        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **self.OPTIONS)
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **SAVING)
         callback = guarded(trainer)
         trainer.train()
         return callback, tmp_path / "run" / "checkpoint-4"
@@ -315,7 +326,7 @@ class TestSaving:
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        plain = online("grpo", tmp_path / "plain", rows(TWO_PHASES), **self.OPTIONS)
+        plain = online("grpo", tmp_path / "plain", rows(TWO_PHASES), **SAVING)
         plain.train()
         monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
         with pytest.raises(StateError, match="No space left on device"):
@@ -325,7 +336,7 @@ class TestSaving:
         assert mine == theirs
 
     def test_the_state_lies_beside_the_checkpoint(self, tmp_path):
-        callback, folder = self.saved(tmp_path)
+        _callback, folder = self.saved(tmp_path)
         assert (folder / DETAILS).is_file()
         assert (folder / TENSORS).is_file()
         assert (folder / "optimizer.pt").is_file()
@@ -340,7 +351,7 @@ class TestSaving:
     def test_resuming_without_a_whole_state_is_refused(self, tmp_path, harm, message):
         _, folder = self.saved(tmp_path)
         harm(folder)
-        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **self.OPTIONS)
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **SAVING)
         guarded(trainer)
         with pytest.raises(StateError, match=message):
             trainer.train(resume_from_checkpoint=str(folder))

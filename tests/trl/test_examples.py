@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.trl.host import COMMON, model_and_words
 
 from interference_guard.integrations.trl import grpo
 from interference_guard.integrations.trl.rewards import load
+from tests.trl.host import COMMON, model_and_words
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "examples/trl").glob("*.yaml"))
 # What a tiny model on a CPU cannot do.
@@ -37,17 +39,32 @@ def test_there_are_configs():
 def test_a_config_trains_three_steps(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load(path.read_text())
-    (tmp_path / "extra.py").write_text("def length(completions, **columns):\n    return [sum(map(ord, str(c))) % 7 / 7 for c in completions]\n")
+    (tmp_path / "extra.py").write_text(
+        "def length(completions, **columns):\n    return [sum(map(ord, str(c))) % 7 / 7 for c in completions]\n"
+    )
     _, words = model_and_words(tmp_path / "model")
     words.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     words.save_pretrained(tmp_path / "model")
     for domain in settings["domains"]:
-        lines = [json.dumps({"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": '{"inputs": [""], "outputs": ["2"]}'})]
+        lines = [
+            json.dumps(
+                {
+                    "prompt": [{"role": "user", "content": "1 + 1 ="}],
+                    "answer": '{"inputs": [""], "outputs": ["2"]}',
+                }
+            )
+        ]
         file = tmp_path / f"{domain['name']}.jsonl"
         file.write_text("\n".join(lines * 4))
         # An untrained model earns nothing by the rules; lengths vary, so there is a gradient.
-        domain |= {"path": str(file), "batches": 1, "rewards": [*domain["rewards"], f"{tmp_path}/extra.py:length"]}
-    changed = settings | SMALL | {"model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run")}
+        domain |= {
+            "path": str(file),
+            "batches": 1,
+            "rewards": [*domain["rewards"], f"{tmp_path}/extra.py:length"],
+        }
+    changed = (
+        settings | SMALL | {"model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run")}
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed))
     trainer = grpo.main(["--config", str(tmp_path / "run.yaml")])
     assert trainer.state.global_step == 3
@@ -76,7 +93,11 @@ def test_public_rows_are_converted(prepare, tmp_path):
     assert "A) x\nB) y" in row["prompt"][0]["content"]
     (row,) = prepare["code_rows"]([{"prompt": [], "reward_model": {"ground_truth": {"inputs": []}}}])
     assert json.loads(row["answer"]) == {"inputs": []}
-    rows = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}]}, {"conversations": [{"value": "c"}]}]
+    rows = [
+        {"prompt": "a"},
+        {"messages": [{"role": "user", "content": "b"}]},
+        {"conversations": [{"value": "c"}]},
+    ]
     assert [row["prompt"][0]["content"] for row in prepare["writing_rows"](rows)] == ["a", "b", "c"]
     with pytest.raises(SystemExit, match="No prompt in columns"):
         list(prepare["writing_rows"]([{"text": "x"}]))

@@ -2,13 +2,15 @@ import json
 
 import pytest
 import yaml
-from tests.trl.host import COMMON, model_and_words
 
 from interference_guard import ConfigError, GuardConfig
 from interference_guard.integrations.trl import grpo
 from interference_guard.integrations.trl.rewards import for_domain, load
+from tests.trl.host import COMMON, model_and_words
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
 REWARDS = """
 def contains(completions, answer, **columns):
     assert all(value is not None for value in answer)
@@ -37,7 +39,9 @@ def settings(tmp_path):
         "guard_rank": 4,
         "guard_sketch": 8,
         "guard_seed": 3,
-        "domains": [{"name": name, "path": str(tmp_path / f"{name}.jsonl"), **domain} for name in ("math", "code")],
+        "domains": [
+            {"name": name, "path": str(tmp_path / f"{name}.jsonl"), **domain} for name in ("math", "code")
+        ],
         **COMMON,
     }
 
@@ -60,7 +64,7 @@ def test_a_file_trains_all_domains_in_order(tmp_path, settings):
 
 
 def test_every_guard_setting_has_its_argument(tmp_path, settings):
-    domains, guard, training, model = grpo.make_parser().parse_args_and_config(written(tmp_path, settings))
+    domains, guard, training, _model = grpo.make_parser().parse_args_and_config(written(tmp_path, settings))
     config = grpo.guard_config(guard)
     assert config == GuardConfig(rank=4, sketch=8, seed=3)
     assert training.seed == 42
@@ -113,7 +117,9 @@ def test_a_domains_reward_sees_its_rows_alone():
         return [1.0] * len(completions)
 
     scored = for_domain(reward, "math")
-    found = scored(["p", "q", "r"], ["x", "y", "z"], domain=["math", "code", "math"], answer=[1, 2, 3], trainer_state={})
+    found = scored(
+        ["p", "q", "r"], ["x", "y", "z"], domain=["math", "code", "math"], answer=[1, 2, 3], trainer_state={}
+    )
     assert found == [1.0, None, 1.0]
     assert seen == {"prompts": ["p", "r"], "answer": [1, 3], "state": {}}
     assert scored.__name__ == "math_reward"

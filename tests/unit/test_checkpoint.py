@@ -3,10 +3,10 @@ import os
 
 import pytest
 import torch
-from tests.unit.helpers import CONFIG, Toy, guarded, train
 
 from interference_guard import Guard, GuardConfig, StateError, StateVersionError
 from interference_guard.checkpoint import DETAILS, TENSORS
+from tests.unit.helpers import CONFIG, Toy, guarded, train
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def edit(**values):
     ],
 )
 def test_damaged_files_are_refused_and_change_nothing(trained, harm, error, message):
-    model, guard, folder = trained
+    _model, guard, folder = trained
     before = fingerprint(guard)
     harm(folder)
     with pytest.raises(error, match=message):
@@ -96,7 +96,7 @@ def test_a_state_that_is_none_is_refused():
 
 
 def test_a_full_disk_leaves_the_earlier_state(trained, monkeypatch):
-    model, guard, folder = trained
+    _model, guard, folder = trained
     before = {name: (folder / name).read_bytes() for name in (DETAILS, TENSORS)}
 
     def full(*args, **kwargs):
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_earlier_state(trained, monkeypatch):
 
 def test_a_torn_pair_is_found(trained, monkeypatch):
     # The process dies between the two renames: new tensors beside old details.
-    model, guard, folder = trained
+    _model, guard, folder = trained
     guard.domains["math"].curvature.sums[0].energy.add_(1.0)
     calls = []
     real = os.replace
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_made_is_reported(trained, tmp_path):
 
 
 def test_saving_does_not_change_the_run(trained, tmp_path):
-    model, guard, _ = trained
+    _model, guard, _ = trained
     before = {name: tensor.clone() for name, tensor in guard.state_dict()["tensors"].items()}
     guard.save(tmp_path / "again")
     after = guard.state_dict()["tensors"]

@@ -40,11 +40,16 @@ def test_unit_overrides_must_name_a_pattern_and_a_kind(entry):
 
 
 def test_overrides_are_a_table():
-    assert GuardConfig(unit_overrides=["*.mix=column", "a=b=row"]).overrides() == {"*.mix": "column", "a=b": "row"}
+    assert GuardConfig(unit_overrides=["*.mix=column", "a=b=row"]).overrides() == {
+        "*.mix": "column",
+        "a=b": "row",
+    }
 
 
 def test_every_field_has_help_and_cannot_be_changed():
     config = GuardConfig()
-    assert all(item.metadata["help"].endswith((".", ")")) or item.metadata["help"] for item in dataclasses.fields(config))
+    assert all(
+        item.metadata["help"].endswith((".", ")")) or item.metadata["help"] for item in dataclasses.fields(config)
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.budget = 1.0

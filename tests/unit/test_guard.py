@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from tests.unit.helpers import CONFIG, Toy, guarded, pass_rate, policy_gradient, rollout, train
 
 from interference_guard import (
     Completions,
@@ -15,6 +14,7 @@ from interference_guard import (
     UnsupportedError,
 )
 from interference_guard.metrics import METRICS, expand
+from tests.unit.helpers import CONFIG, Toy, guarded, pass_rate, policy_gradient, rollout, train
 
 ORDER = ["math"] * 40 + ["code"] * 40 + ["qa"] * 40
 
@@ -236,10 +236,7 @@ def test_only_protected_units_are_moved_back(selection):
         parameter.data.add_(0.1)
     before = [p.detach().clone() for p in model.parameters()]
     guard.after_step()
-    moved = {
-        name: (new - old).abs()
-        for (name, new), old in zip(model.named_parameters(), before, strict=True)
-    }
+    moved = {name: (new - old).abs() for (name, new), old in zip(model.named_parameters(), before, strict=True)}
     for name, mask in state.protected_set.masks.items():
         by_unit = guard.layout.views[name].view(moved[name].detach()).amax(-1)
         assert by_unit[~mask].sum() == 0
@@ -247,7 +244,7 @@ def test_only_protected_units_are_moved_back(selection):
 
 
 def test_retained_rows_are_the_latest_and_copies():
-    model, guard, _ = guarded(config=dataclasses.replace(CONFIG, retain=10))
+    _model, guard, _ = guarded(config=dataclasses.replace(CONFIG, retain=10))
     ids = torch.arange(24).reshape(12, 2) % 12
     rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids), torch.arange(12.0))
     guard.retain("math", rows)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.reference import quadratic
 
 from interference_guard.curvature import DomainCurvature, residual_matrix, sketch_matrix
 from interference_guard.local_model import anchor_domain, displacements, predict, project
+from tests.reference import quadratic
 
 WIDTH, UNITS = 20, 9
 
@@ -25,7 +25,7 @@ def make(seed, rank=6, sketch=20, residual=4000, matrices=2, inner=4, rows=None)
 
 @pytest.mark.parametrize("rank", [2, 4, 8])
 def test_prediction_is_the_dense_quadratic_form(rank):
-    curvature, steps, weights, R, model = make(0, rank=rank)
+    _curvature, steps, weights, R, model = make(0, rank=rank)
     rank = model.blocks[0].rank
     move = 0.1 * torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(9))
     ((inside, outside),) = predict([weights[0] + move], [model], R)

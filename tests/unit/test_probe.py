@@ -145,13 +145,16 @@ def test_ranks_agree_on_the_sum():
     tables = []
     for part in (slice(0, 4), slice(4, 8)):
         estimate(
-            "d", now[part], anchor[part], torch.ones(4, 1), rewards[part], (0.0, 1.0),
+            "d",
+            now[part],
+            anchor[part],
+            torch.ones(4, 1),
+            rewards[part],
+            (0.0, 1.0),
             lambda table: tables.append(table) or table,
         )
     summed = sum(tables)
-    half = estimate(
-        "d", now[:4], anchor[:4], torch.ones(4, 1), rewards[:4], (0.0, 1.0), lambda table: summed
-    )
+    half = estimate("d", now[:4], anchor[:4], torch.ones(4, 1), rewards[:4], (0.0, 1.0), lambda table: summed)
     assert half.loss == pytest.approx(whole.loss)
     assert half.kl == pytest.approx(whole.kl)
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.reference import nearest_in_ellipsoid
 
 from interference_guard.projection import nearest_point, shrinkage, subspace_energy
+from tests.reference import nearest_in_ellipsoid
 
 SCALES = st.floats(-12, 6).map(lambda power: 10.0**power)
 
