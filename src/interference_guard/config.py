@@ -25,7 +25,7 @@ class GuardConfig:
     0.05
     >>> GuardConfig(budget=0)
     Traceback (most recent call last):
-    interference_guard.errors.ConfigError: budget=0 is not allowed: it must be a number above 0 ...
+    interference_guard.errors.ConfigError: budget=0 is not allowed: it must be a number above 0. Change budget ...
     """
 
     enabled: bool = field(

@@ -11,7 +11,7 @@ import pytest
 from interference_guard import GuardConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-CONCEPTS = sorted((ROOT / "docs/concepts").glob("*.md"))
+CONCEPTS = sorted(page for page in (ROOT / "docs/concepts").glob("*.md") if page.stem != "index")
 SETTINGS = {field.name for field in dataclasses.fields(GuardConfig)}
 
 
