@@ -46,6 +46,7 @@ PLAIN = (
     "high",
     "anchor_reward",
     "evaluated",
+    "measurable",
     "true_reward",
 )
 

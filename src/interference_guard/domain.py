@@ -48,6 +48,7 @@ class DomainState:
         foreign_steps: Steps of other domains since the anchor.
         pending: Retained batches, newest last.
         retained: The completions the anchor was measured with.
+        measurable: Whether any rank retained completions for the anchor.
         anchor_scores: Their token log-probabilities at the anchor, ``(rows, length)`` fp32.
         low, high: Reward range shown so far; NaN before the first reward.
         anchor_reward: Mean reward at the anchor: the host's own evaluation if it made one, else the
@@ -55,7 +56,8 @@ class DomainState:
         evaluated: Whether `anchor_reward` is an evaluation.
         true_reward: The host's latest evaluation since the anchor, NaN without one.
         measurement: The last probe.
-        radius: The region's radius as a 0-d tensor on the device; 0 until the first foreign step.
+        radius: The region's radius as a 0-d tensor on the device; infinite until the first
+            step that visibly moves the weights.
         subspace: Raw prediction inside the domain's directions after the last step, a 0-d tensor.
     """
 
@@ -69,6 +71,7 @@ class DomainState:
     foreign_steps: int = 0
     pending: list[Completions] = field(default_factory=list)
     retained: Completions | None = None
+    measurable: bool = False
     anchor_scores: Tensor | None = None
     low: float = math.nan
     high: float = math.nan

@@ -180,7 +180,9 @@ class Guard:
     def protected(self) -> tuple[str, ...]:
         """Anchored domains that the present step does not train."""
         active = self.active
-        return tuple(name for name, state in self._domains.items() if state.anchored and name not in active)
+        return tuple(
+            name for name in sorted(self._domains) if self._domains[name].anchored and name not in active
+        )
 
     @property
     def domains(self) -> Mapping[str, DomainState]:
@@ -233,9 +235,10 @@ class Guard:
         self._place()
         active = self.active
         started = perf_counter()
-        for name, state in self._domains.items():
-            if name not in active and state.own_steps:
-                self._anchor(state)
+        # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
+        for name in sorted(self._domains):
+            if name not in active and self._domains[name].own_steps:
+                self._anchor(self._domains[name])
         started = self._clock("anchor", started)
         gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         batch = [block.gather(gradients) for block in self.blocks]
@@ -265,9 +268,13 @@ class Guard:
         for state, displacement in zip(states, seen, strict=True):
             state.foreign_steps += 1
             state.subspace = displacement.energy()
+            # The first visible displacement: nothing else is known of the unit yet. A step at rate 0 (the
+            # start of a warm-up) shows rounding alone, and a radius of that size would freeze learning.
             if state.radius is None:
-                # The first foreign step's own displacement: nothing else is known of the unit yet.
-                state.radius = state.subspace.clamp(min=torch.finfo(torch.float32).tiny)
+                state.radius = torch.full_like(state.subspace, math.inf)
+            if not state.region.radius and state.model is not None:
+                seen_now = (state.subspace > 4 * state.model.rounding()) & state.radius.isinf()
+                state.radius = torch.where(seen_now, state.subspace, state.radius)
         started = self._clock("predict", started)
         if not self.config.project:
             return
@@ -309,7 +316,7 @@ class Guard:
         for name in self.protected:
             state = self._domains[name]
             due = state.foreign_steps in EARLY_PROBES or state.foreign_steps % self.config.probe_steps == 0
-            if due and state.foreign_steps and state.retained is not None:
+            if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
         return found
 
@@ -321,27 +328,24 @@ class Guard:
             UnknownDomainError: If the domain has no anchor, or no completions were retained before it.
         """
         state = self._anchored(domain)
-        if state.retained is None or state.anchor_scores is None:
+        if not state.measurable:
             raise UnknownDomainError(
                 f"Domain {domain!r} has an anchor but no retained completions, so nothing can be measured. "
                 f"Call guard.retain({domain!r}, completions) during its own steps."
             )
         started = perf_counter()
-        now = (policy or self.policy)(state.retained)
-        found = estimate(
-            domain,
-            now,
-            state.anchor_scores,
-            state.retained.completion_mask,
-            state.retained.rewards,
-            state.span,
-            None if self.reduce is None else lambda table: self.reduce(table, "sum"),  # type: ignore[misc]
-        )
+        # Another rank may hold all rows of a domain: this one then adds nothing to the sums.
+        now = anchor = mask = torch.zeros(0, 1, device=self.device)
+        rewards: Tensor | None = torch.zeros(0, device=self.device)
+        if state.retained is not None and state.anchor_scores is not None:
+            now, anchor = (policy or self.policy)(state.retained), state.anchor_scores
+            mask, rewards = state.retained.completion_mask, state.retained.rewards
+        found = estimate(domain, now, anchor, mask, rewards, state.span, self._sum)
         subspace, residual = self.interference([domain])[domain]
-        if state.radius is not None and not state.region.radius:
-            state.region.radius = state.region.largest = state.radius.item()
-        result = state.region.measured(found, subspace, residual)
-        if state.radius is not None:
+        if state.radius is not None and not state.region.radius and math.isfinite(first := state.radius.item()):
+            state.region.radius = state.region.largest = first
+        result = state.region.measured(found, subspace, residual, adapt=self.config.project)
+        if state.radius is not None and state.region.radius:
             state.radius.fill_(state.region.radius)
         state.measurement = result
         self._clock("probe", started)
@@ -367,7 +371,7 @@ class Guard:
             return
         state.true_reward = reward
         span = state.span
-        if span is None or state.retained is None:
+        if span is None or not state.measurable:
             return
         loss = self.measure(domain).loss
         if state.evaluated:
@@ -529,15 +533,19 @@ class Guard:
             return
         state.retained = state.latest(self.config.retain)
         state.pending = [] if state.retained is None else [state.retained]
-        rows = protected_rows(state, self)
+        chosen = protected_rows(state, self)
         self._grams.clear()
         reuse = state.model if state.since_refresh < self.config.refresh_steps else None
         state.model = anchor_domain(
-            state.curvature, self._weights(), self._residuals, self.config.rank, rows, reuse
+            state.curvature, self._weights(), self._residuals, self.config.rank, chosen, reuse
         )
         if reuse is None:
             state.since_refresh = 0
-        if state.retained is None:
+        rows = 0.0 if state.retained is None else float(len(state.retained))
+        rewarded = state.retained is not None and state.retained.rewards is not None
+        every, with_rewards = self._total([rows, rows if rewarded else 0.0])
+        state.measurable = every > 0
+        if not state.measurable:
             warnings.warn(
                 f"No completions of domain {state.name!r} were retained, so its interference cannot be "
                 "measured: its radius stays what the first foreign step sets. Call guard.retain().",
@@ -545,9 +553,11 @@ class Guard:
             )
         else:
             self._sync_span(state)
-            state.anchor_scores = self.policy(state.retained).detach()
-            if state.retained.rewards is not None and not state.evaluated:
-                state.anchor_reward = self._mean(state.retained.rewards)
+            state.anchor_scores = None if state.retained is None else self.policy(state.retained).detach()
+            if with_rewards and not state.evaluated:
+                own = state.retained.rewards if state.retained is not None else None
+                (total,) = self._total([0.0 if own is None else own.double().sum().item()])
+                state.anchor_reward = total / with_rewards
         state.anchored = True
         state.own_steps = state.foreign_steps = 0
         state.true_reward = math.nan
@@ -567,12 +577,15 @@ class Guard:
             if math.isfinite(high):
                 state.see_rewards(-low, high)
 
-    def _mean(self, values: Tensor) -> float:
-        table = torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
-        if self.reduce is not None:
-            table = self.reduce(table, "sum")
-        total, count = map(float, table.tolist())
-        return total / max(count, 1.0)
+    def _sum(self, table: Tensor) -> Tensor:
+        return table if self.reduce is None else self.reduce(table, "sum")
+
+    def _total(self, values: list[float]) -> list[float]:
+        """Sums over ranks."""
+        if self.reduce is None:
+            return values
+        summed = self.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
+        return [float(value) for value in summed.tolist()]
 
     def _clock(self, part: str, started: float) -> float:
         now = perf_counter()

@@ -126,6 +126,12 @@ class LocalModel:
         weights = torch.cat([block.weights().flatten() for block in self.blocks])
         return Displacement(flat, views, weights)
 
+    def rounding(self) -> Tensor:
+        """What rounding of the coordinates alone adds to the subspace term, about; a 0-d tensor."""
+        eps = torch.finfo(torch.float32).eps
+        parts = [torch.dot(block.weights().flatten(), block.z0.flatten().square()) for block in self.blocks]
+        return torch.stack(parts).sum() * (16 * eps**2)
+
     def residual(self, seen: Displacement, passes: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
         """The prediction's part outside the kept directions, a 0-d tensor.
 

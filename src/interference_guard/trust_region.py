@@ -15,6 +15,8 @@ SURFACE = 0.9
 MEMORY = 0.7
 # Where the part outside the directions leads, the radius stops at this part of its largest value.
 FLOOR = 1.0 / 16.0
+# Smallest radius in any case, as a part of the largest: far below it, fp32 has no room left.
+LEAST = 1e-9
 SCALE_LIMITS = (0.2, 5.0)
 
 
@@ -64,13 +66,16 @@ class TrustRegion:
         """Calibrated prediction: expected loss at this raw value, NaN before the first measurement."""
         return self.slope * raw
 
-    def measured(self, found: Measurement, subspace: float, residual: float) -> Measurement:
+    def measured(
+        self, found: Measurement, subspace: float, residual: float, *, adapt: bool = True
+    ) -> Measurement:
         """Take in a measurement: calibrate the prediction, then adapt the radius.
 
         Args:
             found: The uncorrected measurement.
             subspace: Raw prediction inside the kept directions, after the projection.
             residual: Raw prediction outside them.
+            adapt: Whether the radius follows; without a projection there is nothing to control.
 
         Returns:
             The measurement corrected by the truth, with the prediction that was made for it.
@@ -86,7 +91,8 @@ class TrustRegion:
         self.xy = MEMORY * self.xy + weight * raw * result.loss
         self.xx = MEMORY * self.xx + weight * raw * raw
         self.estimate, self.loss = found.loss, result.loss
-        self._adapt(result.loss, subspace, residual)
+        if adapt:
+            self._adapt(result.loss, subspace, residual)
         return result
 
     def truth(self, loss: float) -> None:
@@ -115,6 +121,7 @@ class TrustRegion:
             self.at_floor = True
         else:
             self.radius *= factor
+        self.radius = max(self.radius, self.largest * LEAST)
         self.largest = max(self.largest, self.radius)
 
     def state(self) -> dict[str, object]:

@@ -254,3 +254,66 @@ def test_retained_rows_are_the_latest_and_copies():
     rows.rewards.zero_()
     assert kept.rewards.tolist()[0] == 5
     assert guard.domains["math"].span == (0.0, 11.0)
+
+
+def test_a_first_step_at_rate_zero_sets_no_radius():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 5)
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, guard, optimizer, ["code"] * 3, start=5)
+    assert guard.domains["math"].radius.isinf()
+    assert "guard/math/radius" not in guard.metrics()
+    optimizer.param_groups[0]["lr"] = rate
+    train(model, guard, optimizer, ["code"], start=8)
+    assert 1e-9 < guard.domains["math"].radius.item() < 1
+
+
+def test_watching_a_long_run_without_projection():
+    model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, project=False, probe_steps=1))
+    train(model, guard, optimizer, ["math"] * 20 + ["code"] * 200)
+    assert guard.metrics()["guard/math/excess"] >= 0
+
+
+@pytest.mark.parametrize("holders", [(0, 1), (0,)])
+def test_ranks_agree_also_where_one_has_no_rows(holders):
+    """Two ranks as two guards whose reductions meet; rows may lie on one of them only."""
+    import threading
+
+    barrier, tables, results = threading.Barrier(2, timeout=60), {}, {}
+    models = [Toy(), Toy()]
+
+    def rank(number):
+        model = models[number]
+
+        def reduce(values, kind):
+            tables[number] = values.clone()
+            barrier.wait()
+            both = torch.stack([tables[0], tables[1]])
+            barrier.wait()
+            return both.sum(0) if kind == "sum" else both.amax(0)
+
+        guard = Guard(model, CONFIG, reduce=reduce)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = []
+        for step, domain in enumerate(["math"] * 3 + ["code"] * 6):
+            if number in holders or domain != "math":
+                # The ranks meet the domains in another order than they train them.
+                guard.retain(domain, rollout(model, domain, seed=100 * number + step))
+            guard.begin({domain: 1.0})
+            policy_gradient(model, rollout(model, domain, seed=step)).backward()
+            guard.before_step()
+            optimizer.step()
+            guard.after_step()
+            optimizer.zero_grad()
+            found += [(m.loss, m.kl) for m in guard.probe().values()]
+        results[number] = (found, guard.domains["math"].radius.item(), guard.domains["math"].anchor_reward)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results[0] == results[1]
+    assert len(results[0][0]) == 4
+    assert not math.isnan(results[0][2])

@@ -96,3 +96,17 @@ def test_state_round_trip():
     control = region()
     control.measured(found(0.03), 1.0, 0.2)
     assert TrustRegion(**control.state()) == control
+
+
+def test_radius_never_vanishes():
+    control = region()
+    for _ in range(300):
+        control.measured(found(0.5), 0.5, 0.01)
+    assert control.radius == pytest.approx(1e-9)
+
+
+def test_without_a_projection_the_radius_stays():
+    control = region()
+    control.measured(found(0.5), 0.5, 0.01, adapt=False)
+    assert control.radius == 1.0
+    assert control.predict(0.51) == pytest.approx(0.5)
