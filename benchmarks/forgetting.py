@@ -22,8 +22,7 @@ from .provenance import RESULTS, write
 RATE = 7e-4
 PLAIN_RATES = (1e-4, 2e-4, 3e-4, RATE)
 MIXED_RATES = (3e-4, RATE)
-# The prediction is local: a run that has lost everything says nothing about it.
-OBSERVED_RATE = 3e-4
+OBSERVED_RATE = RATE
 OBSERVED_ROWS = 512
 
 

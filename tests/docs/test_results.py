@@ -1,0 +1,53 @@
+"""The README's table is the committed result, rounded."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FORGETTING = json.loads((ROOT / "benchmarks/results/forgetting.json").read_text())
+OVERHEAD = json.loads((ROOT / "benchmarks/results/overhead.json").read_text())
+README = (ROOT / "README.md").read_text()
+ROW = re.compile(r"^\| \**(plain|guarded|mixed)\**, (\S+) \|(.+)\|$", re.M)
+
+
+def test_every_run_is_there():
+    keys = {(r["run"]["method"], r["run"]["rate"], r["run"]["seed"]) for r in FORGETTING["runs"]}
+    for method, rate in ((m["method"], m["rate"]) for m in FORGETTING["summary"]["by_method"]):
+        assert {(method, rate, seed) for seed in (0, 1, 2)} <= keys
+
+
+def test_the_table_is_the_result():
+    rows = {(m["method"], m["rate"]): m for m in FORGETTING["summary"]["by_method"]}
+    quoted = ROW.findall(README)
+    assert len(quoted) == len([key for key in rows if key[0] != "observed"])
+    for method, rate, cells in quoted:
+        found = rows[method, float(rate)]
+        numbers = [cell.strip().strip("*") for cell in cells.split("|")]
+        assert numbers[:4] == [f"{found[key]:.3f}" for key in ("own", "average", "forgetting", "last")]
+        seeds = [r for r in FORGETTING["runs"] if r["run"]["method"] == method and r["run"]["rate"] == float(rate)]
+        assert numbers[4] == ", ".join(f"{r['average']:.3f}" for r in sorted(seeds, key=lambda r: r["run"]["seed"]))
+
+
+def test_summaries_follow_from_the_runs():
+    for row in FORGETTING["summary"]["by_method"]:
+        runs = [r for r in FORGETTING["runs"] if (r["run"]["method"], r["run"]["rate"]) == (row["method"], row["rate"])]
+        assert row["average"] == pytest.approx(sum(r["average"] for r in runs) / len(runs))
+        for r in runs:
+            assert r["average"] == pytest.approx(sum(r["final"].values()) / len(r["final"]))
+            earlier = r["run"]["order"][:-1]
+            drop = sum(r["own"][name] - r["final"][name] for name in earlier) / len(earlier)
+            assert r["forgetting"] == pytest.approx(drop)
+
+
+def test_quoted_overhead():
+    for row in OVERHEAD["rows"]:
+        if row["protected"]:
+            assert f"{row['share']:.1%}" in README
+
+
+def test_quoted_correlations():
+    for value in FORGETTING["summary"]["spearman_mean"].values():
+        assert f"{value:.2f}" in README
