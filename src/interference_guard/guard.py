@@ -84,6 +84,8 @@ class Guard:
         self._reported = (0, 0.0)
         # By id of the local models, which live as long as the entry: cleared whenever one is replaced.
         self._grams: Grams = {}
+        # Jaccard indices of protected sets by sorted names; sets change at anchors alone.
+        self.overlaps: dict[tuple[str, str], float] = {}
         # Off only in tests, which prove that the path for accelerators reads nothing back.
         self._early = True
         self._parameters: dict[str, nn.Parameter] = {}
@@ -481,6 +483,7 @@ class Guard:
         """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
         self._grams.clear()
+        self.overlaps.clear()
 
     # Parts
 
@@ -535,6 +538,7 @@ class Guard:
         state.pending = [] if state.retained is None else [state.retained]
         chosen = protected_rows(state, self)
         self._grams.clear()
+        self.overlaps = {pair: value for pair, value in self.overlaps.items() if state.name not in pair}
         reuse = state.model if state.since_refresh < self.config.refresh_steps else None
         state.model = anchor_domain(
             state.curvature, self._weights(), self._residuals, self.config.rank, chosen, reuse

@@ -22,7 +22,9 @@ def collect(guard: Guard) -> dict[str, float]:
         for b in states[index + 1 :]:
             if a.half_set is not None and b.half_set is not None:
                 first, second = sorted((a.name, b.name))
-                table[f"guard/overlap/{first}_{second}"] = a.half_set.overlap(b.half_set)
+                if (first, second) not in guard.overlaps:
+                    guard.overlaps[first, second] = a.half_set.overlap(b.half_set)
+                table[f"guard/overlap/{first}_{second}"] = guard.overlaps[first, second]
     table["guard/update_kept"] = guard.take_kept()
     table["guard/seconds"] = guard.take_seconds()
     return {name: value for name, value in table.items() if value is not None and math.isfinite(value)}

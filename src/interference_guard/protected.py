@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class ProtectedSet:
 
     masks: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def share(self) -> float:
         """Part of all units that is protected."""
         total = sum(mask.numel() for mask in self.masks.values())
