@@ -22,7 +22,7 @@ from .provenance import RESULTS, write
 RATE = 7e-4
 PLAIN_RATES = (1e-4, 2e-4, 3e-4, RATE)
 MIXED_RATES = (3e-4, RATE)
-OBSERVED_RATE = RATE
+OBSERVED_RATES = (3e-4, 5e-4, RATE)
 OBSERVED_ROWS = 512
 
 
@@ -35,7 +35,8 @@ def plan(seeds: list[int], methods: list[str]) -> list[dict[str, Any]]:
         made += [{"method": "plain", "rate": rate, "seed": seed} for rate in PLAIN_RATES]
         made += [{"method": "guarded", "rate": RATE, "seed": seed}]
         made += [{"method": "mixed", "rate": rate, "seed": seed} for rate in MIXED_RATES]
-        made += [{"method": "observed", "rate": OBSERVED_RATE, "seed": seed, "guard": {"retain": OBSERVED_ROWS}}]
+        observed = {"method": "observed", "seed": seed, "guard": {"retain": OBSERVED_ROWS}}
+        made += [{"rate": rate, **observed} for rate in OBSERVED_RATES]
     return [{"order": ORDER, **item} for item in made if item["method"] in methods]
 
 
@@ -99,7 +100,9 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "average_over_plain_best_rate": guarded["average"] - best["average"],
             "last_domain_minus_plain": guarded["last"] - plain["last"],
         }
-    summary |= correlations(runs)
+    for rate in sorted({run["run"]["rate"] for run in runs if run["pairs"]}):
+        found = correlations([run for run in runs if run["run"]["rate"] == rate])
+        summary.setdefault("spearman", {})[f"{rate:g}"] = found
     return summary
 
 
@@ -123,7 +126,7 @@ def correlations(runs: list[dict[str, Any]]) -> dict[str, Any]:
     table = {name: {domain: mean(values) for domain, values in by.items()} for name, by in found.items()}
     if not table:
         return {}
-    return {"spearman": table, "spearman_mean": {name: mean(list(by.values())) for name, by in table.items()}}
+    return {"by_domain": table, "mean": {name: mean(list(by.values())) for name, by in table.items()}}
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -139,7 +142,7 @@ def show(summary: dict[str, Any]) -> None:
         table.add_row(row["method"], f"{row['rate']:g}", str(row["seeds"]), *numbers, f"{row['overhead']:.1%}")
     console = Console()
     console.print(table)
-    for key in ("bars", "spearman", "spearman_mean"):
+    for key in ("bars", "spearman"):
         if key in summary:
             console.print({key: summary[key]})
 
@@ -150,11 +153,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=["plain", "guarded", "mixed", "observed"])
+    parser.add_argument("--rates", type=float, nargs="+", help="only runs at these learning rates")
     parser.add_argument("--add", action="store_true", help="keep other runs that the results file holds")
     parser.add_argument("--name", default="forgetting", help="name of the results file")
     options = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    jobs = plan(options.seeds, options.only)
+    jobs = [
+        job for job in plan(options.seeds, options.only) if options.rates is None or job["rate"] in options.rates
+    ]
     keys = {(job["method"], job["rate"], job["seed"]) for job in jobs}
     runs: list[dict[str, Any]] = []
     if options.add and (RESULTS / f"{options.name}.json").is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -206,6 +206,7 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
     result = Result(run=asdict(run))
     result.start = policy.pass_rates(student, words, tests, longest=LONGEST)
     result.curve.append({"step": 0, **result.start})
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = GRPOConfig(

@@ -27,13 +27,21 @@ def test_the_table_is_the_result():
         found = rows[method, float(rate)]
         numbers = [cell.strip().strip("*") for cell in cells.split("|")]
         assert numbers[:4] == [f"{found[key]:.3f}" for key in ("own", "average", "forgetting", "last")]
-        seeds = [r for r in FORGETTING["runs"] if r["run"]["method"] == method and r["run"]["rate"] == float(rate)]
-        assert numbers[4] == ", ".join(f"{r['average']:.3f}" for r in sorted(seeds, key=lambda r: r["run"]["seed"]))
+        seeds = [
+            r for r in FORGETTING["runs"] if r["run"]["method"] == method and r["run"]["rate"] == float(rate)
+        ]
+        assert numbers[4] == ", ".join(
+            f"{r['average']:.3f}" for r in sorted(seeds, key=lambda r: r["run"]["seed"])
+        )
 
 
 def test_summaries_follow_from_the_runs():
     for row in FORGETTING["summary"]["by_method"]:
-        runs = [r for r in FORGETTING["runs"] if (r["run"]["method"], r["run"]["rate"]) == (row["method"], row["rate"])]
+        runs = [
+            r
+            for r in FORGETTING["runs"]
+            if (r["run"]["method"], r["run"]["rate"]) == (row["method"], row["rate"])
+        ]
         assert row["average"] == pytest.approx(sum(r["average"] for r in runs) / len(runs))
         for r in runs:
             assert r["average"] == pytest.approx(sum(r["final"].values()) / len(r["final"]))
@@ -49,5 +57,9 @@ def test_quoted_overhead():
 
 
 def test_quoted_correlations():
-    for value in FORGETTING["summary"]["spearman_mean"].values():
-        assert f"{value:.2f}" in README
+    for rate, found in FORGETTING["summary"]["spearman"].items():
+        numbers = [
+            f"{found['mean'][name]:.2f}"
+            for name in ("first_phase_reward", "first_phase_nats", "whole_run_reward", "whole_run_nats")
+        ]
+        assert f"| {float(rate):.0e} | {' | '.join(numbers)} |".replace("e-0", "e-") in README
