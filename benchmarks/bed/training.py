@@ -113,7 +113,7 @@ class _Evaluate(TrainerCallback):  # type: ignore[misc]
 
     def _phase(self) -> None:
         seconds = time.perf_counter() - self.started - self.seconds
-        guard = dict(self.guard.guard.seconds) if self.guard is not None and self.guard.guard else {}
+        guard = dict(self.guard.guard.clock.seconds) if self.guard is not None and self.guard.guard else {}
         parts = {name: value - self.before[1].get(name, 0.0) for name, value in guard.items()}
         self.result.phases.append({"seconds": seconds - self.before[0], "guard": parts})
         self.before = (seconds, guard)
@@ -250,5 +250,5 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
         result.own[name] = next(point[name] for point in result.curve if point["step"] == at)
     result.final = {name: result.curve[-1][name] for name in run.order}
     if guard is not None and guard.guard is not None:
-        result.guard_seconds = dict(guard.guard.seconds)
+        result.guard_seconds = dict(guard.guard.clock.seconds)
     return result

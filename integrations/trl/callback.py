@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self.guard.bind(trainer.model)
         self.guard.policy = trainer_policy(trainer)
         accelerator = trainer.accelerator
-        self.guard.reduce = None
-        if accelerator.num_processes > 1:
-            self.guard.reduce = lambda values, kind: _reduce(accelerator, values, kind)
+        several = accelerator.num_processes > 1
+        self.guard.ranks.reduce = partial(_reduce, accelerator) if several else None
         self.detach()
         self._seams = seams
         self._evaluated, self._step_rows, self._rewards = {}, {}, None

@@ -44,17 +44,17 @@ class Block:
         """The members' unit views; writing to them writes to `tensors`."""
         return [view.view(tensors[view.name]) for view in self.views]
 
-    def gather(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
+    def gather(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> Tensor:
         """Members as one ``(matrices, units, width)`` fp32 tensor; a single fp32 member is not copied.
 
-        A missing tensor (a gradient that is None) reads as zero.
+        A missing tensor (a gradient that is None) reads as zero, on `device` where all are missing.
         """
         found = [
             None if (tensor := tensors[view.name]) is None else view.view(tensor).float() for view in self.views
         ]
         present = next((item for item in found if item is not None), None)
         if present is None:
-            return torch.zeros(self.matrices, self.units, self.width)
+            return torch.zeros(self.matrices, self.units, self.width, device=device)
         filled = [torch.zeros_like(present) if item is None else item for item in found]
         if len(filled) == 1:
             return filled[0] if filled[0].dim() == 3 else filled[0].unsqueeze(0)

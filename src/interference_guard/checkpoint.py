@@ -183,7 +183,7 @@ def _check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
 
 
 def _parameters(guard: Guard) -> dict[str, list[int]]:
-    return {view.name: list(view.shape) for block in guard.blocks for view in block.views}
+    return {view.name: list(view.shape) for block in guard.view.blocks for view in block.views}
 
 
 def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _unpack_domain(
                 get(f"sums/{index}/basis"),
                 get(f"sums/{index}/eigenvalues"),
             )
-            for index in range(len(guard.blocks))
+            for index in range(len(guard.view.blocks))
         ]
     if details["model"]:
         blocks = []
@@ -269,14 +269,14 @@ def _unpack_domain(
         rows_of_batch = _completions(f"completions/{index}", get)
         if rows_of_batch is not None:
             state.pending.append(rows_of_batch)
-    start = [get(f"start/{index}") for index in range(len(guard.blocks))]
+    start = [get(f"start/{index}") for index in range(len(guard.view.blocks))]
     state.start = [tensor for tensor in start if tensor is not None] or None
     for key in ("anchor_scores", "radius", "subspace"):
         setattr(state, key, get(key))
     for key in ("protected_set", "half_set"):
         masks = {
             view.name: tensors[f"{prefix}{key}/{view.name}"]
-            for block in guard.blocks
+            for block in guard.view.blocks
             for view in block.views
             if f"{prefix}{key}/{view.name}" in tensors
         }

@@ -8,34 +8,29 @@ completions -> probe -> trust region. The guard knows no trainer: a host calls `
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import checkpoint
-from .blocks import make_blocks
-from .checks import trainable_parameters
+from . import checkpoint, measuring, stepping
 from .config import GuardConfig
-from .curvature import DomainCurvature, block_matrices
-from .domain import DomainState, RunningMean
-from .errors import MissingDomainError, ShapeError, UnknownDomainError
-from .local_model import Grams, anchor_domain, displacements, predict, project
-from .metering import collect
-from .probe import Completions, Measurement, Policy, estimate, model_policy
-from .protection import protected_rows, span_of_edits
+from .curvature import DomainCurvature
+from .domain import DomainState
+from .errors import MissingDomainError, UnknownDomainError
+from .local_model import Grams, predict
+from .metering import Clock, TensorMean, collect
+from .model_view import ModelView
+from .probe import Completions, Measurement, Policy, model_policy
+from .ranks import Ranks, Reduce
 from .trust_region import TrustRegion
-from .units import UnitLayout
 
-PARTS = ("retain", "observe", "anchor", "predict", "project", "probe", "metrics")
 # The first foreign steps are the ones about which least is known.
 EARLY_PROBES = (1, 2, 4)
-Reduce = Callable[[Tensor, str], Tensor]
 
 
 class Guard:
@@ -74,33 +69,21 @@ class Guard:
         self.enabled = self.config.enabled
         self.policy: Policy = policy if policy is not None else model_policy(model)
         self._own_policy = policy is None
-        self.reduce = reduce
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.ranks = Ranks(reduce)
+        self.clock = Clock()
         self.steps = 0
-        self._shares: dict[str, float] = {}
-        self._domains: dict[str, DomainState] = {}
-        self._kept = RunningMean()
-        self._kept_tensor: Tensor | None = None
-        self._reported = (0, 0.0)
+        self.kept = TensorMean()
         # By id of the local models, which live as long as the entry: cleared whenever one is replaced.
-        self._grams: Grams = {}
+        self.grams: Grams = {}
         # Jaccard indices of protected sets by sorted names; sets change at anchors alone.
         self.overlaps: dict[tuple[str, str], float] = {}
-        # Off only in tests, which prove that the path for accelerators reads nothing back.
-        self._early = True
-        self._parameters: dict[str, nn.Parameter] = {}
+        # None: wherever reading the device costs nothing. Tests set it to prove that the path for
+        # accelerators reads nothing back.
+        self.force_read: bool | None = None
+        self._shares: dict[str, float] = {}
+        self._domains: dict[str, DomainState] = {}
         if self.enabled:
-            self._parameters = trainable_parameters(model)
-            self.layout = UnitLayout(
-                self._parameters.items(),
-                self.config.overrides(),
-                module=model,
-            )
-            self.blocks = make_blocks(self.layout, self._parameters)
-            settings = self.config
-            self._omegas = block_matrices(self.blocks, settings.sketch, settings.seed, "test")
-            self._residuals = block_matrices(self.blocks, settings.residual, settings.seed, "residual")
-            self._place()
+            self.view = ModelView(model, self.config)
 
     def bind(self, model: nn.Module) -> None:
         """Go on with another object of the same model, for instance in the next phase's trainer.
@@ -112,21 +95,9 @@ class Guard:
         """
         if not self.enabled:
             return
-        found = trainable_parameters(model)
-        mine = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        if mine != theirs:
-            different = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-            name = different[0] if different else "their order"
-            raise ShapeError(
-                f"The guard was built for other trainable parameters: {len(different)} differ, for instance "
-                f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
-                "model, or build a new guard."
-            )
-        self._parameters = found
+        self.view.bind(model)
         if self._own_policy:
             self.policy = model_policy(model)
-        self._place()
 
     # What a host tells
 
@@ -214,7 +185,7 @@ class Guard:
             if len(finite):
                 state.see_rewards(finite.min().item(), finite.max().item())
                 state.rewards.add(finite.sum().item(), len(finite))
-        self._clock("retain", started)
+        self.clock.add("retain", started)
 
     # The optimizer step
 
@@ -234,26 +205,8 @@ class Guard:
                 "An optimizer step began and no domain is set. Put the step inside "
                 "`with guard.domain(name):`, or call guard.begin({name: share}) before it."
             )
-        self._place()
-        active = self.active
-        started = perf_counter()
-        # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
-        for name in sorted(self._domains):
-            if name not in active and self._domains[name].own_steps:
-                self._anchor(self._domains[name])
-        started = self._clock("anchor", started)
-        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
-        batch = [block.gather(gradients) for block in self.blocks]
-        for name in active:
-            state = self._domains[name]
-            if state.start is None and self.config.selection == "edits" and not state.anchored:
-                state.start = span_of_edits(self._weights(), self._residuals)
-            state.curvature.observe(batch)
-            state.own_steps += 1
-            state.since_refresh += 1
-            state.evaluated = False
-            state.anchored = False
-        self._clock("observe", started)
+        self.view.place()
+        stepping.take_gradients(self)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -264,39 +217,7 @@ class Guard:
         states = [self._domains[name] for name in self.protected]
         if not states:
             return
-        started = perf_counter()
-        models = [state.model for state in states if state.model is not None]
-        seen = displacements(self._weights(), models)
-        for state, displacement in zip(states, seen, strict=True):
-            state.foreign_steps += 1
-            state.subspace = displacement.energy()
-            # The first visible displacement: nothing else is known of the unit yet. A step at rate 0 (the
-            # start of a warm-up) shows rounding alone, and a radius of that size would freeze learning.
-            if state.radius is None:
-                state.radius = torch.full_like(state.subspace, math.inf)
-            if not state.region.radius and state.model is not None:
-                seen_now = (state.subspace > 4 * state.model.rounding()) & state.radius.isinf()
-                state.radius = torch.where(seen_now, state.subspace, state.radius)
-        started = self._clock("predict", started)
-        if not self.config.project:
-            return
-        radii = [state.radius for state in states if state.radius is not None]
-        before = torch.stack([state.subspace for state in states if state.subspace is not None])
-        changes = project(models, seen, radii, self.config.sweeps, self._early and self._on_cpu, self._grams)
-        if changes is not None:
-            for block, change in zip(self.blocks, changes, strict=True):
-                targets = block.targets(self._parameters)
-                parts = [change.squeeze(0) if targets[0].dim() == 2 else change]
-                if len(targets) > 1:
-                    parts = list(change.unbind(0))
-                torch._foreach_sub_(targets, [part.to(targets[0].dtype) for part in parts])
-            for state, displacement in zip(states, seen, strict=True):
-                state.subspace = displacement.energy()
-        after = torch.stack([state.subspace for state in states if state.subspace is not None])
-        kept = (after.sum() / before.sum().clamp(min=1e-37)).clamp(max=1.0).sqrt()
-        self._kept_tensor = kept if self._kept_tensor is None else self._kept_tensor + kept
-        self._kept.count += 1
-        self._clock("project", started)
+        stepping.hold(self, states)
 
     # Measurement
 
@@ -335,23 +256,7 @@ class Guard:
                 f"Domain {domain!r} has an anchor but no retained completions, so nothing can be measured. "
                 f"Call guard.retain({domain!r}, completions) during its own steps."
             )
-        started = perf_counter()
-        # Another rank may hold all rows of a domain: this one then adds nothing to the sums.
-        now = anchor = mask = torch.zeros(0, 1, device=self.device)
-        rewards: Tensor | None = torch.zeros(0, device=self.device)
-        if state.retained is not None and state.anchor_scores is not None:
-            now, anchor = (policy or self.policy)(state.retained), state.anchor_scores
-            mask, rewards = state.retained.completion_mask, state.retained.rewards
-        found = estimate(domain, now, anchor, mask, rewards, state.span, self._sum)
-        subspace, residual = self.interference([domain])[domain]
-        if state.radius is not None and not state.region.radius and math.isfinite(first := state.radius.item()):
-            state.region.radius = state.region.largest = first
-        result = state.region.measured(found, subspace, residual, adapt=self.config.project)
-        if state.radius is not None and state.region.radius:
-            state.radius.fill_(state.region.radius)
-        state.measurement = result
-        self._clock("probe", started)
-        return result
+        return measuring.measure(self, state, policy)
 
     def calibrate(self, domain: str, reward: float) -> None:
         """Tell the true mean reward of a domain under the present weights, from an evaluation.
@@ -367,20 +272,7 @@ class Guard:
             return
         if domain not in self._domains:
             raise self._unknown(domain)
-        state = self._domains[domain]
-        if not state.anchored or not state.foreign_steps:
-            state.anchor_reward, state.evaluated = reward, True
-            return
-        state.true_reward = reward
-        span = state.span
-        if span is None or not state.measurable:
-            return
-        loss = self.measure(domain).loss
-        if state.evaluated:
-            state.region.truth((state.anchor_reward - reward) / (span[1] - span[0]))
-        else:
-            # The retained rows' rewards are of other prompts than the evaluation's.
-            state.anchor_reward, state.evaluated = reward + loss * (span[1] - span[0]), True
+        measuring.calibrate(self, self._domains[domain], reward)
 
     def predicted(self, domain: str) -> float:
         """Calibrated prediction of a domain's interference under the present weights.
@@ -419,7 +311,7 @@ class Guard:
         if domains is None:
             domains = [name for name, state in self._domains.items() if state.anchored]
         models = {name: model for name in domains if (model := self._anchored(name).model) is not None}
-        parts = predict(self._weights(), list(models.values()), self._residuals) if models else []
+        parts = predict(self.view.weights(), list(models.values()), self.view.residuals) if models else []
         table = torch.stack([torch.stack(pair) for pair in parts]).tolist() if parts else []
         return {name: (inside, outside) for name, (inside, outside) in zip(models, table, strict=True)}
 
@@ -433,22 +325,8 @@ class Guard:
             return {}
         started = perf_counter()
         found = collect(self)
-        self._clock("metrics", started)
+        self.clock.add("metrics", started)
         return found
-
-    def take_kept(self) -> float | None:
-        """Mean of `guard/update_kept` since the last call."""
-        count = self._kept.count
-        value = None if self._kept_tensor is None else self._kept_tensor.item() / count
-        self._kept_tensor, self._kept.count = None, 0.0
-        return value
-
-    def take_seconds(self) -> float | None:
-        """Guard seconds per step since the last call."""
-        steps, seconds = self._reported
-        total = sum(self.seconds.values())
-        self._reported = (self.steps, total)
-        return (total - seconds) / (self.steps - steps) if self.steps > steps else None
 
     # State
 
@@ -476,13 +354,13 @@ class Guard:
     def new_state(self, name: str) -> DomainState:
         """An empty state for a domain (used when a state file is read)."""
         settings = self.config
-        curvature = DomainCurvature(0.5 ** (1 / settings.half_life), self._omegas)
+        curvature = DomainCurvature(0.5 ** (1 / settings.half_life), self.view.omegas)
         return DomainState(name, curvature, TrustRegion(settings.budget, settings.budget_nats))
 
     def replace_domains(self, domains: Mapping[str, DomainState]) -> None:
         """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
-        self._grams.clear()
+        self.grams.clear()
         self.overlaps.clear()
 
     # Parts
@@ -490,25 +368,17 @@ class Guard:
     @property
     def device(self) -> torch.device:
         """Where the guard's own tensors lie."""
-        return next(iter(self._parameters.values())).device
+        return self.view.device
 
     @property
-    def _on_cpu(self) -> bool:
-        return self.device.type == "cpu"
+    def reads_back(self) -> bool:
+        """Whether decisions may read the device within a step: on an accelerator that would stall it."""
+        return self.device.type == "cpu" if self.force_read is None else self.force_read
 
-    def _place(self) -> None:
-        """Follow the model to another device."""
-        if self._omegas and self._omegas[0].device != self.device:
-            memo: dict[int, Tensor] = {}
-
-            def move(tensor: Tensor) -> Tensor:
-                return memo.setdefault(id(tensor), tensor.to(self.device))
-
-            self._omegas[:] = [move(item) for item in self._omegas]
-            self._residuals[:] = [move(item) for item in self._residuals]
-
-    def _weights(self) -> list[Tensor]:
-        return [block.gather(self._parameters) for block in self.blocks]
+    def forget_sets(self, name: str) -> None:
+        """Drop what was computed from a domain's former local model and sets."""
+        self.grams.clear()
+        self.overlaps = {pair: value for pair, value in self.overlaps.items() if name not in pair}
 
     def _state(self, name: str) -> DomainState:
         if name not in self._domains:
@@ -527,71 +397,3 @@ class Guard:
             f"Domain {domain!r} has no anchor. Known domains: {sorted(self._domains)}; anchored: {anchored}. "
             f"Train on {domain!r} first: its anchor is set when another domain's first step begins."
         )
-
-    def _anchor(self, state: DomainState) -> None:
-        """Set a domain's anchor at the present weights and score its retained completions there."""
-        if not state.curvature.sums or not state.curvature.count.item():
-            # Only zero or non-finite gradients so far: there is nothing to protect.
-            state.own_steps = 0
-            return
-        state.retained = state.latest(self.config.retain)
-        state.pending = [] if state.retained is None else [state.retained]
-        chosen = protected_rows(state, self)
-        self._grams.clear()
-        self.overlaps = {pair: value for pair, value in self.overlaps.items() if state.name not in pair}
-        reuse = state.model if state.since_refresh < self.config.refresh_steps else None
-        state.model = anchor_domain(
-            state.curvature, self._weights(), self._residuals, self.config.rank, chosen, reuse
-        )
-        if reuse is None:
-            state.since_refresh = 0
-        rows = 0.0 if state.retained is None else float(len(state.retained))
-        rewarded = state.retained is not None and state.retained.rewards is not None
-        every, with_rewards = self._total([rows, rows if rewarded else 0.0])
-        state.measurable = every > 0
-        if not state.measurable:
-            warnings.warn(
-                f"No completions of domain {state.name!r} were retained, so its interference cannot be "
-                "measured: its radius stays what the first foreign step sets. Call guard.retain().",
-                stacklevel=4,
-            )
-        else:
-            self._sync_span(state)
-            state.anchor_scores = None if state.retained is None else self.policy(state.retained).detach()
-            if with_rewards and not state.evaluated:
-                own = state.retained.rewards if state.retained is not None else None
-                (total,) = self._total([0.0 if own is None else own.double().sum().item()])
-                state.anchor_reward = total / with_rewards
-        state.anchored = True
-        state.own_steps = state.foreign_steps = 0
-        state.true_reward = math.nan
-        state.subspace = None
-        state.measurement = None
-        state.start = None
-
-    def _sync_span(self, state: DomainState) -> None:
-        if self.reduce is not None:
-            known = not math.isnan(state.low)
-            limits = torch.tensor(
-                [-state.low if known else -math.inf, state.high if known else -math.inf],
-                dtype=torch.float64,
-                device=self.device,
-            )
-            low, high = self.reduce(limits, "max").tolist()
-            if math.isfinite(high):
-                state.see_rewards(-low, high)
-
-    def _sum(self, table: Tensor) -> Tensor:
-        return table if self.reduce is None else self.reduce(table, "sum")
-
-    def _total(self, values: list[float]) -> list[float]:
-        """Sums over ranks."""
-        if self.reduce is None:
-            return values
-        summed = self.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
-        return [float(value) for value in summed.tolist()]
-
-    def _clock(self, part: str, started: float) -> float:
-        now = perf_counter()
-        self.seconds[part] += now - started
-        return now

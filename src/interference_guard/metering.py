@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 import math
+from time import perf_counter
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .domain import DomainState
     from .guard import Guard
+
+PARTS = ("retain", "observe", "anchor", "predict", "project", "probe", "metrics")
+
+
+class Clock:
+    """Wall-clock seconds of the guard by part."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._reported = (0, 0.0)
+
+    def add(self, part: str, started: float) -> float:
+        """Add the time since `started`; returns the present time."""
+        now = perf_counter()
+        self.seconds[part] += now - started
+        return now
+
+    def take(self, steps: int) -> float | None:
+        """Seconds per step since the last call, None without a step."""
+        total = sum(self.seconds.values())
+        (before, seconds), self._reported = self._reported, (steps, total)
+        return (total - seconds) / (steps - before) if steps > before else None
+
+
+class TensorMean:
+    """Mean of 0-d tensors since the last `take`; adding does not read the device."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def add(self, value: Tensor) -> None:
+        """Add a value."""
+        self._total = value if self._total is None else self._total + value
+        self._count += 1
+
+    def take(self) -> float | None:
+        """The mean, or None without values; reads the device and starts anew."""
+        value = None if self._total is None else self._total.item() / self._count
+        self._total, self._count = None, 0
+        return value
 
 
 def collect(guard: Guard) -> dict[str, float]:
@@ -25,8 +69,8 @@ def collect(guard: Guard) -> dict[str, float]:
                 if (first, second) not in guard.overlaps:
                     guard.overlaps[first, second] = a.half_set.overlap(b.half_set)
                 table[f"guard/overlap/{first}_{second}"] = guard.overlaps[first, second]
-    table["guard/update_kept"] = guard.take_kept()
-    table["guard/seconds"] = guard.take_seconds()
+    table["guard/update_kept"] = guard.kept.take()
+    table["guard/seconds"] = guard.clock.take(guard.steps)
     return {name: value for name, value in table.items() if value is not None and math.isfinite(value)}
 
 

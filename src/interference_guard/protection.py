@@ -36,22 +36,22 @@ def protected_rows(state: DomainState, guard: Guard) -> list[Tensor | None]:
     Returns:
         Per block the flattened indices of the chosen units, or None for all.
     """
-    config, views = guard.config, guard.layout.views
-    energies = by_parameter(guard.blocks, [sums.energy for sums in state.curvature.sums])
+    config, views = guard.config, guard.view.layout.views
+    energies = by_parameter(guard.view.blocks, [sums.energy for sums in state.curvature.sums])
     state.half_set = select_units(energies, views, 0.5)
     if config.coverage >= 1:
         state.protected_set = select_units(energies, views, 1.0)
-        return [None for _ in guard.blocks]
+        return [None for _ in guard.view.blocks]
     chosen = select_units(energies, views, config.coverage)
     if config.selection == "random":
         generator = torch.Generator().manual_seed(config.seed)
         chosen = random_units(chosen, energies, views, generator)
     elif config.selection == "edits" and state.start is not None:
-        now = span_of_edits(guard._weights(), guard._residuals)
+        now = span_of_edits(guard.view.weights(), guard.view.residuals)
         moved = [(a - b).square().sum(-1) for a, b in zip(now, state.start, strict=True)]
-        chosen = select_units(by_parameter(guard.blocks, moved), views, config.coverage)
+        chosen = select_units(by_parameter(guard.view.blocks, moved), views, config.coverage)
     state.protected_set = chosen
-    return rows_of(chosen, guard.blocks, guard.device)
+    return rows_of(chosen, guard.view.blocks, guard.device)
 
 
 def rows_of(chosen: ProtectedSet, blocks: Sequence[Block], device: torch.device) -> list[Tensor | None]:

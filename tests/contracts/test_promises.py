@@ -114,7 +114,7 @@ def test_a_step_reads_nothing_back(coverage, monkeypatch):
     monkeypatch.setattr("interference_guard.curvature.READS_BACK", ())
     config = dataclasses.replace(CONFIG, coverage=coverage)
     model, guard, _optimizer = prepared(config, ("math", "code", "qa"))
-    guard._early = False
+    guard.force_read = False
     policy_gradient(model, rollout(model, "qa")).backward()
     guard.begin({"qa": 1.0})
     with HostReads() as reads:
@@ -129,7 +129,7 @@ def test_both_paths_give_the_same_weights():
     ends = []
     for early in (True, False):
         model, guard, optimizer = guarded()
-        guard._early = early
+        guard.force_read = early
         train(model, guard, optimizer, ["math"] * 5 + ["code"] * 10)
         ends.append([p.detach() for p in model.parameters()])
     for a, b in zip(*ends, strict=True):
@@ -165,8 +165,8 @@ def test_memory_per_protected_domain_is_bounded(rank, sketch, residual):
     guard = Guard(model, GuardConfig(rank=rank, sketch=sketch, residual=residual))
     optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), guard)
     weights = 4 * sum(p.numel() for p in model.parameters())
-    sums = 4 * sum(view.width * min(sketch, view.width) + view.units for view in guard.layout.views.values())
-    small = 4 * sum(rank + sketch + 3 for _ in guard.layout.views) + 4
+    sums = 4 * sum(view.width * min(sketch, view.width) + view.units for view in guard.view.layout.views.values())
+    small = 4 * sum(rank + sketch + 3 for _ in guard.view.layout.views) + 4
     generator = torch.Generator().manual_seed(0)
 
     def work(domain):

@@ -170,8 +170,8 @@ def test_a_guarded_step_runs(name):
 def test_tied_embeddings_are_one_parameter():
     config = transformers.Qwen3Config(**COMMON, head_dim=4, tie_word_embeddings=True)
     guard = Guard(transformers.AutoModelForCausalLM.from_config(config))
-    assert "model.embed_tokens.weight" in guard.layout.views
-    assert "lm_head.weight" not in guard.layout.views
+    assert "model.embed_tokens.weight" in guard.view.layout.views
+    assert "lm_head.weight" not in guard.view.layout.views
 
 
 def test_lora_factors_are_rows():
@@ -179,7 +179,7 @@ def test_lora_factors_are_rows():
         build("qwen3"),
         LoraConfig(r=3, target_modules=["q_proj", "o_proj", "down_proj"], modules_to_save=["lm_head"]),
     )
-    views = Guard(model).layout.views
+    views = Guard(model).view.layout.views
     assert {name.rpartition("layers.")[2].partition(".")[0] for name in views if "lora" in name} == {"0", "1"}
     for name, view in views.items():
         if "lora_A" in name:

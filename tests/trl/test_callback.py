@@ -179,7 +179,7 @@ def test_lora(kind, tmp_path):
     trainer = online(kind, tmp_path, rows(TWO_PHASES), peft=LoraConfig(r=4, target_modules="all-linear"))
     callback = guarded(trainer)
     trainer.train()
-    assert all("lora" in name for name in callback.guard.layout.views)
+    assert all("lora" in name for name in callback.guard.view.layout.views)
     inside, _ = callback.guard.interference()["math"]
     assert inside <= callback.guard.domains["math"].radius.item() * (1 + 1e-3)
 

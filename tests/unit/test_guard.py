@@ -238,7 +238,7 @@ def test_only_protected_units_are_moved_back(selection):
     guard.after_step()
     moved = {name: (new - old).abs() for (name, new), old in zip(model.named_parameters(), before, strict=True)}
     for name, mask in state.protected_set.masks.items():
-        by_unit = guard.layout.views[name].view(moved[name].detach()).amax(-1)
+        by_unit = guard.view.layout.views[name].view(moved[name].detach()).amax(-1)
         assert by_unit[~mask].sum() == 0
     assert sum(change.sum() for change in moved.values()) > 0
 

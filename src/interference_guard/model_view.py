@@ -1,0 +1,93 @@
+"""The model as the guard sees it: its trainable parameters in unit view, and the random matrices they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import make_blocks
+from .checks import trainable_parameters
+from .config import GuardConfig
+from .curvature import block_matrices
+from .errors import ShapeError
+from .units import UnitLayout
+
+
+class ModelView:
+    """Reads weights and gradients in unit view, same-shaped matrices batched, and changes weights in place.
+
+    Args:
+        model: The policy; its trainable parameters are meant.
+        config: Settings.
+
+    Raises:
+        UnsupportedError: If the model holds something that cannot be guarded.
+    """
+
+    def __init__(self, model: nn.Module, config: GuardConfig) -> None:
+        self._parameters = trainable_parameters(model)
+        self.layout = UnitLayout(self._parameters.items(), config.overrides(), module=model)
+        self.blocks = make_blocks(self.layout, self._parameters)
+        self.omegas = block_matrices(self.blocks, config.sketch, config.seed, "test")
+        """Test matrices of the curvature per block, ``(width, sketch)`` fp32; shared by blocks of one width."""
+        self.residuals = block_matrices(self.blocks, config.residual, config.seed, "residual")
+        """Random directions R of the residual part per block, ``(width, residual)`` fp32."""
+        self.place()
+
+    def bind(self, model: nn.Module) -> None:
+        """Go on with another object of the same model.
+
+        Raises:
+            ShapeError: If its trainable parameters differ; nothing is changed then.
+        """
+        found = trainable_parameters(model)
+        mine = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        if mine != theirs:
+            different = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+            name = different[0] if different else "their order"
+            raise ShapeError(
+                f"The guard was built for other trainable parameters: {len(different)} differ, for instance "
+                f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
+                "model, or build a new guard."
+            )
+        self._parameters = found
+        self.place()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie, and with them all tensors of the guard."""
+        return next(iter(self._parameters.values())).device
+
+    def place(self) -> None:
+        """Follow the model to another device."""
+        if self.omegas and self.omegas[0].device != self.device:
+            memo: dict[int, Tensor] = {}
+
+            def move(tensor: Tensor) -> Tensor:
+                return memo.setdefault(id(tensor), tensor.to(self.device))
+
+            # In place: the curvatures share these lists.
+            self.omegas[:] = [move(item) for item in self.omegas]
+            self.residuals[:] = [move(item) for item in self.residuals]
+
+    def weights(self) -> list[Tensor]:
+        """Per block ``(matrices, units, width)`` fp32; may share memory with the parameters."""
+        return [block.gather(self._parameters) for block in self.blocks]
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients, laid out as `weights`."""
+        table = {name: parameter.grad for name, parameter in self._parameters.items()}
+        return [block.gather(table, self.device) for block in self.blocks]
+
+    @torch.no_grad()
+    def subtract(self, changes: Sequence[Tensor]) -> None:
+        """Subtract per-block changes, ``(matrices, units, width)`` fp32, from the parameters in place."""
+        for block, change in zip(self.blocks, changes, strict=True):
+            targets = block.targets(self._parameters)
+            parts = [change.squeeze(0) if targets[0].dim() == 2 else change]
+            if len(targets) > 1:
+                parts = list(change.unbind(0))
+            torch._foreach_sub_(targets, [part.to(targets[0].dtype) for part in parts])

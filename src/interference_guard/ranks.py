@@ -1,0 +1,41 @@
+"""Reductions over data-parallel ranks, after which every rank measures and decides the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor, str], Tensor]
+"""Reduces a 1-d tensor over ranks: ``reduce(tensor, "sum" | "max")``."""
+
+
+class Ranks:
+    """Sums and limits over ranks; in a single process what was given is returned.
+
+    Args:
+        reduce: The host's reduction, or None in a single process.
+    """
+
+    def __init__(self, reduce: Reduce | None = None) -> None:
+        self.reduce = reduce
+
+    def sum(self, table: Tensor) -> Tensor:
+        """Sum of a 1-d tensor."""
+        return table if self.reduce is None else self.reduce(table, "sum")
+
+    def totals(self, values: list[float], device: torch.device) -> list[float]:
+        """Sums of plain numbers."""
+        if self.reduce is None:
+            return values
+        summed = self.reduce(torch.tensor(values, dtype=torch.float64, device=device), "sum")
+        return [float(value) for value in summed.tolist()]
+
+    def limits(self, low: float, high: float, device: torch.device) -> tuple[float, float]:
+        """Smallest low and largest high; a rank that has none gives ``inf, -inf``."""
+        if self.reduce is None:
+            return low, high
+        table = torch.tensor([-low, high], dtype=torch.float64, device=device)
+        negative, highest = self.reduce(table, "max").tolist()
+        return -negative, highest
