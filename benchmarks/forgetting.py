@@ -35,7 +35,7 @@ def plan(seeds: list[int], methods: list[str]) -> list[dict[str, Any]]:
         made += [{"method": "plain", "rate": rate, "seed": seed} for rate in PLAIN_RATES]
         made += [{"method": "guarded", "rate": RATE, "seed": seed}]
         made += [{"method": "mixed", "rate": rate, "seed": seed} for rate in MIXED_RATES]
-        observed = {"method": "observed", "seed": seed, "guard": {"retain": OBSERVED_ROWS}}
+        observed = {"method": "observed", "seed": seed, "guard": {"retain": OBSERVED_ROWS, "first_order": True}}
         made += [{"rate": rate, **observed} for rate in OBSERVED_RATES]
     return [{"order": ORDER, **item} for item in made if item["method"] in methods]
 
@@ -110,7 +110,9 @@ def correlations(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Rank correlation of raw prediction and measurement within each domain, mean over seeds.
 
     Over the first foreign phase, in which the displacement goes one way, and over the whole run, in which
-    several domains pull in turn; the measurement in reward and, beside it, in nats.
+    several domains pull in turn; the measurement in reward and, beside it, in nats. The quadratic prediction
+    needs no calibration to be ranked. With the first-order term the two parts are weighed by the coefficients
+    that the guard's own probes had fitted at the end of the span.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs:
@@ -119,10 +121,18 @@ def correlations(runs: list[dict[str, Any]]) -> dict[str, Any]:
             pairs = [pair for pair in run["pairs"] if pair["domain"] == domain]
             first = [pair for pair in pairs if pair["step"] <= (place + 2) * steps]
             for span, chosen in (("first_phase", first), ("whole_run", pairs)):
+                quadratic, linear = chosen[-1]["slopes"]
+                parts = {"": [pair["raw"] for pair in chosen]}
+                # Where neither part explains a loss there is nothing to weigh.
+                if quadratic > 0 or linear > 0:
+                    parts["_first_order"] = [quadratic * p["raw"] + linear * p["linear"] for p in chosen]
+                else:
+                    parts["_first_order"] = parts[""]
                 for unit, key in (("reward", "loss"), ("nats", "kl")):
-                    if chosen:
-                        value = spearman([pair["raw"] for pair in chosen], [pair[key] for pair in chosen])
-                        found.setdefault(f"{span}_{unit}", {}).setdefault(domain, []).append(value)
+                    truth = [pair[key] for pair in chosen]
+                    for term, predicted in parts.items():
+                        name = f"{span}_{unit}{term}"
+                        found.setdefault(name, {}).setdefault(domain, []).append(spearman(predicted, truth))
     table = {name: {domain: mean(values) for domain, values in by.items()} for name, by in found.items()}
     if not table:
         return {}

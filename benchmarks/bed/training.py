@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from interference_guard import GuardConfig
 from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
+from interference_guard.measuring import look
 
 from . import domains
 from . import model as policy
@@ -62,7 +63,8 @@ class Result:
         guard_seconds: Time of the guard by part.
         phases: Per phase: its seconds without evaluations, and the guard's by part.
         metrics: The guard's metrics by step.
-        pairs: With `"observed"`: step, domain, raw prediction and measured loss.
+        pairs: With `"observed"`: step, domain, both parts of the raw prediction, their coefficients so far,
+            measured loss and KL.
     """
 
     run: dict[str, Any]
@@ -145,13 +147,18 @@ class _Pairs(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.guard is None or state.global_step % self.every:
             return
-        for name in self.guard.protected:
-            found = self.guard.measure(name)
+        for name, raw in self.guard.interference(self.guard.protected).items():
+            domain = self.guard.domains[name]
+            # Without calibrating: the prediction must live on the probes that a user's run makes.
+            found = look(self.guard, domain)
+            quadratic, linear = domain.region.slopes
             self.result.pairs.append(
                 {
                     "step": state.global_step,
                     "domain": name,
-                    "raw": found.raw,
+                    "raw": raw.quadratic,
+                    "linear": raw.linear,
+                    "slopes": [quadratic, linear],
                     "loss": found.loss,
                     "kl": found.kl,
                 }

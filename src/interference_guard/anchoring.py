@@ -30,6 +30,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     )
     if reuse is None:
         state.since_refresh = 0
+    state.slopes = None if state.gradient is None else state.gradient.along(state.model)
     _score(guard, state)
     state.anchored = True
     state.own_steps = state.foreign_steps = 0

@@ -24,6 +24,7 @@ from torch import Tensor
 from .curvature import BlockSums
 from .domain import DomainState
 from .errors import StateError, StateVersionError
+from .first_order import GradientMean
 from .local_model import LocalBlock, LocalModel
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
@@ -213,6 +214,12 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
     details["pending"] = len(state.pending)
     for index, tensor in enumerate(state.start or ()):
         put(f"start/{index}", tensor)
+    for index, tensor in enumerate(state.slopes or ()):
+        put(f"slopes/{index}", tensor)
+    if state.gradient is not None:
+        put("gradient/count", state.gradient.count)
+        for index, tensor in enumerate(state.gradient.sums):
+            put(f"gradient/{index}", tensor)
     for name in ("anchor_scores", "radius", "subspace"):
         put(name, getattr(state, name))
     for name in ("protected_set", "half_set"):
@@ -269,8 +276,11 @@ def _unpack_domain(
         rows_of_batch = _completions(f"completions/{index}", get)
         if rows_of_batch is not None:
             state.pending.append(rows_of_batch)
-    start = [get(f"start/{index}") for index in range(len(guard.view.blocks))]
-    state.start = [tensor for tensor in start if tensor is not None] or None
+    state.start = _listed("start", guard, get)
+    state.slopes = _listed("slopes", guard, get)
+    count = get("gradient/count")
+    if count is not None:
+        state.gradient = GradientMean(guard.view.omegas, _listed("gradient", guard, get) or [], count)
     for key in ("anchor_scores", "radius", "subspace"):
         setattr(state, key, get(key))
     for key in ("protected_set", "half_set"):
@@ -282,6 +292,12 @@ def _unpack_domain(
         }
         setattr(state, key, ProtectedSet(masks) if masks else None)
     return state
+
+
+def _listed(name: str, guard: Guard, get: Any) -> list[Tensor] | None:
+    """Tensors of all blocks, None where they were not stored."""
+    found = [get(f"{name}/{index}") for index in range(len(guard.view.blocks))]
+    return [tensor for tensor in found if tensor is not None] or None
 
 
 def _completions(prefix: str, get: Any) -> Completions | None:

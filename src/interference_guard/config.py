@@ -53,6 +53,13 @@ class GuardConfig:
     residual: int = field(
         default=8, metadata={"help": "Random directions that estimate what the kept ones miss."}
     )
+    first_order: bool = field(
+        default=False,
+        metadata={
+            "help": "Add the domains' own mean gradient to the prediction: for domains left before their "
+            "optimum, as in interleaved training. Costs (rank + sketch) / width of the weights a domain more."
+        },
+    )
     half_life: float = field(
         default=50.0, metadata={"help": "Own steps after which a gradient counts half in the curvature."}
     )

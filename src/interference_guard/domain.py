@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .curvature import DomainCurvature
+from .first_order import GradientMean
 from .local_model import LocalModel
 from .probe import Completions, Measurement, join
 from .protected import ProtectedSet
@@ -56,6 +57,8 @@ class DomainState:
         evaluated: Whether `anchor_reward` is an evaluation.
         true_reward: The host's latest evaluation since the anchor, NaN without one.
         measurement: The last probe.
+        gradient: Mean gradient of the latest own steps, None unless `first_order` is set.
+        slopes: The same along the local model's directions at the anchor, per block ``(rows, rank)``.
         radius: The region's radius as a 0-d tensor on the device; infinite until the first
             step that visibly moves the weights.
         subspace: Raw prediction inside the domain's directions after the last step, a 0-d tensor.
@@ -79,6 +82,8 @@ class DomainState:
     evaluated: bool = False
     true_reward: float = math.nan
     measurement: Measurement | None = None
+    gradient: GradientMean | None = None
+    slopes: list[Tensor] | None = None
     radius: Tensor | None = None
     subspace: Tensor | None = None
     protected_set: ProtectedSet | None = None

@@ -22,12 +22,13 @@ from .config import GuardConfig
 from .curvature import DomainCurvature
 from .domain import DomainState
 from .errors import MissingDomainError, UnknownDomainError
+from .first_order import first_order
 from .local_model import Grams, predict
 from .metering import Clock, TensorMean, collect
 from .model_view import ModelView
 from .probe import Completions, Measurement, Policy, model_policy
 from .ranks import Ranks, Reduce
-from .trust_region import TrustRegion
+from .trust_region import Raw, TrustRegion
 
 # The first foreign steps are the ones about which least is known.
 EARLY_PROBES = (1, 2, 4)
@@ -284,26 +285,25 @@ class Guard:
             UnknownDomainError: If the domain has no anchor.
         """
         state = self._anchored(domain)
-        return state.region.predict(self.raw(domain)) if state.foreign_steps else 0.0
+        return state.region.predict(self.interference([domain])[domain]) if state.foreign_steps else 0.0
 
     def raw(self, domain: str) -> float:
-        """Uncalibrated prediction, both parts; reads the device.
+        """Uncalibrated quadratic prediction, inside and outside the directions; reads the device.
 
         Raises:
             UnknownDomainError: If the domain has no anchor.
         """
-        return sum(self.interference([domain])[domain])
+        return self.interference([domain])[domain].quadratic
 
     @torch.no_grad()
-    def interference(self, domains: Iterable[str] | None = None) -> dict[str, tuple[float, float]]:
+    def interference(self, domains: Iterable[str] | None = None) -> dict[str, Raw]:
         """Uncalibrated prediction of domains under the present weights, in one pass over them.
 
         Args:
             domains: Their names; all anchored ones by default.
 
         Returns:
-            By domain: the part inside its directions, which the projection bounds, and the part outside,
-            estimated through random directions. Reads the device.
+            By domain the parts of its prediction; reads the device.
 
         Raises:
             UnknownDomainError: If a domain has no anchor.
@@ -312,8 +312,13 @@ class Guard:
             domains = [name for name, state in self._domains.items() if state.anchored]
         models = {name: model for name in domains if (model := self._anchored(name).model) is not None}
         parts = predict(self.view.weights(), list(models.values()), self.view.residuals) if models else []
-        table = torch.stack([torch.stack(pair) for pair in parts]).tolist() if parts else []
-        return {name: (inside, outside) for name, (inside, outside) in zip(models, table, strict=True)}
+        rows = []
+        for name, (seen, inside, outside) in zip(models, parts, strict=True):
+            slopes = self._domains[name].slopes
+            linear = inside.new_zeros(()) if slopes is None else first_order(slopes, seen.views)
+            rows.append(torch.stack([inside, outside, linear]))
+        table = torch.stack(rows).tolist() if rows else []
+        return {name: Raw(*numbers) for name, numbers in zip(models, table, strict=True)}
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:

@@ -189,17 +189,21 @@ def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> li
 
 def predict(
     weights: Sequence[Tensor], models: Sequence[LocalModel], matrices: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Raw predictions of several domains: the part inside the kept directions and the part outside, 0-d.
+) -> list[tuple[Displacement, Tensor, Tensor]]:
+    """Displacements of several domains and their raw predictions.
 
     Args:
         weights: Per block ``(matrices, units, width)`` fp32.
         models: The domains' local models.
         matrices: R per block, ``(width, residual)``.
+
+    Returns:
+        Per domain its displacement, the part of the prediction inside the kept directions and the part
+        outside, 0-d tensors.
     """
     through = [W @ R for W, R in zip(weights, matrices, strict=True)]
     return [
-        (seen.energy(), model.residual(seen, through, matrices))
+        (seen, seen.energy(), model.residual(seen, through, matrices))
         for seen, model in zip(displacements(weights, models), models, strict=True)
     ]
 

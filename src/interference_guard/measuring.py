@@ -16,20 +16,25 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 
-def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> Measurement:
-    """Measure a domain now, calibrate its prediction and adapt its radius; see `Guard.measure`."""
-    started = perf_counter()
+def look(guard: Guard, state: DomainState, policy: Policy | None = None) -> Measurement:
+    """Estimate a domain's loss and KL under the present weights; nothing of the guard changes."""
     # Another rank may hold all rows of a domain: this one then adds nothing to the sums.
     now = anchor = mask = torch.zeros(0, 1, device=guard.device)
     rewards: Tensor | None = torch.zeros(0, device=guard.device)
     if state.retained is not None and state.anchor_scores is not None:
         now, anchor = (policy or guard.policy)(state.retained), state.anchor_scores
         mask, rewards = state.retained.completion_mask, state.retained.rewards
-    found = estimate(state.name, now, anchor, mask, rewards, state.span, guard.ranks.sum)
-    subspace, residual = guard.interference([state.name])[state.name]
+    return estimate(state.name, now, anchor, mask, rewards, state.span, guard.ranks.sum)
+
+
+def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> Measurement:
+    """Measure a domain now, calibrate its prediction and adapt its radius; see `Guard.measure`."""
+    started = perf_counter()
+    found = look(guard, state, policy)
+    raw = guard.interference([state.name])[state.name]
     if state.radius is not None and not state.region.radius and math.isfinite(first := state.radius.item()):
         state.region.radius = state.region.largest = first
-    result = state.region.measured(found, subspace, residual, adapt=guard.config.project)
+    result = state.region.measured(found, raw, adapt=guard.config.project)
     if state.radius is not None and state.region.radius:
         state.radius.fill_(state.region.radius)
     state.measurement = result

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .trust_region import Raw
+
 if TYPE_CHECKING:
     from .domain import DomainState
     from .guard import Guard
@@ -60,7 +62,7 @@ def collect(guard: Guard) -> dict[str, float]:
     states = list(guard.domains.values())
     seen = guard.interference()
     for state in states:
-        values = _domain(state, *seen.get(state.name, (0.0, 0.0)))
+        values = _domain(state, seen.get(state.name, Raw(0.0, 0.0)))
         table |= {f"guard/{state.name}/{key}": value for key, value in values.items()}
     for index, a in enumerate(states):
         for b in states[index + 1 :]:
@@ -74,18 +76,18 @@ def collect(guard: Guard) -> dict[str, float]:
     return {name: value for name, value in table.items() if value is not None and math.isfinite(value)}
 
 
-def _domain(state: DomainState, subspace: float, residual: float) -> dict[str, float | None]:
+def _domain(state: DomainState, raw: Raw) -> dict[str, float | None]:
     table: dict[str, float | None] = {"reward": state.rewards.take(), "length": state.lengths.take()}
     if state.protected_set is not None:
         table["protected_share"] = state.protected_set.share
     if not state.anchored:
         return table
-    table["predicted"] = state.region.predict(subspace + residual)
-    table["residual"] = residual / (subspace + residual) if subspace + residual > 0 else 0.0
+    table["predicted"] = state.region.predict(raw)
+    table["residual"] = raw.outside / raw.quadratic if raw.quadratic > 0 else 0.0
     if state.radius is not None:
         radius = state.radius.item()
         table["radius"] = radius
-        table["excess"] = max(subspace / radius - 1, 0.0)
+        table["excess"] = max(raw.inside / radius - 1, 0.0)
     found = state.measurement
     if found is not None:
         table |= {"measured": found.loss, "kl": found.kl, "effective": found.effective}

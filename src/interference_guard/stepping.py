@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .anchoring import set_anchor
+from .first_order import GradientMean
 from .local_model import displacements, project
 from .protection import span_of_edits
 
@@ -34,6 +35,10 @@ def take_gradients(guard: Guard) -> None:
         if state.start is None and guard.config.selection == "edits" and not state.anchored:
             state.start = span_of_edits(guard.view.weights(), guard.view.residuals)
         state.curvature.observe(batch)
+        if guard.config.first_order:
+            if state.gradient is None:
+                state.gradient = GradientMean(guard.view.omegas)
+            state.gradient.observe(batch)
         state.own_steps += 1
         state.since_refresh += 1
         state.evaluated = False

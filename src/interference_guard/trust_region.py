@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from .probe import Measurement
 
@@ -20,6 +21,25 @@ LEAST = 1e-9
 SCALE_LIMITS = (0.2, 5.0)
 
 
+class Raw(NamedTuple):
+    """Parts of an uncalibrated prediction.
+
+    Args:
+        inside: Quadratic term inside the domain's directions, which the projection bounds.
+        outside: Quadratic term outside them, estimated through random directions.
+        linear: First-order term; 0 unless `first_order` is set.
+    """
+
+    inside: float
+    outside: float
+    linear: float = 0.0
+
+    @property
+    def quadratic(self) -> float:
+        """Both quadratic parts."""
+        return self.inside + self.outside
+
+
 @dataclass
 class TrustRegion:
     """Radius of one protected domain, and what turns a raw prediction into reward.
@@ -30,7 +50,9 @@ class TrustRegion:
         radius: Bound of the raw subspace term; 0 until the first foreign step has set it.
         largest: Largest radius so far.
         at_floor: The last measurement was over budget while the floor held the radius.
-        xy, xx: Running sums of raw x loss and raw^2, whose quotient is the calibration.
+        xy, xx: Running sums of raw x loss and raw^2 (quadratic parts), whose quotient is the calibration.
+        ly, ll, lx: Running sums of linear x loss, linear^2 and linear x raw: with a first-order term the
+            calibration is a least-squares fit of both.
         unit: Whether the sums are in ``"reward"`` or ``"nats"``.
         truth_xy, truth_xx: Running sums of estimate x truth and estimate^2.
         loss: Last measured loss, or NaN.
@@ -44,6 +66,9 @@ class TrustRegion:
     at_floor: bool = False
     xy: float = 0.0
     xx: float = 0.0
+    ly: float = 0.0
+    ll: float = 0.0
+    lx: float = 0.0
     unit: str = "reward"
     truth_xy: float = 0.0
     truth_xx: float = 0.0
@@ -51,9 +76,25 @@ class TrustRegion:
     estimate: float = math.nan
 
     @property
-    def slope(self) -> float:
-        """Loss per unit of the raw prediction; NaN before the first measurement."""
-        return max(self.xy, 0.0) / self.xx if self.xx > 0 else math.nan
+    def slopes(self) -> tuple[float, float]:
+        """Loss per unit of the quadratic and of the linear part, neither negative.
+
+        NaN and 0 before the first measurement; the second is 0 without a first-order term.
+        """
+        if self.xx <= 0:
+            return math.nan, 0.0
+        alone = max(self.xy, 0.0) / self.xx
+        determinant = self.xx * self.ll - self.lx**2
+        # One pair, or two parallel ones, cannot tell the parts apart.
+        if determinant <= 1e-6 * self.xx * self.ll:
+            return alone, 0.0
+        quadratic = (self.xy * self.ll - self.ly * self.lx) / determinant
+        linear = (self.ly * self.xx - self.xy * self.lx) / determinant
+        if linear <= 0:
+            return alone, 0.0
+        if quadratic <= 0:
+            return 0.0, max(self.ly, 0.0) / self.ll
+        return quadratic, linear
 
     @property
     def scale(self) -> float:
@@ -62,37 +103,39 @@ class TrustRegion:
         value = (self.truth_xy + prior) / (self.truth_xx + prior)
         return min(max(value, SCALE_LIMITS[0]), SCALE_LIMITS[1])
 
-    def predict(self, raw: float) -> float:
+    def predict(self, raw: Raw) -> float:
         """Calibrated prediction: expected loss at this raw value, NaN before the first measurement."""
-        return self.slope * raw
+        quadratic, linear = self.slopes
+        return quadratic * raw.quadratic + linear * raw.linear
 
-    def measured(
-        self, found: Measurement, subspace: float, residual: float, *, adapt: bool = True
-    ) -> Measurement:
+    def measured(self, found: Measurement, raw: Raw, *, adapt: bool = True) -> Measurement:
         """Take in a measurement: calibrate the prediction, then adapt the radius.
 
         Args:
             found: The uncorrected measurement.
-            subspace: Raw prediction inside the kept directions, after the projection.
-            residual: Raw prediction outside them.
+            raw: The uncalibrated prediction under the same weights, after the projection.
             adapt: Whether the radius follows; without a projection there is nothing to control.
 
         Returns:
             The measurement corrected by the truth, with the prediction that was made for it.
         """
-        raw = subspace + residual
-        result = found.scaled(self.scale, raw, self.predict(raw))
+        x = raw.quadratic
+        result = found.scaled(self.scale, x, self.predict(raw))
         unit = "nats" if found.ratio == "nats" else "reward"
         if unit != self.unit:
             # A reward range has appeared, or is gone: old pairs are in another unit.
             self.unit, self.xy, self.xx = unit, 0.0, 0.0
+            self.ly = self.ll = self.lx = 0.0
         # Normalised by raw so that one large displacement does not outweigh all others.
-        weight = 1.0 / raw if raw > 0 else 0.0
-        self.xy = MEMORY * self.xy + weight * raw * result.loss
-        self.xx = MEMORY * self.xx + weight * raw * raw
+        weight = 1.0 / x if x > 0 else 0.0
+        self.xy = MEMORY * self.xy + weight * x * result.loss
+        self.xx = MEMORY * self.xx + weight * x * x
+        self.ly = MEMORY * self.ly + weight * raw.linear * result.loss
+        self.ll = MEMORY * self.ll + weight * raw.linear**2
+        self.lx = MEMORY * self.lx + weight * raw.linear * x
         self.estimate, self.loss = found.loss, result.loss
         if adapt:
-            self._adapt(result.loss, subspace, residual)
+            self._adapt(result.loss, raw.inside, raw.outside)
         return result
 
     def truth(self, loss: float) -> None:

@@ -28,7 +28,7 @@ def test_prediction_is_the_dense_quadratic_form(rank):
     _curvature, steps, weights, R, model = make(0, rank=rank)
     rank = model.blocks[0].rank
     move = 0.1 * torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(9))
-    ((inside, outside),) = predict([weights[0] + move], [model], R)
+    ((_, inside, outside),) = predict([weights[0] + move], [model], R)
     truth_in = truth_out = 0.0
     for m in range(2):
         second = sum(G[m].double().T @ G[m].double() for G in steps) / len(steps)
@@ -52,10 +52,10 @@ def test_prediction_is_the_dense_quadratic_form(rank):
 def test_prediction_grows_with_the_square_of_the_displacement():
     _, _, weights, R, model = make(1)
     move = torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(3))
-    small = sum(predict([weights[0] + 0.01 * move], [model], R)[0]).item()
-    large = sum(predict([weights[0] + 0.1 * move], [model], R)[0]).item()
+    small = sum(predict([weights[0] + 0.01 * move], [model], R)[0][1:]).item()
+    large = sum(predict([weights[0] + 0.1 * move], [model], R)[0][1:]).item()
     assert large / small == pytest.approx(100, rel=0.02)
-    assert sum(predict(weights, [model], R)[0]).item() < 1e-9
+    assert sum(predict(weights, [model], R)[0][1:]).item() < 1e-9
 
 
 def test_scale_of_gradients_does_not_matter():
@@ -67,7 +67,7 @@ def test_scale_of_gradients_does_not_matter():
             curvature.observe([scale * torch.randn(1, UNITS, WIDTH, generator=generator)])
         weights, R = [torch.zeros(1, UNITS, WIDTH)], [residual_matrix(WIDTH, 8, 0)]
         model = anchor_domain(curvature, weights, R, 6, [None])
-        values.append(sum(predict([torch.ones(1, UNITS, WIDTH)], [model], R)[0]).item())
+        values.append(sum(predict([torch.ones(1, UNITS, WIDTH)], [model], R)[0][1:]).item())
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert values[2] == pytest.approx(values[1], rel=1e-3)
 
@@ -122,4 +122,4 @@ def test_reused_directions_only_move_the_anchor():
     curvature.observe([torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(6))])
     moved = anchor_domain(curvature, [weights[0] + 1], R, 6, [None], model)
     assert moved.blocks[0].U is model.blocks[0].U
-    assert sum(predict([weights[0] + 1], [moved], R)[0]).item() < 1e-9
+    assert sum(predict([weights[0] + 1], [moved], R)[0][1:]).item() < 1e-9

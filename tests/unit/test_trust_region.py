@@ -3,7 +3,7 @@ import math
 import pytest
 
 from interference_guard.probe import Measurement
-from interference_guard.trust_region import FLOOR, TrustRegion
+from interference_guard.trust_region import FLOOR, Raw, TrustRegion
 
 
 def region(radius=1.0):
@@ -29,17 +29,17 @@ def found(loss, ratio="sequence"):
 )
 def test_radius_follows_the_measurement(loss, subspace, residual, radius):
     control = region()
-    control.measured(found(loss), subspace, residual)
+    control.measured(found(loss), Raw(subspace, residual))
     assert control.radius == pytest.approx(radius)
 
 
 def test_radius_stops_at_the_floor_where_the_residual_leads():
     control = region()
     for _ in range(20):
-        control.measured(found(0.5), 0.01, 0.5)
+        control.measured(found(0.5), Raw(0.01, 0.5))
     assert control.radius == FLOOR
     assert control.at_floor
-    control.measured(found(0.005), FLOOR, 0.5)
+    control.measured(found(0.005), Raw(FLOOR, 0.5))
     assert not control.at_floor
     assert control.radius == 2 * FLOOR
 
@@ -47,66 +47,90 @@ def test_radius_stops_at_the_floor_where_the_residual_leads():
 def test_radius_has_no_floor_where_the_subspace_leads():
     control = region()
     for _ in range(20):
-        control.measured(found(0.5), 0.5, 0.01)
+        control.measured(found(0.5), Raw(0.5, 0.01))
     assert control.radius == pytest.approx(0.5**20)
 
 
 def test_prediction_is_calibrated_by_measurements():
     control = region()
-    assert math.isnan(control.predict(1.0))
+    assert math.isnan(control.predict(Raw(1.0, 0.0)))
     for raw in (0.1, 0.2, 0.4):
-        control.measured(found(0.05 * raw), raw, 0.0)
-    assert control.predict(2.0) == pytest.approx(0.1)
-    assert control.measured(found(0.02), 0.4, 0.0).predicted == pytest.approx(0.02)
+        control.measured(found(0.05 * raw), Raw(raw, 0.0))
+    assert control.predict(Raw(2.0, 0.0)) == pytest.approx(0.1)
+    assert control.measured(found(0.02), Raw(0.4, 0.0)).predicted == pytest.approx(0.02)
 
 
 def test_a_change_of_unit_forgets_the_old_pairs():
     control = region()
-    control.measured(found(0.5), 1.0, 0.0)
-    control.measured(found(0.003, "nats"), 1.0, 0.0)
-    assert control.predict(1.0) == pytest.approx(0.003)
+    control.measured(found(0.5), Raw(1.0, 0.0))
+    control.measured(found(0.003, "nats"), Raw(1.0, 0.0))
+    assert control.predict(Raw(1.0, 0.0)) == pytest.approx(0.003)
 
 
 def test_nats_have_their_own_budget():
     control = region()
-    control.measured(found(0.02, "nats"), 1.0, 0.0)
+    control.measured(found(0.02, "nats"), Raw(1.0, 0.0))
     assert control.radius == pytest.approx(0.5)
 
 
 def test_truth_scales_later_measurements_and_is_shrunk_toward_one():
     control = region()
-    control.measured(found(0.04), 1.0, 0.0)
+    control.measured(found(0.04), Raw(1.0, 0.0))
     control.truth(0.02)
     assert 0.5 < control.scale < 1.0
     before = control.scale
     for _ in range(20):
-        control.measured(found(0.04), 1.0, 0.0)
+        control.measured(found(0.04), Raw(1.0, 0.0))
         control.truth(0.02)
     assert 0.5 < control.scale < before
-    assert control.measured(found(0.04), 1.0, 0.0).loss == pytest.approx(0.04 * control.scale)
+    assert control.measured(found(0.04), Raw(1.0, 0.0)).loss == pytest.approx(0.04 * control.scale)
 
 
 def test_a_measurement_that_is_no_number_changes_no_radius():
     control = region()
-    control.measured(found(math.nan), 1.0, 0.0)
+    control.measured(found(math.nan), Raw(1.0, 0.0))
     assert control.radius == 1.0
 
 
 def test_state_round_trip():
     control = region()
-    control.measured(found(0.03), 1.0, 0.2)
+    control.measured(found(0.03), Raw(1.0, 0.2))
     assert TrustRegion(**control.state()) == control
 
 
 def test_radius_never_vanishes():
     control = region()
     for _ in range(300):
-        control.measured(found(0.5), 0.5, 0.01)
+        control.measured(found(0.5), Raw(0.5, 0.01))
     assert control.radius == pytest.approx(1e-9)
 
 
 def test_without_a_projection_the_radius_stays():
     control = region()
-    control.measured(found(0.5), 0.5, 0.01, adapt=False)
+    control.measured(found(0.5), Raw(0.5, 0.01), adapt=False)
     assert control.radius == 1.0
-    assert control.predict(0.51) == pytest.approx(0.5)
+    assert control.predict(Raw(0.51, 0.0)) == pytest.approx(0.5)
+
+
+def test_a_linear_part_is_fitted_beside_the_quadratic_one():
+    control = region()
+    for x, linear in ((0.1, -1.0), (0.4, -1.5), (1.0, -1.8), (2.0, -2.0)):
+        control.measured(found(0.05 * x + 0.02 * linear), Raw(0.8 * x, 0.2 * x, linear))
+    assert control.slopes == pytest.approx((0.05, 0.02))
+    assert control.predict(Raw(0.5, 0.0, -3.0)) == pytest.approx(0.025 - 0.06)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "slopes"),
+    [
+        (((1.0, 1.0, 0.05), (2.0, 2.0, 0.1)), (0.05, 0.0)),  # parallel: cannot be told apart
+        (((1.0, -1.0, 0.1), (2.0, -0.5, 0.06)), (None, 0.0)),  # the linear part would be negative
+        (((1.0, 2.0, 0.1), (2.0, 1.0, 0.01)), (0.0, None)),  # the quadratic part would be negative
+    ],
+)
+def test_no_part_of_the_fit_is_negative(pairs, slopes):
+    control = region()
+    for x, linear, loss in pairs:
+        control.measured(found(loss), Raw(x, 0.0, linear))
+    for value, expected in zip(control.slopes, slopes, strict=True):
+        assert value > 0 if expected is None else value == pytest.approx(expected)
