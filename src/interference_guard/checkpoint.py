@@ -28,12 +28,13 @@ from .first_order import GradientMean
 from .local_model import LocalBlock, LocalModel
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
+from .recovery import RecoverySchedule
 from .trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 1
+VERSION = 2
 TENSORS = "interference_guard.safetensors"
 DETAILS = "interference_guard.json"
 # Settings that give the saved tensors their meaning; the others may change between runs.
@@ -49,6 +50,10 @@ PLAIN = (
     "evaluated",
     "measurable",
     "true_reward",
+    "recent",
+    "target_reward",
+    "scored_at",
+    "reference",
 )
 
 
@@ -62,6 +67,7 @@ def pack(guard: Guard) -> dict[str, object]:
         "format": "interference_guard",
         "version": VERSION,
         "steps": guard.steps,
+        "recovery": guard.schedule.state(),
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": _parameters(guard),
         "domains": domains,
@@ -81,12 +87,12 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
             for number, (name, item) in enumerate(details["domains"].items())
         }
         steps = int(details["steps"])
+        schedule = RecoverySchedule(**details["recovery"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StateError(
             f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
         ) from error
-    guard.replace_domains(domains)
-    guard.steps = steps
+    guard.replace_domains(domains, steps, schedule)
 
 
 def save(guard: Guard, directory: Path) -> None:
@@ -194,6 +200,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
 
     details: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
     details["region"] = state.region.state()
+    details["rollouts"] = list(state.rollouts.sums())
     details["measurement"] = None if state.measurement is None else asdict(state.measurement)
     put("count", state.curvature.count)
     for index, sums in enumerate(state.curvature.sums):
@@ -204,6 +211,8 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
         for name in ("lam", "rho", "scale", "rows", "z0", "q0"):
             put(f"model/{index}/{name}", getattr(block, name))
         # Fresh directions are the leading columns of the curvature's own basis and are stored once.
+        if block.energy is not state.curvature.sums[index].energy:
+            put(f"model/{index}/energy", block.energy)
         basis = state.curvature.sums[index].basis
         if basis is None or basis.untyped_storage().data_ptr() != block.U.untyped_storage().data_ptr():
             put(f"model/{index}/U", block.U)
@@ -244,6 +253,7 @@ def _unpack_domain(
     state = guard.new_state(name)
     for key in PLAIN:
         setattr(state, key, details[key])
+    state.rollouts.add(*details["rollouts"])
     region = dict(details["region"])
     region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}
     state.region = TrustRegion(**region)
@@ -269,7 +279,9 @@ def _unpack_domain(
                 if sums.basis is None:
                     raise KeyError(f"{prefix}model/{index}/U")
                 U = sums.basis[:, :, : parts["lam"].shape[1]]
-            blocks.append(LocalBlock(U=U, energy=sums.energy, rows=rows, **parts))
+            own = get(f"model/{index}/energy")
+            energy = sums.energy if own is None else own
+            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, **parts))
         state.model = LocalModel(blocks)
     state.retained = _completions("completions/retained", get)
     for index in range(details["pending"]):

@@ -23,27 +23,39 @@ if TYPE_CHECKING:
 def take_gradients(guard: Guard) -> None:
     """Anchor the domains that stop being trained, then add the step's gradients to the active ones' sums."""
     active = guard.active
+    guard.trained = active
     started = perf_counter()
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
     for name in sorted(guard.domains):
-        if name not in active and guard.domains[name].own_steps:
+        if name not in active and guard.domains[name].own_steps and name != guard.recovery:
             set_anchor(guard, guard.domains[name])
     started = guard.clock.add("anchor", started)
     batch = guard.view.gradients()
+    if len(active) > 1:
+        guard.warn_mixed(active)
     for name in active:
         state = guard.domains[name]
         if state.start is None and guard.config.selection == "edits" and not state.anchored:
             state.start = span_of_edits(guard.view.weights(), guard.view.residuals)
-        state.curvature.observe(batch)
-        if guard.config.first_order:
-            if state.gradient is None:
-                state.gradient = GradientMean(guard.view.omegas)
-            state.gradient.observe(batch)
+        if len(active) == 1:
+            _observe(guard, state, batch)
         state.own_steps += 1
         state.since_refresh += 1
+        state.reference = False
+        if name == guard.recovery:
+            # Its anchor stays until the phase has shown whether the domain comes back to it.
+            continue
         state.evaluated = False
         state.anchored = False
     guard.clock.add("observe", started)
+
+
+def _observe(guard: Guard, state: DomainState, batch: Sequence[Tensor]) -> None:
+    state.curvature.observe(batch)
+    if guard.config.first_order:
+        if state.gradient is None:
+            state.gradient = GradientMean(guard.view.omegas)
+        state.gradient.observe(batch)
 
 
 def hold(guard: Guard, states: Sequence[DomainState]) -> None:
