@@ -59,7 +59,7 @@ unit: env  ## pytest alone; PYTEST_ARGS="-k name" chooses
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 demo-reference: env  ## an ability known from before training, plain and protected, one seed
-	$(BIN)/python -m benchmarks.reference --seeds 0 --name reference_demo
+	$(BIN)/python -m benchmarks.reference --seeds 0 --out demo
 
 bench: env  ## the committed results again (hours)
 	$(BIN)/python -m benchmarks.forgetting

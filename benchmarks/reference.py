@@ -12,10 +12,11 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 from .forgetting import RATE, mean, work
-from .provenance import write
+from .provenance import RESULTS, write
 
 REFERENCE = "caesar_cipher"
 METHODS = ("plain", "guarded")
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rate", type=float, default=RATE)
-    parser.add_argument("--name", default="reference", help="name of the results file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     jobs = [(method, options.rate, seed) for seed in options.seeds for method in METHODS]
@@ -73,7 +74,7 @@ def main() -> None:
         for done in as_completed([pool.submit(one, *job) for job in jobs]):
             runs.append(done.result())
             runs.sort(key=lambda run: (run["run"]["method"], run["run"]["seed"]))
-            path = write(options.name, {"summary": summarise(runs), "runs": runs})
+            path = write("reference", {"summary": summarise(runs), "runs": runs}, options.out)
             last = done.result()
             print(
                 f"{last['run']['method']}, seed {last['run']['seed']}: {json.dumps(last['reference'])}",

@@ -63,3 +63,17 @@ def test_quoted_correlations():
             for name in ("first_phase_reward", "first_phase_nats", "whole_run_reward", "whole_run_nats")
         ]
         assert f"| {float(rate):.0e} | {' | '.join(numbers)} |".replace("e-0", "e-") in README
+
+
+def test_quoted_recovery():
+    found = json.loads((ROOT / "benchmarks/results/recovery.json").read_text())["summary"]["by_variant"]
+    page = (ROOT / "docs/concepts/recovery.md").read_text()
+    for label, name in (
+        ("plain", "plain"),
+        ("recovery alone, from 0.08", "alone"),
+        ("projection alone, budget 0.1", "loose"),
+    ):
+        row = found[name]
+        seeds = ", ".join(f"{row['seeds'][seed]:.3f}" for seed in "012")
+        numbers = f"{row['average']:.3f} | {row['forgetting']:.3f} | {seeds} | {row['recovery_share']:.1%}"
+        assert f"| {label} | {numbers} |" in page
