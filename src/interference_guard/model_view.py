@@ -12,6 +12,7 @@ from .checks import trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
 from .errors import ShapeError
+from .shards import Shards, Spread, local, local_gradient
 from .units import UnitLayout
 
 
@@ -29,7 +30,8 @@ class ModelView:
     def __init__(self, model: nn.Module, config: GuardConfig) -> None:
         self._parameters = trainable_parameters(model)
         self.layout = UnitLayout(self._parameters.items(), config.overrides(), module=model)
-        self.blocks = make_blocks(self.layout, self._parameters)
+        self.shards = Shards(self._parameters)
+        self.blocks = make_blocks(self.layout, self._pieces(), self.shards)
         self.omegas = block_matrices(self.blocks, config.sketch, config.seed, "test")
         """Test matrices of the curvature per block, ``(width, sketch)`` fp32; shared by blocks of one width."""
         self.residuals = block_matrices(self.blocks, config.residual, config.seed, "residual")
@@ -57,9 +59,17 @@ class ModelView:
         self.place()
 
     @property
+    def spread(self) -> Spread | None:
+        """How the blocks lie on several ranks; None where all of them lie here."""
+        return Spread([block.region for block in self.blocks], self.shards) if self.shards.sharded else None
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters lie, and with them all tensors of the guard."""
         return next(iter(self._parameters.values())).device
+
+    def _pieces(self) -> dict[str, Tensor]:
+        return {name: local(parameter) for name, parameter in self._parameters.items()}
 
     def place(self) -> None:
         """Follow the model to another device."""
@@ -74,19 +84,21 @@ class ModelView:
             self.residuals[:] = [move(item) for item in self.residuals]
 
     def weights(self) -> list[Tensor]:
-        """Per block ``(matrices, units, width)`` fp32; may share memory with the parameters."""
-        return [block.gather(self._parameters) for block in self.blocks]
+        """Per block ``(matrices, units, width)`` fp32, what of it lies here; may share memory with the parameters."""
+        tensors = self._pieces()
+        return [block.gather(tensors) for block in self.blocks]
 
     def gradients(self) -> list[Tensor]:
         """The parameters' gradients, laid out as `weights`."""
-        table = {name: parameter.grad for name, parameter in self._parameters.items()}
+        table = {name: local_gradient(name, parameter) for name, parameter in self._parameters.items()}
         return [block.gather(table, self.device) for block in self.blocks]
 
     @torch.no_grad()
     def subtract(self, changes: Sequence[Tensor]) -> None:
         """Subtract per-block changes, ``(matrices, units, width)`` fp32, from the parameters in place."""
+        tensors = self._pieces()
         for block, change in zip(self.blocks, changes, strict=True):
-            targets = block.targets(self._parameters)
+            targets = block.targets(tensors)
             parts = [change.squeeze(0) if targets[0].dim() == 2 else change]
             if len(targets) > 1:
                 parts = list(change.unbind(0))
