@@ -24,6 +24,7 @@ def look(guard: Guard, state: DomainState, policy: Policy | None = None) -> Meas
     if state.retained is not None and state.anchor_scores is not None:
         now, anchor = (policy or guard.policy)(state.retained), state.anchor_scores
         mask, rewards = state.retained.completion_mask, state.retained.rewards
+        guard.view.reshard()
     return estimate(state.name, now, anchor, mask, rewards, state.span, guard.ranks.sum)
 
 

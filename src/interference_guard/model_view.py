@@ -12,7 +12,7 @@ from .checks import trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
 from .errors import ShapeError
-from .shards import Shards, Spread, local, local_gradient
+from .shards import Shards, Spread, local, local_gradient, reshard
 from .units import UnitLayout
 
 
@@ -28,6 +28,7 @@ class ModelView:
     """
 
     def __init__(self, model: nn.Module, config: GuardConfig) -> None:
+        self._model = model
         self._parameters = trainable_parameters(model)
         self.layout = UnitLayout(self._parameters.items(), config.overrides(), module=model)
         self.shards = Shards(self._parameters)
@@ -55,7 +56,7 @@ class ModelView:
                 f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
                 "model, or build a new guard."
             )
-        self._parameters = found
+        self._model, self._parameters = model, found
         self.place()
 
     @property
@@ -82,6 +83,11 @@ class ModelView:
             # In place: the curvatures share these lists.
             self.omegas[:] = [move(item) for item in self.omegas]
             self.residuals[:] = [move(item) for item in self.residuals]
+
+    def reshard(self) -> None:
+        """Call after a forward pass that no backward pass follows; see `shards.reshard`."""
+        if self.shards.sharded:
+            reshard(self._model)
 
     def weights(self) -> list[Tensor]:
         """Per block ``(matrices, units, width)`` fp32, what of it lies here; may share memory with the parameters."""

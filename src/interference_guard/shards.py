@@ -11,13 +11,14 @@ knows into zeros, and one sum of one flat buffer makes it whole on all ranks.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ShapeError, UnsupportedError
 from .units import UnitView
@@ -172,6 +173,11 @@ class Shards:
         part = self.parts[view.name]
         return view if part.axis is None else replace(view, shape=part.local_shape)
 
+    def cut(self, view: UnitView) -> tuple[int, int] | None:
+        """Where a parameter is cut in unit view, equal for parameters that may share a block."""
+        part = self.parts[view.name]
+        return None if part.axis is None else (_unit_axis(view, part.axis)[0], part.shape[part.axis])
+
     def region(self, views: Sequence[UnitView], shape: tuple[int, int, int]) -> Region:
         """The region of a block of equally sharded parameters; `shape` is the whole block's."""
         view, part = views[0], self.parts[views[0].name]
@@ -240,6 +246,23 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
             "Gradients must be reduced before the optimizer steps, as fully_shard does."
         )
     return local(gradient)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the modules of `fully_shard` give back whole parameters that a forward pass left in place.
+
+    They keep them for the backward pass. Without one, the next forward pass would use them again, although an
+    optimizer step has changed the pieces since.
+    """
+    for module in model.modules():
+        if isinstance(module, _fully_sharded()):
+            module.reshard()
+
+
+def _fully_sharded() -> tuple[type[Any], ...]:
+    found = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(found, "FSDPModule", None)
+    return () if kind is None else (kind,)
 
 
 def is_sharded(tensor: Tensor) -> bool:
