@@ -145,9 +145,9 @@ def load(guard: Guard, directory: Path) -> None:
     for path in (details_path, tensors_path):
         if not path.is_file():
             raise StateError(
-                f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side (a pair for each "
-                "rank of a sharded model); resume from "
-                "a checkpoint that was saved with the guard attached, or start without resuming."
+                f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side, a pair for "
+                "each rank of a sharded model; resume from a checkpoint that was saved with the guard "
+                "attached, or start without resuming."
             )
     try:
         details = json.loads(details_path.read_text(encoding="utf-8"))

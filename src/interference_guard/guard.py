@@ -364,9 +364,7 @@ class Guard:
     def new_state(self, name: str) -> DomainState:
         """An empty state for a domain (used when a state file is read)."""
         settings = self.config
-        curvature = DomainCurvature(
-            0.5 ** (1 / settings.half_life), self.view.omegas, spread=self.view.spread
-        )
+        curvature = DomainCurvature(0.5 ** (1 / settings.half_life), self.view.omegas, spread=self.view.spread)
         return DomainState(name, curvature, TrustRegion(settings.budget, settings.budget_nats))
 
     def replace_domains(self, domains: Mapping[str, DomainState]) -> None:

@@ -86,11 +86,10 @@ class ModelView:
 
     def reshard(self) -> None:
         """Call after a forward pass that no backward pass follows; see `shards.reshard`."""
-        if self.shards.sharded:
-            reshard(self._model)
+        reshard(self._model)
 
     def weights(self) -> list[Tensor]:
-        """Per block ``(matrices, units, width)`` fp32, what of it lies here; may share memory with the parameters."""
+        """What lies here per block, ``(matrices, units, width)`` fp32; may share memory with the parameters."""
         tensors = self._pieces()
         return [block.gather(tensors) for block in self.blocks]
 

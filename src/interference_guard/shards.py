@@ -157,7 +157,7 @@ class Shards:
         return self.world > 1
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Sum fp32 tensors over ranks, in place, in one collective; in a single process they are left as they are.
+        """Sum fp32 tensors over ranks, in place, in one collective; a single process leaves them as they are.
 
         All ranks must call it with the same shapes in the same order. Tensors must be contiguous.
         """
