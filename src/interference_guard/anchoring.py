@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from .local_model import anchor_domain
+from .measuring import score
 from .protection import protected_rows
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def _score(guard: Guard, state: DomainState) -> None:
     )
     if math.isfinite(high):
         state.see_rewards(low, high)
-    state.anchor_scores = None if state.retained is None else guard.policy(state.retained).detach()
-    guard.view.reshard()
+    scores = score(guard, state.retained, guard.policy)
+    state.anchor_scores = None if scores is None else scores.detach()
     if with_rewards and not state.evaluated:
         own = state.retained.rewards if state.retained is not None else None
         (total,) = guard.ranks.totals([0.0 if own is None else own.double().sum().item()], guard.device)

@@ -299,9 +299,9 @@ def _unpack_domain(
                 if sums.basis is None:
                     raise KeyError(f"{prefix}model/{index}/U")
                 U = sums.basis[:, :, : parts["lam"].shape[1]]
-            region = None if spread is None else spread.regions[index]
-            energy = sums.energy if region is None else need(f"model/{index}/energy")
-            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=region, **parts))
+            piece = None if spread is None else spread.regions[index]
+            energy = sums.energy if piece is None else need(f"model/{index}/energy")
+            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
         state.model = LocalModel(blocks, spread, get("noise"))
     state.retained = _completions("completions/retained", get)
     for index in range(details["pending"]):

@@ -92,14 +92,16 @@ class Guard:
     def bind(self, model: nn.Module) -> None:
         """Go on with another object of the same model, for instance in the next phase's trainer.
 
-        The guard's own policy is bound too, unless a host gave one.
+        The guard's own policy is bound too, unless a host gave one. Before the guard has seen a domain, the
+        model may also have been sharded since.
 
         Raises:
             ShapeError: If its trainable parameters differ; nothing is changed then.
+            StateError: If they lie on the ranks in other pieces than those the guard's sums are of.
         """
         if not self.enabled:
             return
-        self.view.bind(model)
+        self.view.bind(model, known=list(self._domains))
         if self._own_policy:
             self.policy = model_policy(model)
 

@@ -165,8 +165,12 @@ class Shards:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat, group=self.group)
-        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, piece in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+    def agrees(self, other: Shards) -> bool:
+        """Whether another model lies on the ranks in the same pieces."""
+        return self.parts == other.parts and (self.rank, self.world) == (other.rank, other.world)
 
     def view(self, view: UnitView) -> UnitView:
         """The unit view of the local piece of one parameter."""

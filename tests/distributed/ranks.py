@@ -11,6 +11,9 @@ import torch.multiprocessing as mp
 
 def _work(rank, world, function, arguments, folder):
     torch.set_num_threads(1)
+    # What torchrun sets, for hosts that look there.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     try:
         torch.save(function(*arguments), f"{folder}/result_{rank}")
