@@ -18,6 +18,7 @@ from interference_guard.guard import Guard
 from interference_guard.optimizer import StepHooks, attach
 
 from .completions import generated, labelled, trainer_policy
+from .engines import check_engine
 from .rows import DomainTable, check_dataset
 from .seams import Seams
 
@@ -87,6 +88,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if self._seams is not None and self._seams.trainer is trainer:
             return
         seams = Seams(trainer)
+        check_engine(trainer.accelerator)
         check_dataset(trainer.train_dataset, self.domains)
         if self.guard is None:
             self.guard = Guard(trainer.model, self.config)
@@ -212,6 +214,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
             result = method(checkpoint, *args, **kwargs)
             if checkpoint is not None:
+                # Prepared, and perhaps sharded, since the callback was attached.
+                self._guard().bind(self._trainer.model)
                 self._guard().load(self._folder(checkpoint))
             return result
 
@@ -225,6 +229,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if not self.config.enabled:
             return
         self._step_rows = {}
+        self._guard().bind(self._trainer.model)
         self._hooks = attach(self._trainer.optimizer, self._guard())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -81,7 +81,7 @@ def make_blocks(layout: UnitLayout, tensors: Mapping[str, Tensor], shards: Shard
         # Fails here, before training, where the memory layout allows no unit view.
         shards.view(view).view(tensor)
         shape = _shape(view)
-        key: tuple[object, ...] = (*shape, tensor.dtype, tensor.device, shards.parts[name].axis)
+        key: tuple[object, ...] = (*shape, tensor.dtype, tensor.device, shards.cut(view))
         if len(shape) == 3 or math.prod(shape) > STACK_LIMIT:
             key = (*key, name)
         groups.setdefault(key, []).append(view)

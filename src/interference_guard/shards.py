@@ -11,13 +11,14 @@ knows into zeros, and one sum of one flat buffer makes it whole on all ranks.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ShapeError, UnsupportedError
 from .units import UnitView
@@ -156,7 +157,7 @@ class Shards:
         return self.world > 1
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Sum fp32 tensors over ranks, in place, in one collective; in a single process they are left as they are.
+        """Sum fp32 tensors over ranks, in place, in one collective; a single process leaves them as they are.
 
         All ranks must call it with the same shapes in the same order. Tensors must be contiguous.
         """
@@ -164,13 +165,22 @@ class Shards:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat, group=self.group)
-        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, piece in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+    def agrees(self, other: Shards) -> bool:
+        """Whether another model lies on the ranks in the same pieces."""
+        return self.parts == other.parts and (self.rank, self.world) == (other.rank, other.world)
 
     def view(self, view: UnitView) -> UnitView:
         """The unit view of the local piece of one parameter."""
         part = self.parts[view.name]
         return view if part.axis is None else replace(view, shape=part.local_shape)
+
+    def cut(self, view: UnitView) -> tuple[int, int] | None:
+        """Where a parameter is cut in unit view, equal for parameters that may share a block."""
+        part = self.parts[view.name]
+        return None if part.axis is None else (_unit_axis(view, part.axis)[0], part.shape[part.axis])
 
     def region(self, views: Sequence[UnitView], shape: tuple[int, int, int]) -> Region:
         """The region of a block of equally sharded parameters; `shape` is the whole block's."""
@@ -240,6 +250,23 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
             "Gradients must be reduced before the optimizer steps, as fully_shard does."
         )
     return local(gradient)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the modules of `fully_shard` give back whole parameters that a forward pass left in place.
+
+    They keep them for the backward pass. Without one, the next forward pass would use them again, although an
+    optimizer step has changed the pieces since.
+    """
+    for module in model.modules():
+        if isinstance(module, _fully_sharded()):
+            module.reshard()
+
+
+def _fully_sharded() -> tuple[type[Any], ...]:
+    found = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(found, "FSDPModule", None)
+    return () if kind is None else (kind,)
 
 
 def is_sharded(tensor: Tensor) -> bool:
