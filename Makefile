@@ -23,10 +23,10 @@ export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format typing unit bench docs wheel clean distclean
+.PHONY: help env demo demo-reference test lint format typing unit bench docs wheel clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## make .venv with TRL and all that development needs
 
@@ -58,9 +58,14 @@ format: env  ## sort imports and lay out the code
 unit: env  ## pytest alone; PYTEST_ARGS="-k name" chooses
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+demo-reference: env  ## an ability known from before training, plain and protected, one seed
+	$(BIN)/python -m benchmarks.reference --seeds 0 --name reference_demo
+
 bench: env  ## the committed results again (hours)
 	$(BIN)/python -m benchmarks.forgetting
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.recovery
+	$(BIN)/python -m benchmarks.reference
 
 docs: env  ## build the site into site/
 	$(BIN)/mkdocs build --strict

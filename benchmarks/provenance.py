@@ -62,9 +62,9 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def write(name: str, payload: dict[str, Any]) -> Path:
-    """Write a result with its provenance into `benchmarks/results/`; returns the path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a result with its provenance into `benchmarks/results/`, or another folder; returns the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"made_with": describe(), **payload}, indent=1) + "\n", encoding="utf-8")
     return path

@@ -74,15 +74,19 @@ def warm_start(
     noise: float = 0.4,
     rate: float = 2e-3,
     batch: int = 128,
+    clean: Sequence[str] = (),
 ) -> None:
-    """Supervised steps on all domains with wrong answers mixed in, so that RL has something left to teach."""
+    """Supervised steps on all domains with wrong answers mixed in, so that RL has something left to teach.
+
+    Domains named in `clean` get right answers alone.
+    """
     generator = torch.Generator().manual_seed(seed)
     data = {name: domains.rows(name, 2000, seed=seed + 1) for name in names}
     examples = []
-    for rows in data.values():
+    for name, rows in data.items():
         for row in rows:
             wrong = rows[int(torch.randint(len(rows), (), generator=generator))]
-            noisy = torch.rand((), generator=generator) < noise
+            noisy = bool(torch.rand((), generator=generator) < noise) and name not in clean
             examples.append(
                 (words(row["prompt"]).input_ids, words((wrong if noisy else row)["answer"]).input_ids)
             )

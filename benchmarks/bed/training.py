@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import warnings
@@ -39,6 +40,8 @@ class Run:
         order: Domains in the order they are trained.
         steps: Optimizer steps of each domain.
         guard: Settings of the guard that differ from the defaults.
+        reference: A domain that the warm start teaches without noise and that is never trained afterwards; with
+            `"guarded"` it is protected as a reference domain.
     """
 
     method: str
@@ -47,6 +50,12 @@ class Run:
     order: tuple[str, ...]
     steps: int = 60
     guard: Mapping[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All domains that are tested."""
+        return self.order if self.reference is None else (*self.order, self.reference)
 
 
 @dataclass
@@ -65,6 +74,8 @@ class Result:
         metrics: The guard's metrics by step.
         pairs: With `"observed"`: step, domain, both parts of the raw prediction, their coefficients so far,
             measured loss and KL.
+        recoveries: Per recovery phase: the step it ended at, its domain, the steps it took, those it was expected
+            to take after its first, and whether the reward came back.
     """
 
     run: dict[str, Any]
@@ -77,6 +88,7 @@ class Result:
     phases: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     pairs: list[dict[str, Any]] = field(default_factory=list)
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def average(self) -> float:
@@ -165,17 +177,42 @@ class _Pairs(TrainerCallback):  # type: ignore[misc]
             )
 
 
+class _Recoveries(TrainerCallback):  # type: ignore[misc]
+    """Writes down every recovery phase that ends."""
+
+    def __init__(self, guard: InterferenceGuardCallback, result: Result) -> None:
+        self.guard, self.result, self.domain = guard.guard, result, None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.guard is None:
+            return
+        schedule = self.guard.schedule
+        if self.domain is not None and schedule.domain is None:
+            self.result.recoveries.append(
+                {
+                    "step": state.global_step,
+                    "domain": self.domain,
+                    "taken": schedule.taken,
+                    # JSON has no infinity: None says that the first step did not contract, or is unknown.
+                    "expected": schedule.expected if math.isfinite(schedule.expected) else None,
+                    "loss": schedule.loss,
+                    "regained": schedule.regained,
+                }
+            )
+        self.domain = schedule.domain
+
+
 _STARTS: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
 
 
-def prepare(order: Sequence[str], seed: int) -> tuple[Any, PreTrainedTokenizerFast]:
+def prepare(order: Sequence[str], seed: int, clean: Sequence[str] = ()) -> tuple[Any, PreTrainedTokenizerFast]:
     """The warm-started model and its tokenizer; made once per set of domains and seed."""
     names = sorted(order)
     words = policy.tokenizer(names)
     student = policy.build(words, seed)
-    key = (*names, seed)
+    key = (*names, seed, *clean)
     if key not in _STARTS:
-        policy.warm_start(student, words, names, seed)
+        policy.warm_start(student, words, names, seed, clean=clean)
         _STARTS[key] = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     # A fresh model each time: TRL binds a forward to the instance it is given.
     student.load_state_dict(_STARTS[key])
@@ -200,8 +237,8 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
         watch: Called after each step with ``"step"`` or ``"rates"``, the step and the pass rates.
         every: Steps between two evaluations; each phase's length should be a multiple.
     """
-    student, words = prepare(run.order, run.seed)
-    tests = {name: domains.rows(name, TEST_ROWS, seed=10_000) for name in run.order}
+    student, words = prepare(run.names, run.seed, () if run.reference is None else (run.reference,))
+    tests = {name: domains.rows(name, TEST_ROWS, seed=10_000) for name in run.names}
     rows = [row for name in run.order for row in domains.rows(name, 1000, seed=20_000 + run.seed)]
     total = run.steps * len(run.order)
     data = Dataset.from_list(rows)
@@ -242,10 +279,17 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
         guard = None
         if run.method in ("guarded", "observed"):
             settings = {"project": run.method == "guarded", "seed": run.seed, **run.guard}
-            guard = InterferenceGuardCallback(trainer, GuardConfig(**settings))
+            given = None
+            if run.reference is not None:
+                answers = domains.rows(run.reference, 512, seed=20_000 + run.seed)
+                rows_given = [{"prompt": row["prompt"], "completion": row["answer"]} for row in answers]
+                given = {run.reference: Dataset.from_list(rows_given)}
+            guard = InterferenceGuardCallback(trainer, GuardConfig(**settings), reference=given)
             trainer.add_callback(guard)
         if guard is not None and run.method == "observed":
             trainer.add_callback(_Pairs(guard, 3, result))
+        if guard is not None and guard.config.recovery:
+            trainer.add_callback(_Recoveries(guard, result))
         evaluate = _Evaluate(words, tests, every, result, watch, guard)
         trainer.add_callback(evaluate)
         trainer.remove_callback(PrinterCallback)

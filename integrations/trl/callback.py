@@ -16,9 +16,12 @@ from interference_guard.config import GuardConfig
 from interference_guard.errors import HostError, StateError
 from interference_guard.guard import Guard
 from interference_guard.optimizer import StepHooks, attach
+from interference_guard.probe import Completions
 
 from .completions import generated, labelled, trainer_policy
 from .engines import check_engine
+from .recovery import RecoveryRows
+from .reference import read
 from .rows import DomainTable, check_dataset
 from .seams import Seams
 
@@ -34,6 +37,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         trainer (`Trainer`, *optional*): The trainer to guard; call `trainer.add_callback` with this object
             afterwards. Without one, call `attach`.
         config (`GuardConfig`, *optional*, defaults to `GuardConfig()`): Settings.
+        recovery_datasets (`dict[str, Dataset]`, *optional*): Rows for recovery phases by domain; by default the
+            training set's own rows of the domain. Needed where that is a stream, or no longer holds the domain.
+        reference (`dict[str, Dataset]`, *optional*): Rows with a prompt and a completion, by the name of an
+            ability that the model has before training and must keep.
 
     Raises:
         HostError: If the trainer or its dataset lacks what the guard needs.
@@ -45,9 +52,20 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         trainer.add_callback(InterferenceGuardCallback(trainer, GuardConfig(budget=0.02)))
     """
 
-    def __init__(self, trainer: Any = None, config: GuardConfig | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Any = None,
+        config: GuardConfig | None = None,
+        *,
+        recovery_datasets: Mapping[str, Any] | None = None,
+        reference: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config if config is not None else GuardConfig()
         self.guard: Guard | None = None
+        self.recovery_datasets = recovery_datasets
+        self.reference = reference
+        self._recovery: RecoveryRows | None = None
+        self._reference: dict[str, Completions] = {}
         self.domains = DomainTable(self.config.domain_column)
         self._seams: Seams | None = None
         self._hooks: StepHooks | None = None
@@ -55,6 +73,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._step_rows: dict[str, int] = {}
         self._evaluated: dict[str, list[float]] = {}
         self._failed_save: StateError | None = None
+        self._training: str | None = None
         self._probed = -1
         if trainer is not None:
             self._wire(trainer)
@@ -87,9 +106,20 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return
         if self._seams is not None and self._seams.trainer is trainer:
             return
-        seams = Seams(trainer)
+        seams = Seams(trainer, self.config.recovery)
         check_engine(trainer.accelerator)
         check_dataset(trainer.train_dataset, self.domains)
+        recovery = (
+            RecoveryRows(trainer, self.config.domain_column, self.recovery_datasets)
+            if self.config.recovery
+            else None
+        )
+        known = self.guard.domains if self.guard is not None else {}
+        self._reference = {
+            name: read(trainer, name, dataset)
+            for name, dataset in (self.reference or {}).items()
+            if name not in known
+        }
         if self.guard is None:
             self.guard = Guard(trainer.model, self.config)
         else:
@@ -99,7 +129,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         several = accelerator.num_processes > 1
         self.guard.ranks.reduce = partial(_reduce, accelerator) if several else None
         self.detach()
-        self._seams = seams
+        self._seams, self._recovery = seams, recovery
+        if recovery is not None:
+            self.domains.add(sorted(recovery.domains))
+            self.guard.recoverable = recovery.domains
+            seams.wrap("get_batch_samples", self._batches)
         self._evaluated, self._step_rows, self._rewards = {}, {}, None
         seams.wrap("log", self._log)
         seams.wrap("_prepare_inputs", self._prepare_inputs)
@@ -189,6 +223,20 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
         return prepare
 
+    def _batches(self, method: Any) -> Any:
+        def get_batch_samples(iterator: Any, *args: Any, **kwargs: Any) -> Any:
+            # The planned rows are always drawn, so that what a step trains depends on its number alone.
+            batches, items = method(iterator, *args, **kwargs)
+            domain = self._guard().recovery
+            if domain != self._training:
+                # Completions of the domain before would otherwise be used up first.
+                self._training, self._trainer._buffered_inputs = domain, None
+            if domain is not None and self._recovery is not None and batches:
+                batches = self._recovery.batches(domain, batches)
+            return batches, items
+
+        return get_batch_samples
+
     def _log(self, method: Any) -> Any:
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
             # The last line of a run sums it up; the guard's means belong to the steps before.
@@ -230,6 +278,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._step_rows = {}
         self._guard().bind(self._trainer.model)
+        # A resumed run has read them from its checkpoint by now.
+        for name, rows in self._reference.items():
+            if name not in self._guard().domains:
+                self._guard().protect(name, rows)
+        self._reference = {}
         self._hooks = attach(self._trainer.optimizer, self._guard())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

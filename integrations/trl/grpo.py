@@ -27,7 +27,7 @@ from interference_guard.errors import ConfigError
 
 from .callback import InterferenceGuardCallback
 from .order import ORDERS, order_by_domain, prompts_per_generation
-from .rewards import for_domain, load
+from .rewards import load, route
 
 PREFIX = "guard_"
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -174,9 +174,9 @@ def build(arguments: DomainArguments, guard: GuardConfig, training: Any, model: 
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    rewards = [
-        for_domain(load(path), domain.name, column) for domain in arguments.domains for path in domain.rewards
-    ]
+    rewards = route(
+        {domain.name: [load(path) for path in domain.rewards] for domain in arguments.domains}, column
+    )
     options = {"quantization_config": get_quantization_config(model)}
     trainer = GRPOTrainer(
         model.model_name_or_path,

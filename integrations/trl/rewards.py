@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,26 @@ def load(path: str) -> RewardFunction:
             "'folder/file.py:function'."
         ) from error
     return found
+
+
+def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "domain") -> list[RewardFunction]:
+    """Reward functions of several domains as one list for a trainer: each scores its own domain's rows.
+
+    TRL logs every function apart, under the domain's name and its own.
+
+    Args:
+        functions: Reward functions by domain.
+        column: The column that holds a row's domain.
+
+    Raises:
+        ConfigError: If a domain has none: its rows would all be without a reward.
+    """
+    bare = sorted(name for name, chosen in functions.items() if not chosen)
+    if bare or not functions:
+        raise ConfigError(
+            f"The domains {bare} have no reward function; there are {sorted(functions)}. Give each at least one."
+        )
+    return [for_domain(function, name, column) for name, chosen in functions.items() for function in chosen]
 
 
 def for_domain(function: RewardFunction, domain: str, column: str = "domain") -> RewardFunction:

@@ -11,6 +11,8 @@ from interference_guard.errors import HostError
 # Attributes of one instance; the class behind it is never changed.
 ALWAYS = ("log", "_prepare_inputs", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler")
 GENERATING = ("_generate_and_score_completions", "_calculate_rewards")
+# Needed only by recovery phases.
+RECOVERING = ("get_batch_samples",)
 
 
 class Seams:
@@ -19,18 +21,22 @@ class Seams:
     Args:
         trainer: The trainer.
 
+        recovery: Whether recovery phases are wanted.
+
     Raises:
         HostError: If it lacks a method the guard needs; nothing is wrapped then.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, recovery: bool = False) -> None:
         self.trainer = trainer
         self.generates = any(hasattr(trainer, name) for name in GENERATING)
-        needed = ALWAYS + (GENERATING if self.generates else ())
+        needed = ALWAYS + (GENERATING if self.generates else ()) + (RECOVERING if recovery else ())
         absent = [name for name in needed if not callable(getattr(trainer, name, None))]
+        if recovery and self.generates and not hasattr(trainer, "_buffered_inputs"):
+            absent.append("_buffered_inputs")
         if absent:
             raise HostError(
-                f"{type(trainer).__name__} has no method {absent[0]!r}, which the guard needs. Tested are "
+                f"{type(trainer).__name__} has no {absent[0]!r}, which the guard needs. Tested are "
                 "GRPOTrainer, RLOOTrainer and SFTTrainer of trl 1.14 to 1.16; install one of these versions."
             )
         self._wrapped: dict[str, tuple[bool, Any, Any]] = {}

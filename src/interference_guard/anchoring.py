@@ -33,7 +33,11 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     if reuse is None:
         state.since_refresh = 0
     state.slopes = None if state.gradient is None else state.gradient.along(state.model)
-    _score(guard, state)
+    recovered = state.anchored
+    if _scores_are_due(guard, state):
+        _score(guard, state, recovered)
+    else:
+        state.measurable = False
     state.anchored = True
     state.own_steps = state.foreign_steps = 0
     state.true_reward = math.nan
@@ -42,8 +46,20 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     state.start = None
 
 
-def _score(guard: Guard, state: DomainState) -> None:
+def _scores_are_due(guard: Guard, state: DomainState) -> bool:
+    """Whether this anchor gets a probe.
+
+    A domain that is left and taken up again every few steps (interleaved training) would otherwise cost a
+    forward pass at each of its anchors.
+    """
+    if state.scored_at is None or state.own_steps >= guard.config.refresh_steps or state.anchored:
+        return True
+    return guard.steps - state.scored_at >= guard.config.probe_steps
+
+
+def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     """Log-probabilities and mean reward of the retained completions, and the reward range over ranks."""
+    state.scored_at = guard.steps
     rows = 0.0 if state.retained is None else float(len(state.retained))
     rewarded = state.retained is not None and state.retained.rewards is not None
     every, with_rewards = guard.ranks.totals([rows, rows if rewarded else 0.0], guard.device)
@@ -63,7 +79,18 @@ def _score(guard: Guard, state: DomainState) -> None:
         state.see_rewards(low, high)
     scores = score(guard, state.retained, guard.policy)
     state.anchor_scores = None if scores is None else scores.detach()
-    if with_rewards and not state.evaluated:
-        own = state.retained.rewards if state.retained is not None else None
-        (total,) = guard.ranks.totals([0.0 if own is None else own.double().sum().item()], guard.device)
+    if not with_rewards:
+        state.target_reward = math.nan
+        return
+    own = state.retained.rewards if state.retained is not None else None
+    totals = [sum(total for total, _ in state.recent), sum(count for _, count in state.recent)]
+    total, recent, count = guard.ranks.totals(
+        [0.0 if own is None else own.double().sum().item(), *totals], guard.device
+    )
+    if not state.evaluated:
         state.anchor_reward = total / with_rewards
+    if recovered:
+        # What a recovery must reach never sinks from one phase to the next.
+        state.target_reward = max(state.target_reward, total / with_rewards)
+    elif count:
+        state.target_reward = recent / count

@@ -29,12 +29,13 @@ from .first_order import GradientMean
 from .local_model import LocalBlock, LocalModel
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
+from .recovery import RecoverySchedule
 from .trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 1
+VERSION = 2
 TENSORS = "interference_guard.safetensors"
 DETAILS = "interference_guard.json"
 # Settings that give the saved tensors their meaning; the others may change between runs.
@@ -50,6 +51,10 @@ PLAIN = (
     "evaluated",
     "measurable",
     "true_reward",
+    "recent",
+    "target_reward",
+    "scored_at",
+    "reference",
 )
 
 
@@ -63,6 +68,7 @@ def pack(guard: Guard) -> dict[str, object]:
         "format": "interference_guard",
         "version": VERSION,
         "steps": guard.steps,
+        "recovery": guard.schedule.state(),
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": _parameters(guard),
         "shards": _shards(guard),
@@ -83,12 +89,12 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
             for number, (name, item) in enumerate(details["domains"].items())
         }
         steps = int(details["steps"])
+        schedule = RecoverySchedule(**details["recovery"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StateError(
             f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
         ) from error
-    guard.replace_domains(domains)
-    guard.steps = steps
+    guard.replace_domains(domains, steps, schedule)
 
 
 def save(guard: Guard, directory: Path) -> None:
@@ -221,6 +227,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
 
     details: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
     details["region"] = state.region.state()
+    details["rollouts"] = list(state.rollouts.sums())
     details["measurement"] = None if state.measurement is None else asdict(state.measurement)
     put("count", state.curvature.count)
     for index, sums in enumerate(state.curvature.sums):
@@ -231,9 +238,9 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
     for index, block in enumerate(state.model.blocks if state.model is not None else ()):
         for name in ("lam", "rho", "scale", "rows", "z0", "q0"):
             put(f"model/{index}/{name}", getattr(block, name))
-        if block.region is not None:
-            put(f"model/{index}/energy", block.energy)
         # Fresh directions are the leading columns of the curvature's own basis and are stored once.
+        if block.energy is not state.curvature.sums[index].energy:
+            put(f"model/{index}/energy", block.energy)
         basis = state.curvature.sums[index].basis
         if basis is None or basis.untyped_storage().data_ptr() != block.U.untyped_storage().data_ptr():
             put(f"model/{index}/U", block.U)
@@ -274,6 +281,7 @@ def _unpack_domain(
     state = guard.new_state(name)
     for key in PLAIN:
         setattr(state, key, details[key])
+    state.rollouts.add(*details["rollouts"])
     region = dict(details["region"])
     region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}
     state.region = TrustRegion(**region)
@@ -300,7 +308,8 @@ def _unpack_domain(
                     raise KeyError(f"{prefix}model/{index}/U")
                 U = sums.basis[:, :, : parts["lam"].shape[1]]
             piece = None if spread is None else spread.regions[index]
-            energy = sums.energy if piece is None else need(f"model/{index}/energy")
+            own = get(f"model/{index}/energy")
+            energy = sums.energy if own is None else own
             blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
         state.model = LocalModel(blocks, spread, get("noise"))
     state.retained = _completions("completions/retained", get)

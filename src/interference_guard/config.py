@@ -92,6 +92,34 @@ class GuardConfig:
         default=0.05,
         metadata={"help": "Part of a mixed batch from which a domain counts as active, not protected."},
     )
+    recovery: bool = field(
+        default=False,
+        metadata={
+            "help": "Give a domain a few steps of its own when its interference passes recovery_budget. The "
+            "host trains its rows in place of the planned ones."
+        },
+    )
+    recovery_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Interference that starts a recovery phase, as a part of the reward range. By default 3 x "
+            "budget, and budget where project is False."
+        },
+    )
+    recovery_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reward still missing, as a part of the range, at which a phase ends early. By default half "
+            "the budget, or of recovery_budget where that is smaller."
+        },
+    )
+    recovery_steps: int = field(default=4, metadata={"help": "Most own steps of one recovery phase."})
+    recovery_cooldown: int = field(
+        default=10, metadata={"help": "Steps after a recovery phase in which none starts."}
+    )
+    recovery_share: float = field(
+        default=0.15, metadata={"help": "Most recovery steps, as a part of all steps at any time."}
+    )
     unit_overrides: list[str] | None = field(
         default=None,
         metadata={
@@ -104,10 +132,21 @@ class GuardConfig:
     def __post_init__(self) -> None:
         for name in ("budget", "budget_nats", "half_life"):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number above 0")
-        for name in ("rank", "sketch", "residual", "refresh_steps", "sweeps", "retain", "probe_steps"):
+        for name in (
+            "rank",
+            "sketch",
+            "residual",
+            "refresh_steps",
+            "sweeps",
+            "retain",
+            "probe_steps",
+            "recovery_steps",
+        ):
             self._check(name, _is_integer(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
+        cooldown = self.recovery_cooldown
+        self._check("recovery_cooldown", _is_integer(cooldown) and cooldown >= 0, "an integer >= 0")
         self._check("sketch", self.sketch >= self.rank, f"at least rank={self.rank}")
-        for name in ("coverage", "active_share"):
+        for name in ("coverage", "active_share", "recovery_share"):
             value = getattr(self, name)
             self._check(name, _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
         self._check("selection", self.selection in SELECTIONS, f"one of {list(SELECTIONS)}")
@@ -115,7 +154,38 @@ class GuardConfig:
         self._check(
             "domain_column", isinstance(self.domain_column, str) and self.domain_column != "", "a column name"
         )
+        self._check_recovery()
         self.overrides()
+
+    def _check_recovery(self) -> None:
+        for name in ("recovery_budget", "recovery_tolerance"):
+            value = getattr(self, name)
+            self._check(name, value is None or (_is_number(value) and value > 0), "a number above 0, or None")
+        if self.project:
+            self._check(
+                "recovery_budget",
+                self.recovery_threshold >= self.budget,
+                f"at least budget={self.budget}: below it the trust region already holds the domain",
+            )
+        self._check(
+            "recovery_tolerance",
+            self.regained_within < self.recovery_threshold,
+            f"under the recovery budget, here {self.recovery_threshold}: a phase must end below where it starts",
+        )
+
+    @property
+    def recovery_threshold(self) -> float:
+        """Interference that starts a recovery phase, in parts of the reward range."""
+        if self.recovery_budget is not None:
+            return self.recovery_budget
+        return 3 * self.budget if self.project else self.budget
+
+    @property
+    def regained_within(self) -> float:
+        """Reward still missing at which a recovery phase ends, in parts of the reward range."""
+        if self.recovery_tolerance is not None:
+            return self.recovery_tolerance
+        return min(self.budget, self.recovery_threshold) / 2
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -14,6 +14,9 @@ from .probe import Completions, Measurement, join
 from .protected import ProtectedSet
 from .trust_region import TrustRegion
 
+# Batches of own rollouts behind the reward at the anchor: one alone is noisy, many are of an earlier policy.
+RECENT = 4
+
 
 @dataclass
 class RunningMean:
@@ -26,6 +29,10 @@ class RunningMean:
         """Add a sum of `count` values."""
         self.total += total
         self.count += count
+
+    def sums(self) -> tuple[float, float]:
+        """Total and count so far."""
+        return self.total, self.count
 
     def take(self) -> float | None:
         """The mean, or None without values; starts anew."""
@@ -55,6 +62,11 @@ class DomainState:
         anchor_reward: Mean reward at the anchor: the host's own evaluation if it made one, else the
             retained rows'.
         evaluated: Whether `anchor_reward` is an evaluation.
+        recent: Sum and number of the rewards of the latest batches of own rollouts, newest last.
+        target_reward: Mean reward of those at the anchor, which a recovery must reach; NaN without rewards.
+        rollouts: Rewards of the recovery step now made.
+        scored_at: The guard's steps when `anchor_scores` were last made for an anchor; None before.
+        reference: Whether the domain is only known from given data, and no rows of it are trained.
         true_reward: The host's latest evaluation since the anchor, NaN without one.
         measurement: The last probe.
         gradient: Mean gradient of the latest own steps, None unless `first_order` is set.
@@ -80,6 +92,11 @@ class DomainState:
     high: float = math.nan
     anchor_reward: float = math.nan
     evaluated: bool = False
+    recent: list[list[float]] = field(default_factory=list)
+    target_reward: float = math.nan
+    rollouts: RunningMean = field(default_factory=RunningMean)
+    scored_at: int | None = None
+    reference: bool = False
     true_reward: float = math.nan
     measurement: Measurement | None = None
     gradient: GradientMean | None = None
@@ -101,6 +118,12 @@ class DomainState:
         """Widen the reward range."""
         self.low = lowest if math.isnan(self.low) else min(self.low, lowest)
         self.high = highest if math.isnan(self.high) else max(self.high, highest)
+
+    def note_rewards(self, total: float, count: int) -> None:
+        """Add the rewards of a batch of own rollouts."""
+        self.rewards.add(total, count)
+        self.rollouts.add(total, count)
+        self.recent = [*self.recent[1 - RECENT :], [total, float(count)]]
 
     def keep(self, completions: Completions, limit: int) -> None:
         """Keep a batch for the next anchor; rows older than the latest `limit` are dropped."""

@@ -8,6 +8,7 @@ completions -> probe -> trust region. The guard knows no trainer: a host calls `
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from . import checkpoint, measuring, stepping
+from . import checkpoint, measuring, recovering, reference, stepping
 from .config import GuardConfig
 from .curvature import DomainCurvature
 from .domain import DomainState
@@ -29,6 +30,7 @@ from .model_view import ModelView
 from .observation import Observation
 from .probe import Completions, Measurement, Policy, model_policy
 from .ranks import Ranks, Reduce
+from .recovery import RecoverySchedule
 from .trust_region import Raw, TrustRegion
 
 # The first foreign steps are the ones about which least is known.
@@ -71,6 +73,7 @@ class Guard:
         self.enabled = self.config.enabled
         self.policy: Policy = policy if policy is not None else model_policy(model)
         self._own_policy = policy is None
+        self.model = model
         self.ranks = Ranks(reduce)
         self.clock = Clock()
         self.steps = 0
@@ -84,6 +87,12 @@ class Guard:
         self.force_read: bool | None = None
         # The step's gradients, where they wait for a sum over ranks.
         self.observation: Observation | None = None
+        self.schedule = RecoverySchedule()
+        self.trained: tuple[str, ...] = ()
+        # Domains a host can give own steps to; None: all of them.
+        self.recoverable: frozenset[str] | None = None
+        self._mixed: set[tuple[str, ...]] = set()
+        self._followed = 0
         self._shares: dict[str, float] = {}
         self._domains: dict[str, DomainState] = {}
         if self.enabled:
@@ -102,6 +111,7 @@ class Guard:
         if not self.enabled:
             return
         self.view.bind(model, known=list(self._domains))
+        self.model = model
         if self._own_policy:
             self.policy = model_policy(model)
 
@@ -164,6 +174,11 @@ class Guard:
         )
 
     @property
+    def recovery(self) -> str | None:
+        """The domain to train next because it must recover, or None to go on as planned."""
+        return self.schedule.domain
+
+    @property
     def domains(self) -> Mapping[str, DomainState]:
         """Every domain seen so far, in order of appearance (read only)."""
         return MappingProxyType(self._domains)
@@ -190,8 +205,30 @@ class Guard:
             finite = rewards[rewards.isfinite()]
             if len(finite):
                 state.see_rewards(finite.min().item(), finite.max().item())
-                state.rewards.add(finite.sum().item(), len(finite))
+                state.note_rewards(finite.sum().item(), len(finite))
         self.clock.add("retain", started)
+
+    def protect(self, domain: str, completions: Completions, *, passes: int = 64, batch_size: int = 8) -> None:
+        """Protect a domain that is only known from given rows, from the present weights on.
+
+        For what the model could do before any RL: curvature from backward passes with labels drawn from the
+        softened output, an anchor at the present weights, and a probe on the rows. Parameters' gradients, the
+        optimizer and the global random generators are not touched. On several ranks, give all of them the same
+        rows.
+
+        Args:
+            domain: A name of its own.
+            completions: The rows; without rewards the interference is measured in nats per token.
+            passes: Backward passes.
+            batch_size: Rows of one pass; rows are used again when they run out.
+
+        Raises:
+            ConfigError: If the domain is known already.
+            ShapeError: If a row has no completion token; nothing is changed then.
+            UnsupportedError: If the model returns no logits.
+        """
+        if self.enabled:
+            reference.protect(self, domain, completions, passes, batch_size)
 
     # The optimizer step
 
@@ -233,7 +270,8 @@ class Guard:
         """Measure the protected domains whose turn it is; call after every step.
 
         A domain is due after 1, 2 and 4 foreign steps and then every `probe_steps`. When nothing is due
-        the call costs nothing.
+        the call costs nothing. With `recovery`, the measurements also move the recovery schedule: afterwards
+        `recovery` names the domain to train next, or is None.
 
         Args:
             policy: Replaces the guard's own for this call.
@@ -249,6 +287,9 @@ class Guard:
             due = state.foreign_steps in EARLY_PROBES or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
+        if self.config.recovery and self.steps > self._followed:
+            self._followed = self.steps
+            recovering.follow(self, found, policy)
         return found
 
     @torch.no_grad()
@@ -369,9 +410,15 @@ class Guard:
         curvature = DomainCurvature(0.5 ** (1 / settings.half_life), self.view.omegas, spread=self.view.spread)
         return DomainState(name, curvature, TrustRegion(settings.budget, settings.budget_nats))
 
-    def replace_domains(self, domains: Mapping[str, DomainState]) -> None:
+    def adopt(self, state: DomainState) -> None:
+        """Take in a domain's state made elsewhere (used for reference domains)."""
+        self._domains[state.name] = state
+
+    def replace_domains(self, domains: Mapping[str, DomainState], steps: int, schedule: RecoverySchedule) -> None:
         """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
+        self.steps = self._followed = steps
+        self.schedule = schedule
         self.grams.clear()
         self.overlaps.clear()
 
@@ -386,6 +433,18 @@ class Guard:
     def reads_back(self) -> bool:
         """Whether decisions may read the device within a step: on an accelerator that would stall it."""
         return self.device.type == "cpu" if self.force_read is None else self.force_read
+
+    def warn_mixed(self, names: tuple[str, ...]) -> None:
+        """Say once for each combination that a step of several domains adds to no domain's curvature."""
+        if names not in self._mixed:
+            self._mixed.add(names)
+            warnings.warn(
+                f"A step trained the domains {sorted(names)} together. Its gradient cannot be told apart by "
+                "domain, so it is added to no domain's curvature: a domain that is only trained so gets no "
+                "protection later. Train one domain a step, for instance with "
+                "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin').",
+                stacklevel=6,
+            )
 
     def forget_sets(self, name: str) -> None:
         """Drop what was computed from a domain's former local model and sets."""

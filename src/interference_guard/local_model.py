@@ -36,7 +36,7 @@ class LocalBlock:
         lam: Their eigenvalues, ``(matrices, rank)`` fp32.
         rho: Mean eigenvalue of the missed directions, ``(matrices,)`` fp32.
         scale: c, ``(matrices,)`` fp32.
-        energy: e, ``(matrices, units)`` fp32; the curvature's own tensor, not a copy.
+        energy: e, ``(matrices, units)`` fp32; the curvature's own tensor until `LocalModel.keep_energy`.
         rows: Protected units as indices into the flattened ``(matrices * units,)``, or None for all.
         z0: Anchor coordinates of the protected units, ``(rows, rank)`` fp32.
         q0: Anchor seen through R, ``(rows, residual)`` fp32.
@@ -182,6 +182,11 @@ class LocalModel:
             start += rows * rank
         weights = torch.cat([block.weights().flatten() for block in self.blocks])
         return Displacement(flat, views, weights)
+
+    def keep_energy(self) -> None:
+        """Hold the units' energies as they are now, where the curvature's own go on changing."""
+        for block in self.blocks:
+            block.energy = block.energy.clone()
 
     def rounding(self) -> Tensor:
         """What rounding of the coordinates alone adds to the subspace term, about; a 0-d tensor."""

@@ -71,6 +71,14 @@ def collect(guard: Guard) -> dict[str, float]:
                 if (first, second) not in guard.overlaps:
                     guard.overlaps[first, second] = a.half_set.overlap(b.half_set)
                 table[f"guard/overlap/{first}_{second}"] = guard.overlaps[first, second]
+    if guard.config.recovery:
+        schedule = guard.schedule
+        table["guard/recovery/active"] = float(schedule.phase == "recovering")
+        table["guard/recovery/steps"] = float(schedule.total)
+        table["guard/recovery/failures"] = float(schedule.failures)
+        if schedule.phases:
+            table["guard/recovery/taken"] = float(schedule.taken)
+            table["guard/recovery/expected"] = schedule.expected
     table["guard/update_kept"] = guard.kept.take()
     table["guard/seconds"] = guard.clock.take(guard.steps)
     return {name: value for name, value in table.items() if value is not None and math.isfinite(value)}

@@ -20,6 +20,11 @@ METRICS: dict[str, str] = {
     "guard/<domain>/forgetting": "Reward lost since the anchor: by the host's own evaluation where there is "
     "one, else by the last probe times the reward range.",
     "guard/<domain>/protected_share": "Part of all units that the domain's protection covers.",
+    "guard/recovery/active": "1 while a recovery phase runs, else 0; with recovery=True, like the next four.",
+    "guard/recovery/steps": "Recovery steps so far.",
+    "guard/recovery/failures": "Recovery phases so far that did not bring their domain back.",
+    "guard/recovery/taken": "Steps of the present recovery phase, or of the last one.",
+    "guard/recovery/expected": "Steps that phase was expected to need, from the contraction of its first step.",
     "guard/overlap/<a>_<b>": "Jaccard index of the units that carry half of each domain's curvature energy.",
     "guard/update_kept": "What the projection left of the displacement along protected directions, 1 is all.",
     "guard/seconds": "Seconds the guard took per step since the last report.",

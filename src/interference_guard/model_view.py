@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .config import GuardConfig
 from .curvature import block_matrices
 from .errors import ShapeError, StateError
 from .shards import Shards, Spread, local, local_gradient, reshard
-from .units import UnitLayout
+from .units import UnitLayout, canonical_name
 
 
 class ModelView:
@@ -114,6 +114,11 @@ class ModelView:
     def gradients(self) -> list[Tensor]:
         """The parameters' gradients, laid out as `weights`."""
         table = {name: local_gradient(name, parameter) for name, parameter in self._parameters.items()}
+        return [block.gather(table, self.device) for block in self.blocks]
+
+    def arrange(self, gradients: Mapping[str, Tensor | None]) -> list[Tensor]:
+        """Given gradients by parameter name, laid out as `weights`; None reads as zero."""
+        table = {canonical_name(name): gradient for name, gradient in gradients.items()}
         return [block.gather(table, self.device) for block in self.blocks]
 
     @torch.no_grad()

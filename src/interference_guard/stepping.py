@@ -27,36 +27,44 @@ def take_gradients(guard: Guard) -> None:
     one sum over ranks serves the observation and the prediction.
     """
     active = guard.active
+    guard.trained = active
     started = perf_counter()
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
     for name in sorted(guard.domains):
-        if name not in active and guard.domains[name].own_steps:
+        if name not in active and guard.domains[name].own_steps and name != guard.recovery:
             set_anchor(guard, guard.domains[name])
     started = guard.clock.add("anchor", started)
     batch, spread = guard.view.gradients(), guard.view.spread
     if spread is not None:
         guard.observation = Observation(batch, guard.view.omegas, spread)
+    if len(active) > 1:
+        guard.warn_mixed(active)
     for name in active:
         state = guard.domains[name]
         if state.start is None and guard.config.selection == "edits" and not state.anchored:
             state.start = see_through(guard.view.weights(), guard.view.residuals, spread)
-        if guard.config.first_order and state.gradient is None:
+        if guard.config.first_order and state.gradient is None and len(active) == 1:
             state.gradient = GradientMean(guard.view.omegas, spread=spread)
-        if spread is None:
+        if spread is None and len(active) == 1:
             state.curvature.observe(batch)
             if state.gradient is not None and guard.config.first_order:
                 state.gradient.observe(batch)
         state.own_steps += 1
         state.since_refresh += 1
+        state.reference = False
+        if name == guard.recovery:
+            # Its anchor stays until the phase has shown whether the domain comes back to it.
+            continue
         state.evaluated = False
         state.anchored = False
     guard.clock.add("observe", started)
 
 
 def take_in(guard: Guard, seen: Observation) -> None:
-    """Add an observation, summed over ranks, to the active domains' sums."""
+    """Add an observation, summed over ranks, to the active domain's sums; a mixed step's belongs to none."""
     started = perf_counter()
-    for name in guard.active:
+    active = guard.active
+    for name in active if len(active) == 1 else ():
         state = guard.domains[name]
         state.curvature.add(seen)
         if state.gradient is not None and guard.config.first_order:

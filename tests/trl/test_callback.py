@@ -302,7 +302,7 @@ class TestRefusals:
     def test_missing_seam(self, tmp_path, monkeypatch):
         trainer = online("grpo", tmp_path, rows(TWO_PHASES))
         monkeypatch.setattr(type(trainer), "_calculate_rewards", None)
-        with pytest.raises(HostError, match="no method '_calculate_rewards', which the guard needs"):
+        with pytest.raises(HostError, match="has no '_calculate_rewards', which the guard needs"):
             InterferenceGuardCallback(trainer, CONFIG)
 
     def test_no_trainer(self, tmp_path):

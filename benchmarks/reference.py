@@ -1,0 +1,87 @@
+"""An ability that only the warm start taught, while seven other domains are trained: plain and protected.
+
+    python -m benchmarks.reference [--seeds 0 1 2] [--workers 2] [--rate 7e-4]
+
+Writes `benchmarks/results/reference.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from .forgetting import RATE, mean, work
+from .provenance import write
+
+REFERENCE = "caesar_cipher"
+METHODS = ("plain", "guarded")
+
+
+def one(method: str, rate: float, seed: int) -> dict[str, Any]:
+    """One run in a process of its own."""
+    from .bed.domains import ORDER
+
+    order = tuple(name for name in ORDER if name != REFERENCE)
+    found = work({"method": method, "rate": rate, "seed": seed, "order": order, "reference": REFERENCE})
+    before, after = found["start"][REFERENCE], found["curve"][-1][REFERENCE]
+    return {**found, "reference": {"before": before, "after": after, "lost": before - after}}
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds by method."""
+    summary: dict[str, Any] = {}
+    for method in METHODS:
+        group = [run for run in runs if run["run"]["method"] == method]
+        if group:
+            summary[method] = {
+                "average": mean([run["average"] for run in group]),
+                "forgetting": mean([run["forgetting"] for run in group]),
+                **{key: mean([run["reference"][key] for run in group]) for key in ("before", "after", "lost")},
+                "lost_by_seed": {str(run["run"]["seed"]): run["reference"]["lost"] for run in group},
+            }
+    return summary
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the summary."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{REFERENCE}, known from the warm start alone; pass rates, means over seeds"
+    table = Table("method", "before", "after", "lost", "average of the trained domains", title=title)
+    for method, row in summary.items():
+        table.add_row(method, *(f"{row[key]:.3f}" for key in ("before", "after", "lost", "average")))
+    Console().print(table)
+
+
+def main() -> None:
+    """Run all, two at once by default, and write the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--name", default="reference", help="name of the results file")
+    options = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    jobs = [(method, options.rate, seed) for seed in options.seeds for method in METHODS]
+    runs: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(one, *job) for job in jobs]):
+            runs.append(done.result())
+            runs.sort(key=lambda run: (run["run"]["method"], run["run"]["seed"]))
+            path = write(options.name, {"summary": summarise(runs), "runs": runs})
+            last = done.result()
+            print(
+                f"{last['run']['method']}, seed {last['run']['seed']}: {json.dumps(last['reference'])}",
+                flush=True,
+            )
+    show(summarise(runs))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Rows for recovery phases: chosen the same on every rank, put in place of the planned ones at the next step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from interference_guard.errors import ConfigError, HostError, UnsupportedError
+
+
+class RecoveryRows:
+    """Rows of each domain that a recovery phase can train.
+
+    Args:
+        trainer: The trainer; it must generate.
+        column: The domain's column.
+        given: Rows by domain; the training set's own rows of a domain by default.
+
+    Raises:
+        UnsupportedError: If the trainer does not generate.
+        HostError: If the training set cannot be searched and no rows are given, or rows lack a column.
+        ConfigError: If a domain has no rows.
+    """
+
+    def __init__(self, trainer: Any, column: str, given: Mapping[str, Any] | None = None) -> None:
+        if not hasattr(trainer, "_generate_and_score_completions"):
+            raise UnsupportedError(
+                f"{type(trainer).__name__} does not generate completions, so a recovery phase has no rewards to "
+                "end by. Use recovery=False with it, or a GRPOTrainer or RLOOTrainer."
+            )
+        self.trainer, self.column = trainer, column
+        training = trainer.train_dataset
+        searchable = hasattr(training, "select") and column in (training.column_names or ())
+        needed = set(training.column_names or ()) - {column}
+        self.rows: dict[str, Any] = {}
+        if given is None and not searchable:
+            raise HostError(
+                "The training dataset is a stream, which cannot be searched for the rows of one domain. Give "
+                "recovery_datasets={domain: dataset}, or use recovery=False."
+            )
+        if searchable:
+            places: dict[str, list[int]] = {}
+            for index, name in enumerate(training[column]):
+                places.setdefault(name, []).append(index)
+            self.rows = {name: training.select(indices) for name, indices in places.items()}
+        for name, rows in (given or {}).items():
+            if not len(rows):
+                raise ConfigError(
+                    f"recovery_datasets[{name!r}] has no rows. Give at least one, or leave the domain out."
+                )
+            absent = sorted(needed - set(rows.column_names))
+            if absent:
+                raise HostError(
+                    f"recovery_datasets[{name!r}] lacks the columns {absent} of the training dataset, which "
+                    f"reward functions may read; it has {sorted(rows.column_names)}. Add them."
+                )
+            self.rows[name] = rows
+
+    @property
+    def domains(self) -> frozenset[str]:
+        """Domains that can recover."""
+        return frozenset(self.rows)
+
+    def batches(self, domain: str, planned: list[Any]) -> list[Any]:
+        """Micro-batches of a domain's rows in the shape of the planned ones.
+
+        Which rows they are depends on the seed and the number of the generation alone, so all ranks, and a
+        resumed run, choose the same.
+        """
+        trainer, rows = self.trainer, self.rows[domain]
+        args = trainer.args
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        generations = trainer.num_generations
+        span = args.steps_per_generation * trainer.num_iterations
+        found = []
+        for index, batch in enumerate(planned):
+            # Micro-batches of one generation repeat its rows, as the trainer's own sampler does.
+            generation = (trainer.state.global_step * args.gradient_accumulation_steps + index) // span
+            draw = random.Random(f"{args.seed}/{domain}/{generation}")
+            size = len(batch)
+            picks = [draw.randrange(len(rows)) for _ in range(-(-size * world // generations))]
+            places = [picks[(rank * size + place) // generations] for place in range(size)]
+            found.append([{**rows[place], self.column: domain} for place in places])
+        return found

@@ -1,0 +1,119 @@
+"""Drives the recovery schedule with what the guard sees: starts phases, follows and ends them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .probe import Measurement, Policy
+from .recovery import RecoveryLimits, expected_steps
+
+if TYPE_CHECKING:
+    from .domain import DomainState
+    from .guard import Guard
+
+# Steps between two looks at the predictions: each reads the device.
+LOOK_STEPS = 5
+
+
+def follow(guard: Guard, found: Mapping[str, Measurement], policy: Policy | None = None) -> None:
+    """Take the schedule one optimizer step further.
+
+    Args:
+        guard: The guard, after its step; its schedule is replaced and domains may be measured.
+        found: Measurements made after this step.
+        policy: Replaces the guard's own for further measurements.
+    """
+    limits = RecoveryLimits.of(guard.config)
+    schedule = guard.schedule
+    if schedule.phase == "recovering":
+        # A host that could not switch at once has trained something else: that step is none of the phase's.
+        if schedule.domain in guard.trained:
+            _go_on(guard, guard.domains[schedule.domain], limits, policy)
+        return
+    schedule = schedule.step(False, guard.steps, limits)
+    guard.schedule = schedule.start(_excess(guard, found, limits, policy), guard.steps, limits)
+    if guard.schedule.phase == "recovering":
+        _begin(guard, guard.domains[str(guard.schedule.domain)])
+
+
+def limit_of(guard: Guard, found: Measurement) -> float:
+    """The recovery budget in the unit of a measurement."""
+    config = guard.config
+    if found.ratio == "nats":
+        return config.budget_nats * config.recovery_threshold / config.budget
+    return config.recovery_threshold
+
+
+def _excess(
+    guard: Guard, found: Mapping[str, Measurement], limits: RecoveryLimits, policy: Policy | None
+) -> dict[str, float]:
+    """Interference over the recovery budget of the domains that may recover.
+
+    A prediction that passes it is checked by a measurement before anything is started.
+    """
+    # A reference domain has no rows that a trainer could make rollouts of.
+    may = [
+        name
+        for name in guard.protected
+        if not guard.domains[name].reference and (guard.recoverable is None or name in guard.recoverable)
+    ]
+    measured = {name: found[name] for name in may if name in found}
+    if guard.schedule.phase == "idle" and guard.steps % LOOK_STEPS == 0:
+        others = [name for name in may if name not in found and guard.domains[name].measurable]
+        for name, raw in guard.interference(others).items():
+            region = guard.domains[name].region
+            last = guard.domains[name].measurement
+            if last is not None and region.predict(raw) >= limit_of(guard, last):
+                measured[name] = guard.measure(name, policy)
+    return {name: item.loss / limit_of(guard, item) for name, item in measured.items()}
+
+
+def _begin(guard: Guard, state: DomainState) -> None:
+    # The curvature goes on while the old anchor must stay what it was.
+    if state.model is not None:
+        state.model.keep_energy()
+    state.rollouts.take()
+    displaced = guard.interference([state.name])[state.name].quadratic
+    loss = state.measurement.loss if state.measurement is not None else math.nan
+    guard.schedule = replace(guard.schedule, displaced=displaced, loss=loss)
+
+
+def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Policy | None) -> None:
+    schedule = guard.schedule
+    if schedule.taken == 0:
+        after = guard.interference([state.name])[state.name].quadratic
+        within = guard.config.regained_within
+        if state.measurement is not None:
+            within *= limit_of(guard, state.measurement) / guard.config.recovery_threshold
+        schedule = replace(schedule, expected=expected_steps(schedule.displaced, after, schedule.loss, within))
+    regained = _regained(guard, state, first=schedule.taken == 0, policy=policy)
+    guard.schedule = schedule.step(regained, guard.steps, limits)
+    if guard.schedule.phase == "recovering":
+        return
+    if regained:
+        # The next foreign step sets the new anchor, with fresh directions.
+        state.since_refresh = guard.config.refresh_steps
+    else:
+        state.own_steps = 0
+        state.pending = [] if state.retained is None else [state.retained]
+
+
+def _regained(guard: Guard, state: DomainState, *, first: bool, policy: Policy | None) -> bool:
+    """Whether the domain's reward is back, by the rollouts of this phase or, without rewards, by a probe."""
+    total, count = guard.ranks.totals(list(state.rollouts.sums()), guard.device)
+    span = state.span
+    if count and span is not None and math.isfinite(state.target_reward):
+        state.rollouts.take()
+        lost = (state.target_reward - total / count) / (span[1] - span[0])
+        if first:
+            # These were sampled under the weights that were measured when the phase began.
+            state.region.truth(lost)
+        return lost <= guard.config.regained_within
+    if state.span is not None or not state.measurable:
+        # Rewards exist and this step brought none: it reused rollouts that were judged before.
+        return False
+    found = guard.measure(state.name, policy)
+    return found.loss <= guard.config.regained_within * limit_of(guard, found) / guard.config.recovery_threshold

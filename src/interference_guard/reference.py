@@ -1,0 +1,79 @@
+"""Reference domains: what the model could do before any RL, protected from given prompts and completions.
+
+There are no training gradients of such a domain, so its curvature comes from backward passes of its own: a
+Gauss-Newton matrix whose labels are drawn from the model's softened output. The softening matters. Where a model
+has mastered its data its output is near certain, drawn labels agree with it, and plain Fisher gradients vanish.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .anchoring import set_anchor
+from .errors import ConfigError, ShapeError, UnsupportedError
+from .probe import Completions
+
+if TYPE_CHECKING:
+    from .guard import Guard
+
+TEMPERATURE = 2.0
+
+
+def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_size: int) -> None:
+    """Anchor a domain at the present weights from given rows; see `Guard.protect`."""
+    if domain in guard.domains:
+        raise ConfigError(
+            f"Domain {domain!r} is known already: {sorted(guard.domains)}. A reference domain is protected once, "
+            "before training, under a name of its own."
+        )
+    bare = (rows.completion_mask[:, 1:] != 0).sum(-1) == 0
+    if not len(rows) or bool(bare.any()):
+        row = int(bare.nonzero()[0]) if len(rows) else 0
+        raise ShapeError(
+            f"Row {row} of reference domain {domain!r} has no completion token to score; every row needs at "
+            "least one after its prompt. Fill its completion or leave the row out."
+        )
+    started = perf_counter()
+    rows = rows.detached().to(guard.device)
+    guard.view.place()
+    state = guard.new_state(domain)
+    generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
+    modes = [(module, module.training) for module in guard.model.modules()]
+    guard.model.eval()
+    try:
+        for number in range(passes):
+            chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
+            batch = rows.rows(chosen[: len(rows)] % len(rows))
+            state.curvature.observe(guard.view.arrange(_gradients(guard.model, batch, generator)))
+    finally:
+        for module, training in modes:
+            module.training = training
+    state.keep(rows, guard.config.retain)
+    state.own_steps = state.since_refresh = passes
+    state.reference = True
+    guard.adopt(state)
+    with torch.no_grad():
+        set_anchor(guard, state)
+    guard.clock.add("anchor", started)
+
+
+def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) -> dict[str, Tensor | None]:
+    """Gradients of the loss on labels drawn from the softened output; no parameter's ``grad`` is touched."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if logits is None or logits.dim() != 3:
+            raise UnsupportedError(
+                f"{type(model).__name__} returned no logits of shape (rows, length, vocabulary), from which "
+                "labels are drawn. Give the guard the causal language model itself."
+            )
+        soft = logits[:, :-1][rows.completion_mask[:, 1:] != 0].float() / TEMPERATURE
+        labels = torch.multinomial(soft.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+        loss = torch.nn.functional.cross_entropy(soft, labels)
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, found, strict=True))

@@ -1,0 +1,116 @@
+import pytest
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from interference_guard import ConfigError, HostError, MissingDomainError
+from interference_guard.integrations.trl import InterferenceGuardCallback, route
+from tests.trl.host import CONFIG, online, reward, rows, same, weights
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+
+
+def general(**changes):
+    found = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(6)]
+    found[2] |= changes
+    return Dataset.from_list(found)
+
+
+def guarded(trainer, **options):
+    callback = InterferenceGuardCallback(trainer, CONFIG, **options)
+    trainer.add_callback(callback)
+    return callback
+
+
+def test_a_reference_is_protected_from_the_first_step(tmp_path):
+    # Five steps: the probe after the sixth would move the radius under the weights.
+    trainer = online("grpo", tmp_path, rows([("math", 12)]), max_steps=5)
+    start = weights(trainer)
+    callback = guarded(trainer, reference={"general": general()})
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                seen["anchored"] = callback.guard.domains["general"].anchored
+                seen["same"] = same(start, weights(trainer))
+                seen["grads"] = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen == {"anchored": True, "same": True, "grads": []}
+    state = callback.guard.domains["general"]
+    assert state.foreign_steps == 5
+    assert state.measurement.ratio == "nats"
+    assert state.subspace.item() <= state.radius.item() * (1 + 1e-3)
+    logged = {name for line in trainer.state.log_history for name in line}
+    assert {"guard/general/predicted", "guard/general/measured", "guard/general/kl"} <= logged
+
+
+def test_completions_are_scored_up_to_their_end(tmp_path):
+    trainer = online("grpo", tmp_path, rows([("math", 12)]))
+    callback = guarded(trainer, reference={"general": general()})
+    trainer.train()
+    kept = callback.guard.domains["general"].retained
+    words = trainer.processing_class
+    texts = [
+        words.decode(ids[mask.bool()]).split()
+        for ids, mask in zip(kept.input_ids, kept.completion_mask, strict=True)
+    ]
+    assert texts == [[str(i + 1), words.eos_token] for i in range(6)]
+
+
+def test_a_resumed_run_takes_it_from_its_checkpoint(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    whole = online("grpo", tmp_path, rows([("math", 12)]), **options)
+    guarded(whole, reference={"general": general()})
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    first = online("grpo", tmp_path / "b", rows([("math", 12)]), **options)
+    guarded(first, reference={"general": general()})
+    first.add_callback(Stop())
+    first.train()
+    resumed = online("grpo", tmp_path / "b", rows([("math", 12)]), **options)
+    callback = guarded(resumed, reference={"general": general()})
+    resumed.train(resume_from_checkpoint=True)
+    assert callback.guard.domains["general"].foreign_steps == 6
+    assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (
+            lambda: general(completion=""),
+            MissingDomainError,
+            r"Row 2 of reference\['general'\] has completion=''",
+        ),
+        (lambda: general().remove_columns("completion"), HostError, r"has no column 'completion'"),
+        (lambda: general().select([]), HostError, r"reference\['general'\] has no rows"),
+    ],
+)
+def test_bad_rows_are_refused_when_attaching(data, error, message, tmp_path):
+    trainer = online("grpo", tmp_path, rows([("math", 12)]))
+    before = dict(vars(trainer))
+    with pytest.raises(error, match=message):
+        InterferenceGuardCallback(trainer, CONFIG, reference={"general": data()})
+    assert vars(trainer) == before
+
+
+def test_rewards_reach_their_own_domain(tmp_path):
+    def length(completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    functions = route({"math": [reward], "code": [length]})
+    prompts, texts = ["a", "b", "c"], ["1", "22", "1"]
+    columns = {"domain": ["math", "code", "math"], "answer": ["1", "", "2"]}
+    assert functions[0](prompts=prompts, completions=texts, **columns) == [1.01, None, 0.01]
+    assert functions[1](prompts=prompts, completions=texts, **columns) == [None, 2.0, None]
+    assert [function.__name__ for function in functions] == ["math_reward", "code_length"]
+    with pytest.raises(ConfigError, match=r"domains \['code'\] have no reward function"):
+        route({"math": [reward], "code": []})
