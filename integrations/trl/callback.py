@@ -19,6 +19,7 @@ from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
 
 from .completions import generated, labelled, trainer_policy
+from .engines import check_engine
 from .recovery import RecoveryRows
 from .reference import read
 from .rows import DomainTable, check_dataset
@@ -106,6 +107,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if self._seams is not None and self._seams.trainer is trainer:
             return
         seams = Seams(trainer, self.config.recovery)
+        check_engine(trainer.accelerator)
         check_dataset(trainer.train_dataset, self.domains)
         recovery = (
             RecoveryRows(trainer, self.config.domain_column, self.recovery_datasets)
@@ -260,6 +262,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
             result = method(checkpoint, *args, **kwargs)
             if checkpoint is not None:
+                # Prepared, and perhaps sharded, since the callback was attached.
+                self._guard().bind(self._trainer.model)
                 self._guard().load(self._folder(checkpoint))
             return result
 
@@ -273,6 +277,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if not self.config.enabled:
             return
         self._step_rows = {}
+        self._guard().bind(self._trainer.model)
         # A resumed run has read them from its checkpoint by now.
         for name, rows in self._reference.items():
             if name not in self._guard().domains:

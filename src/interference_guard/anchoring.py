@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from .local_model import anchor_domain
+from .measuring import score
 from .protection import protected_rows
 
 if TYPE_CHECKING:
@@ -22,11 +23,12 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         return
     state.retained = state.latest(guard.config.retain)
     state.pending = [] if state.retained is None else [state.retained]
-    chosen = protected_rows(state, guard)
+    energies = state.curvature.energies()
+    chosen = protected_rows(state, guard, energies)
     guard.forget_sets(state.name)
     reuse = state.model if state.since_refresh < guard.config.refresh_steps else None
     state.model = anchor_domain(
-        state.curvature, guard.view.weights(), guard.view.residuals, guard.config.rank, chosen, reuse
+        state.curvature, guard.view.weights(), guard.view.residuals, guard.config.rank, chosen, reuse, energies
     )
     if reuse is None:
         state.since_refresh = 0
@@ -75,7 +77,8 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     )
     if math.isfinite(high):
         state.see_rewards(low, high)
-    state.anchor_scores = None if state.retained is None else guard.policy(state.retained).detach()
+    scores = score(guard, state.retained, guard.policy)
+    state.anchor_scores = None if scores is None else scores.detach()
     if not with_rewards:
         state.target_reward = math.nan
         return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .shards import Region, Shards
 from .units import UnitLayout, UnitView
 
 # Above this many elements a matrix is a block of its own and is read where it lies, without a copy.
@@ -23,12 +25,16 @@ class Block:
         matrices: Length of the batch.
         units: Units of one matrix of the batch.
         width: Length of a unit.
+        region: What of the batch lies on this rank.
+        pieces: The unit views of the members' pieces here; the views themselves in a single process.
     """
 
     views: tuple[UnitView, ...]
     matrices: int
     units: int
     width: int
+    region: Region
+    pieces: tuple[UnitView, ...]
 
     @property
     def name(self) -> str:
@@ -41,41 +47,53 @@ class Block:
         return self.matrices * self.units * self.width
 
     def targets(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """The members' unit views; writing to them writes to `tensors`."""
-        return [view.view(tensors[view.name]) for view in self.views]
+        """Unit views of the members' pieces; writing to them writes to `tensors`."""
+        return [view.view(tensors[view.name]) for view in self.pieces]
 
     def gather(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> Tensor:
-        """Members as one ``(matrices, units, width)`` fp32 tensor; a single fp32 member is not copied.
+        """Pieces of the members as one ``(matrices, units, width)`` fp32 tensor; a single fp32 one is not copied.
 
         A missing tensor (a gradient that is None) reads as zero, on `device` where all are missing.
         """
         found = [
-            None if (tensor := tensors[view.name]) is None else view.view(tensor).float() for view in self.views
+            None if (tensor := tensors[view.name]) is None else view.view(tensor).float() for view in self.pieces
         ]
         present = next((item for item in found if item is not None), None)
         if present is None:
-            return torch.zeros(self.matrices, self.units, self.width, device=device)
+            return torch.zeros(self.region.size, device=device)
         filled = [torch.zeros_like(present) if item is None else item for item in found]
         if len(filled) == 1:
             return filled[0] if filled[0].dim() == 3 else filled[0].unsqueeze(0)
         return torch.stack(filled)
 
 
-def make_blocks(layout: UnitLayout, parameters: Mapping[str, Tensor]) -> list[Block]:
-    """Group a layout's views: small ones of one shape, dtype and device together, each large one alone."""
+def make_blocks(layout: UnitLayout, tensors: Mapping[str, Tensor], shards: Shards) -> list[Block]:
+    """Group a layout's views: small ones of one shape, dtype and device together, each large one alone.
+
+    Args:
+        layout: The unit views of whole parameters.
+        tensors: The pieces of the parameters that lie here, by canonical name.
+        shards: Where the pieces belong. Ranks group alike, because whole shapes decide.
+    """
     groups: dict[tuple[object, ...], list[UnitView]] = {}
     for name, view in layout.views.items():
-        tensor = parameters[name]
-        shape = tuple(view.view(tensor).shape)
-        key: tuple[object, ...] = (*shape, tensor.dtype, tensor.device)
-        if len(shape) == 3 or tensor.numel() > STACK_LIMIT:
+        tensor = tensors[name]
+        # Fails here, before training, where the memory layout allows no unit view.
+        shards.view(view).view(tensor)
+        shape = _shape(view)
+        key: tuple[object, ...] = (*shape, tensor.dtype, tensor.device, shards.cut(view))
+        if len(shape) == 3 or math.prod(shape) > STACK_LIMIT:
             key = (*key, name)
         groups.setdefault(key, []).append(view)
-    return [_block(views, parameters) for views in groups.values()]
+    return [_block(views, shards) for views in groups.values()]
 
 
-def _block(views: Sequence[UnitView], parameters: Mapping[str, Tensor]) -> Block:
-    shape = views[0].view(parameters[views[0].name]).shape
-    if len(shape) == 3:
-        return Block(tuple(views), shape[0], shape[1], shape[2])
-    return Block(tuple(views), len(views), shape[0], shape[1])
+def _shape(view: UnitView) -> tuple[int, ...]:
+    return tuple(view.view(torch.empty(view.shape, device="meta")).shape)
+
+
+def _block(views: Sequence[UnitView], shards: Shards) -> Block:
+    shape = _shape(views[0])
+    size = (shape[0], shape[1], shape[2]) if len(shape) == 3 else (len(views), shape[0], shape[1])
+    region = shards.region(views, size)
+    return Block(tuple(views), *size, region, tuple(shards.view(view) for view in views))

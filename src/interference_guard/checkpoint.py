@@ -1,7 +1,8 @@
 """The guard's state on disk: safetensors for tensors, JSON for the rest, versioned and written atomically.
 
 `interference_guard.safetensors` and `interference_guard.json` lie beside the host's own checkpoint files
-and nothing of the host's is opened. Each is written under a temporary name and then renamed; the JSON names
+and nothing of the host's is opened. Of a sharded model every rank saves its part, `interference_guard_rank1`
+and so on. Each is written under a temporary name and then renamed; the JSON names
 the tensor file's size and a digest of it, so a torn pair or a truncated file is found before anything is
 taken over.
 """
@@ -70,6 +71,7 @@ def pack(guard: Guard) -> dict[str, object]:
         "recovery": guard.schedule.state(),
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": _parameters(guard),
+        "shards": _shards(guard),
         "domains": domains,
     }
     return {"details": details, "tensors": tensors}
@@ -107,7 +109,8 @@ def save(guard: Guard, directory: Path) -> None:
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in packed["tensors"].items()  # type: ignore[attr-defined]
     }
-    temporary = [directory / f".{name}.tmp-{os.getpid()}" for name in (TENSORS, DETAILS)]
+    names = file_names(guard)
+    temporary = [directory / f".{name}.tmp-{os.getpid()}" for name in names]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary[0])
@@ -115,8 +118,8 @@ def save(guard: Guard, directory: Path) -> None:
         details["tensor_bytes"] = temporary[0].stat().st_size
         details["tensor_sha256"] = _digest(temporary[0])
         temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
-        os.replace(temporary[0], directory / TENSORS)
-        os.replace(temporary[1], directory / DETAILS)
+        os.replace(temporary[0], directory / names[0])
+        os.replace(temporary[1], directory / names[1])
     except (OSError, SafetensorError) as error:
         raise StateError(
             f"The guard's state could not be written to {directory}: {error}. The checkpoint of the host is "
@@ -128,6 +131,15 @@ def save(guard: Guard, directory: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def file_names(guard: Guard) -> tuple[str, str]:
+    """Names of the tensor file and the JSON file of this rank."""
+    rank = guard.view.shards.rank
+    if not rank:
+        return TENSORS, DETAILS
+    tensors, details = (Path(name) for name in (TENSORS, DETAILS))
+    return f"{tensors.stem}_rank{rank}{tensors.suffix}", f"{details.stem}_rank{rank}{details.suffix}"
+
+
 def load(guard: Guard, directory: Path) -> None:
     """Read what `save` wrote into `directory`.
 
@@ -135,12 +147,13 @@ def load(guard: Guard, directory: Path) -> None:
         StateError: If a file is missing, damaged, or of another model or other settings.
         StateVersionError: If it was written in a format this version cannot read.
     """
-    details_path, tensors_path = directory / DETAILS, directory / TENSORS
+    tensors_path, details_path = (directory / name for name in file_names(guard))
     for path in (details_path, tensors_path):
         if not path.is_file():
             raise StateError(
-                f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side; resume from "
-                "a checkpoint that was saved with the guard attached, or start without resuming."
+                f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side, a pair for "
+                "each rank of a sharded model; resume from a checkpoint that was saved with the guard "
+                "attached, or start without resuming."
             )
     try:
         details = json.loads(details_path.read_text(encoding="utf-8"))
@@ -187,10 +200,24 @@ def _check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
             f"instance {name!r} with shape {saved.get(name)} there and {own.get(name)} here. Load it into "
             "the model it was saved with."
         )
+    _check_shards(guard, details, source)
+
+
+def _check_shards(guard: Guard, details: Mapping[str, Any], source: str) -> None:
+    saved, own = details.get("shards", [0, 1]), _shards(guard)
+    if saved != own:
+        raise StateError(
+            f"{source} is rank {saved[0]} of {saved[1]} of a sharded model, this is rank {own[0]} of {own[1]}. "
+            "Each rank saves its own part: resume with as many ranks as before, each from its own file."
+        )
 
 
 def _parameters(guard: Guard) -> dict[str, list[int]]:
     return {view.name: list(view.shape) for block in guard.view.blocks for view in block.views}
+
+
+def _shards(guard: Guard) -> list[int]:
+    return [guard.view.shards.rank, guard.view.shards.world]
 
 
 def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -207,6 +234,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
         for name in ("sketch", "energy", "basis", "eigenvalues"):
             put(f"sums/{index}/{name}", getattr(sums, name))
     details["model"] = state.model is not None
+    put("noise", None if state.model is None else state.model.noise)
     for index, block in enumerate(state.model.blocks if state.model is not None else ()):
         for name in ("lam", "rho", "scale", "rows", "z0", "q0"):
             put(f"model/{index}/{name}", getattr(block, name))
@@ -271,7 +299,7 @@ def _unpack_domain(
             for index in range(len(guard.view.blocks))
         ]
     if details["model"]:
-        blocks = []
+        blocks, spread = [], guard.view.spread
         for index, sums in enumerate(state.curvature.sums):
             parts = {key: need(f"model/{index}/{key}") for key in ("lam", "rho", "scale", "z0", "q0")}
             rows, U = get(f"model/{index}/rows"), get(f"model/{index}/U")
@@ -279,10 +307,11 @@ def _unpack_domain(
                 if sums.basis is None:
                     raise KeyError(f"{prefix}model/{index}/U")
                 U = sums.basis[:, :, : parts["lam"].shape[1]]
+            piece = None if spread is None else spread.regions[index]
             own = get(f"model/{index}/energy")
             energy = sums.energy if own is None else own
-            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, **parts))
-        state.model = LocalModel(blocks)
+            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
+        state.model = LocalModel(blocks, spread, get("noise"))
     state.retained = _completions("completions/retained", get)
     for index in range(details["pending"]):
         rows_of_batch = _completions(f"completions/{index}", get)
@@ -292,7 +321,8 @@ def _unpack_domain(
     state.slopes = _listed("slopes", guard, get)
     count = get("gradient/count")
     if count is not None:
-        state.gradient = GradientMean(guard.view.omegas, _listed("gradient", guard, get) or [], count)
+        sums_of_gradient = _listed("gradient", guard, get) or []
+        state.gradient = GradientMean(guard.view.omegas, sums_of_gradient, count, guard.view.spread)
     for key in ("anchor_scores", "radius", "subspace"):
         setattr(state, key, get(key))
     for key in ("protected_set", "half_set"):

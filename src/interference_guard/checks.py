@@ -33,11 +33,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 "packed low-bit weights or numbers without a gradient direction. Protected weights must be "
                 "floating point (fp32, bf16, fp16). Freeze it and train adapters on top, as QLoRA does."
             )
-        if type(parameter.data).__name__ == "DTensor":
-            raise UnsupportedError(
-                f"Parameter {name!r} is sharded (DTensor). This version protects whole parameters: "
-                "one process, or data parallel (DDP)."
-            )
         if parameter.device.type == "meta" or parameter.numel() == 0:
             raise UnsupportedError(
                 f"Parameter {name!r} has no values here (device {parameter.device}, {parameter.numel()} "

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .blocks import Block
 from .errors import ShapeError
+from .observation import Observation
+from .shards import Spread
 
 # Part of a matrix's energy after which further directions are left to the residual.
 RANK_COVERAGE = 0.9999
@@ -71,12 +73,15 @@ class DomainCurvature:
         omegas: Test matrix of each block, ``(width, sketch)``.
         sums: One `BlockSums` a block; empty before the first counted step.
         count: n, the decayed number of counted steps: a 0-d fp32 tensor on the device of the first block.
+        spread: How the blocks lie on several ranks, or None. The sums then hold what this rank adds to them:
+            of the sketch its part of the units or of the width, of the energy its part of each unit.
     """
 
     decay: float
     omegas: Sequence[Tensor]
     sums: list[BlockSums] = field(default_factory=list)
     count: Tensor = field(default_factory=lambda: torch.zeros(()))
+    spread: Spread | None = None
 
     def observe(self, gradients: Sequence[Tensor]) -> None:
         """Add one own step.
@@ -96,19 +101,31 @@ class DomainCurvature:
         counted = total.isfinite() & (total > 0)
         if counted.device.type in READS_BACK:
             if counted.item():
-                for sums, gradient, energy, omega in zip(
-                    self.sums, gradients, energies, self.omegas, strict=True
+                for index, (gradient, energy, omega) in enumerate(
+                    zip(gradients, energies, self.omegas, strict=True)
                 ):
-                    sketch = self._sketch(sums, omega)
+                    sums, sketch = self.sums[index], self._sketch(index)
                     sketch.baddbmm_(gradient.mT, gradient @ omega, beta=self.decay)
                     sums.energy.mul_(self.decay).add_(energy)
                 self.count.mul_(self.decay).add_(1.0)
             return
         keep = torch.where(counted, self.decay, 1.0)
-        for sums, gradient, energy, omega in zip(self.sums, gradients, energies, self.omegas, strict=True):
+        for index, (gradient, energy, omega) in enumerate(zip(gradients, energies, self.omegas, strict=True)):
             update = gradient.mT @ (gradient @ omega)
-            self._sketch(sums, omega).mul_(keep).add_(torch.where(counted, update, 0.0))
-            sums.energy.mul_(keep).add_(torch.where(counted, energy, 0.0))
+            self._sketch(index).mul_(keep).add_(torch.where(counted, update, 0.0))
+            self.sums[index].energy.mul_(keep).add_(torch.where(counted, energy, 0.0))
+        self.count.mul_(keep).add_(counted)
+
+    def add(self, seen: Observation) -> None:
+        """Add one own step of a model spread over ranks, after its observation was summed over them."""
+        self._ready(seen.gradients)
+        counted = seen.counted
+        if counted.device.type in READS_BACK and not counted.item():
+            return
+        keep = torch.where(counted, self.decay, 1.0)
+        for index, (update, energy) in enumerate(zip(seen.updates(), seen.energies, strict=True)):
+            self._sketch(index).mul_(keep).add_(torch.where(counted, update, 0.0))
+            self.sums[index].energy.mul_(keep).add_(torch.where(counted, energy, 0.0))
         self.count.mul_(keep).add_(counted)
 
     def merge(self, other: DomainCurvature) -> None:
@@ -117,8 +134,8 @@ class DomainCurvature:
             return
         if not self.sums:
             self.sums = [
-                BlockSums(torch.zeros_like(other._sketch(sums, omega)), torch.zeros_like(sums.energy))
-                for sums, omega in zip(other.sums, other.omegas, strict=True)
+                BlockSums(torch.zeros_like(other._sketch(index)), torch.zeros_like(sums.energy))
+                for index, sums in enumerate(other.sums)
             ]
             self.count = torch.zeros_like(other.count)
         if [sums.energy.shape for sums in self.sums] != [sums.energy.shape for sums in other.sums]:
@@ -126,30 +143,43 @@ class DomainCurvature:
                 "The two curvatures are of different models: their blocks count units differently. "
                 "Merge only sums taken on the same parameters with the same unit_overrides."
             )
-        for mine, theirs, omega in zip(self.sums, other.sums, self.omegas, strict=True):
-            self._sketch(mine, omega).add_(other._sketch(theirs, omega))
+        for index, (mine, theirs) in enumerate(zip(self.sums, other.sums, strict=True)):
+            self._sketch(index).add_(other._sketch(index))
             mine.energy.add_(theirs.energy)
         self.count = self.count + other.count
 
-    def factor(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def energies(self) -> list[Tensor]:
+        """The energy of every unit, ``(matrices, units)`` a block; over several ranks one sum, which all call."""
+        own = [sums.energy for sums in self.sums]
+        return own if self.spread is None else self.spread.whole_units(own)
+
+    def factor(self, energies: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Eigenvectors and eigenvalues of E[G'G] per block, and its trace.
 
         Afterwards the sums live in factored form, which takes the same room as Y: `observe` turns them
-        back, exactly up to fp32 rounding.
+        back, exactly up to fp32 rounding. Over several ranks the sums are added up first; all ranks call it.
+
+        Args:
+            energies: What `energies` returned, if it was called already.
 
         Returns:
             Per block: basis ``(matrices, width, sketch)``, eigenvalues ``(matrices, sketch)`` descending
             and never negative, trace ``(matrices,)``; fp32.
         """
+        energies = self.energies() if energies is None else energies
+        # All blocks are factored together, so the first one speaks for all.
+        sketches = [sums.sketch for sums in self.sums if sums.sketch is not None]
+        if self.spread is not None and sketches:
+            sketches = self.spread.whole_across(sketches)
+        for sums, omega, sketch in zip(self.sums, self.omegas, sketches, strict=False):
+            sums.basis, sums.eigenvalues = nystrom(sketch, omega)
+            sums.sketch = None
         factors = []
-        for sums, omega in zip(self.sums, self.omegas, strict=True):
-            if sums.sketch is not None:
-                sums.basis, sums.eigenvalues = nystrom(sums.sketch, omega)
-                sums.sketch = None
+        scale = 1.0 / self.count.clamp(min=1e-30)
+        for sums, energy in zip(self.sums, energies, strict=True):
             assert sums.basis is not None
             assert sums.eigenvalues is not None
-            scale = 1.0 / self.count.clamp(min=1e-30)
-            factors.append((sums.basis, sums.eigenvalues * scale, sums.energy.sum(-1) * scale))
+            factors.append((sums.basis, sums.eigenvalues * scale, energy.sum(-1) * scale))
         return factors
 
     def _ready(self, gradients: Sequence[Tensor]) -> None:
@@ -170,12 +200,13 @@ class DomainCurvature:
                 "Observe the parameters the guard was made for."
             )
 
-    @staticmethod
-    def _sketch(sums: BlockSums, omega: Tensor) -> Tensor:
+    def _sketch(self, index: int) -> Tensor:
+        sums, omega = self.sums[index], self.omegas[index]
         if sums.sketch is None:
             assert sums.basis is not None
             assert sums.eigenvalues is not None
-            sums.sketch = (sums.basis * sums.eigenvalues.unsqueeze(-2)) @ (sums.basis.mT @ omega)
+            sketch = (sums.basis * sums.eigenvalues.unsqueeze(-2)) @ (sums.basis.mT @ omega)
+            sums.sketch = sketch if self.spread is None else self.spread.own(index, sketch)
             sums.basis = sums.eigenvalues = None
         return sums.sketch
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .local_model import LocalModel
+from .observation import Observation
+from .shards import Spread
 
 # Own steps after which a gradient counts half in the mean: at the anchor the latest ones are wanted.
 HALF_LIFE = 10.0
@@ -26,13 +28,19 @@ class GradientMean:
         omegas: Test matrix of each block, ``(width, sketch)`` fp32.
         sums: Decayed sums per block, ``(matrices, units, sketch)`` fp32; empty before the first step.
         count: Decayed number of steps, a 0-d tensor.
+        spread: How the blocks lie on several ranks, or None. The sums are then what this rank adds to them.
     """
 
     decay = 0.5 ** (1 / HALF_LIFE)
 
     def __init__(
-        self, omegas: Sequence[Tensor], sums: list[Tensor] | None = None, count: Tensor | None = None
+        self,
+        omegas: Sequence[Tensor],
+        sums: list[Tensor] | None = None,
+        count: Tensor | None = None,
+        spread: Spread | None = None,
     ) -> None:
+        self.spread = spread
         self.omegas = omegas
         self.sums: list[Tensor] = [] if sums is None else sums
         self.count = torch.zeros(()) if count is None else count
@@ -44,19 +52,29 @@ class GradientMean:
             gradients: One ``(matrices, units, width)`` fp32 tensor a block; not changed.
         """
         seen = [gradient @ omega for gradient, omega in zip(gradients, self.omegas, strict=True)]
+        self._add(seen, torch.stack([item.sum() for item in seen]).sum().isfinite())
+
+    def add(self, seen: Observation) -> None:
+        """Add one own step of a model spread over ranks, after its observation was summed over them."""
+        self._add(seen.products, seen.total.isfinite())
+
+    def _add(self, seen: Sequence[Tensor], finite: Tensor) -> None:
         if not self.sums:
             self.sums = [torch.zeros_like(item) for item in seen]
             self.count = self.count.to(seen[0].device)
-        finite = torch.stack([item.sum() for item in seen]).sum().isfinite()
         keep = torch.where(finite, self.decay, 1.0)
         for mine, item in zip(self.sums, seen, strict=True):
             mine.mul_(keep).add_(torch.where(finite, item, 0.0))
         self.count = self.count * keep + finite
 
     def along(self, model: LocalModel) -> list[Tensor]:
-        """Mean gradient of the protected units along a local model's directions, per block ``(rows, rank)``."""
+        """Mean gradient of the protected units along a local model's directions, per block ``(rows, rank)``.
+
+        Over several ranks one sum, which all call.
+        """
         found = []
-        for total, omega, block in zip(self.sums, self.omegas, model.blocks, strict=True):
+        sums = self.sums if self.spread is None else self.spread.whole_units(self.sums)
+        for total, omega, block in zip(sums, self.omegas, model.blocks, strict=True):
             # g ~ x U', so g Omega = x (U' Omega); unused columns of U are zero and get zero.
             solved = total @ torch.linalg.pinv(block.U.mT @ omega)
             found.append(block.select(solved / self.count.clamp(min=1e-30)).contiguous())

@@ -27,6 +27,7 @@ from .first_order import first_order
 from .local_model import Grams, predict
 from .metering import Clock, TensorMean, collect
 from .model_view import ModelView
+from .observation import Observation
 from .probe import Completions, Measurement, Policy, model_policy
 from .ranks import Ranks, Reduce
 from .recovery import RecoverySchedule
@@ -84,6 +85,8 @@ class Guard:
         # None: wherever reading the device costs nothing. Tests set it to prove that the path for
         # accelerators reads nothing back.
         self.force_read: bool | None = None
+        # The step's gradients, where they wait for a sum over ranks.
+        self.observation: Observation | None = None
         self.schedule = RecoverySchedule()
         self.trained: tuple[str, ...] = ()
         # Domains a host can give own steps to; None: all of them.
@@ -98,14 +101,16 @@ class Guard:
     def bind(self, model: nn.Module) -> None:
         """Go on with another object of the same model, for instance in the next phase's trainer.
 
-        The guard's own policy is bound too, unless a host gave one.
+        The guard's own policy is bound too, unless a host gave one. Before the guard has seen a domain, the
+        model may also have been sharded since.
 
         Raises:
             ShapeError: If its trainable parameters differ; nothing is changed then.
+            StateError: If they lie on the ranks in other pieces than those the guard's sums are of.
         """
         if not self.enabled:
             return
-        self.view.bind(model)
+        self.view.bind(model, known=list(self._domains))
         self.model = model
         if self._own_policy:
             self.policy = model_policy(model)
@@ -248,14 +253,16 @@ class Guard:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Predict the interference of the weights as they are now, and project them where it is too high."""
+        """Predict the interference of the weights as they are now, and project them where it is too high.
+
+        On sharded parameters the step's gradients must still be there: clear them afterwards.
+        """
         if not self.enabled:
             return
         self.steps += 1
         states = [self._domains[name] for name in self.protected]
-        if not states:
-            return
-        stepping.hold(self, states)
+        if states or self.observation is not None:
+            stepping.hold(self, states)
 
     # Measurement
 
@@ -400,7 +407,7 @@ class Guard:
     def new_state(self, name: str) -> DomainState:
         """An empty state for a domain (used when a state file is read)."""
         settings = self.config
-        curvature = DomainCurvature(0.5 ** (1 / settings.half_life), self.view.omegas)
+        curvature = DomainCurvature(0.5 ** (1 / settings.half_life), self.view.omegas, spread=self.view.spread)
         return DomainState(name, curvature, TrustRegion(settings.budget, settings.budget_nats))
 
     def adopt(self, state: DomainState) -> None:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .curvature import DomainCurvature, truncate
 from .projection import shrinkage, subspace_energy
+from .shards import Region, Spread
 
 # Excess over the radius that a sweep after the first leaves alone; the promise for several domains is 1.05.
 SLACK = 1.02
@@ -38,6 +40,8 @@ class LocalBlock:
         rows: Protected units as indices into the flattened ``(matrices * units,)``, or None for all.
         z0: Anchor coordinates of the protected units, ``(rows, rank)`` fp32.
         q0: Anchor seen through R, ``(rows, residual)`` fp32.
+        region: What of the block lies on this rank, None where all does. Only `z0` and `q0` are then of the
+            units here, and of their width here.
     """
 
     U: Tensor
@@ -48,6 +52,7 @@ class LocalBlock:
     rows: Tensor | None
     z0: Tensor
     q0: Tensor
+    region: Region | None = None
 
     @property
     def rank(self) -> int:
@@ -79,6 +84,45 @@ class LocalBlock:
         flat = values.reshape(-1, values.shape[-1])
         return flat if self.rows is None else flat[self.rows]
 
+    @cached_property
+    def _here(self) -> tuple[Tensor, Tensor]:
+        assert self.region is not None
+        assert self.rows is not None
+        return self.region.rows(self.rows)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Protected rows of this rank's ``(matrices, units, columns)``."""
+        if self.region is None or self.rows is None:
+            return self.select(values)
+        return values.reshape(-1, values.shape[-1])[self._here[1]]
+
+    def put(self, values: Tensor, out: Tensor) -> None:
+        """What this rank adds to the sum over ranks ``(rows, columns)``: inverse of `take`, into zeros."""
+        region = self.region
+        if region is None:
+            out.copy_(values)
+        elif not region.owner:
+            return
+        elif self.rows is None:
+            columns = out.shape[-1]
+            whole = region.units(out.view(*region.shape[:2], columns))
+            whole.copy_(values.view(whole.shape))
+        else:
+            out.index_copy_(0, self._here[0], values)
+
+    @property
+    def count(self) -> int:
+        """Protected units on all ranks."""
+        return self.energy.numel() if self.rows is None else len(self.rows)
+
+    def directions(self) -> Tensor:
+        """U, as far as it meets the units' width on this rank."""
+        return self.U if self.region is None else self.region.across(self.U)
+
+    def change(self, values: Tensor, U: Tensor) -> Tensor:
+        """Coefficients ``(matrices, units, k)`` times U', for what lies on this rank."""
+        return values @ U.mT if self.region is None else self.region.units(values) @ U.mT
+
     def scatter(self, values: Tensor) -> Tensor:
         """Inverse of `select`: ``(rows, columns)`` into zeros of ``(matrices, units, columns)``."""
         matrices, units = self.energy.shape
@@ -87,9 +131,8 @@ class LocalBlock:
         full = values.new_zeros(matrices * units, values.shape[-1])
         return full.index_copy_(0, self.rows, values).view(matrices, units, -1)
 
-    def residual(self, z: Tensor, through: Tensor, R: Tensor) -> Tensor:
+    def residual(self, z: Tensor, q: Tensor, R: Tensor) -> Tensor:
         """Sum of w_res |r|^2 / 2, the part of the prediction outside the kept directions (0-d)."""
-        q = self.select(through) - self.q0
         mixed = self.U.mT @ R
         if self.rows is None:
             matrices = self.energy.shape[0]
@@ -103,26 +146,40 @@ class LocalBlock:
 
 @dataclass
 class LocalModel:
-    """One domain's local model over all blocks, made by `anchor_domain`."""
+    """One domain's local model over all blocks, made by `anchor_domain`.
+
+    Args:
+        blocks: By block.
+        spread: How the blocks lie on several ranks, or None.
+        noise: What `rounding` returns, kept where it takes a sum over ranks; a 0-d tensor.
+    """
 
     blocks: list[LocalBlock]
+    spread: Spread | None = None
+    noise: Tensor | None = None
 
     def displacement(self, passes: Sequence[Tensor]) -> Displacement:
         """Coordinates of the present weights relative to the anchor.
 
+        Over several ranks `flat` is what this one adds; it must be summed in place before anything else.
+
         Args:
             passes: Per block W U, ``(matrices, units, rank)`` fp32.
         """
-        flat = passes[0].new_empty(sum(block.z0.numel() for block in self.blocks))
+        sizes = [(block.count, block.rank) for block in self.blocks]
+        make = passes[0].new_empty if self.spread is None else passes[0].new_zeros
+        flat = make(sum(rows * rank for rows, rank in sizes))
         views, start = [], 0
-        for block, seen in zip(self.blocks, passes, strict=True):
-            view = flat[start : start + block.z0.numel()].view_as(block.z0)
-            if block.rows is None:
+        for block, seen, (rows, rank) in zip(self.blocks, passes, sizes, strict=True):
+            view = flat[start : start + rows * rank].view(rows, rank)
+            if block.region is not None:
+                block.put(block.take(seen) - block.z0, view)
+            elif block.rows is None:
                 torch.sub(seen, block.z0.view_as(seen), out=view.view(seen.shape))
             else:
                 torch.sub(block.select(seen), block.z0, out=view)
             views.append(view)
-            start += block.z0.numel()
+            start += rows * rank
         weights = torch.cat([block.weights().flatten() for block in self.blocks])
         return Displacement(flat, views, weights)
 
@@ -133,21 +190,52 @@ class LocalModel:
 
     def rounding(self) -> Tensor:
         """What rounding of the coordinates alone adds to the subspace term, about; a 0-d tensor."""
+        return self._rounding([block.z0 for block in self.blocks]) if self.noise is None else self.noise
+
+    def settle(self) -> None:
+        """Compute `rounding` of a model spread over ranks, once; all ranks call it."""
+        if self.spread is None:
+            return
+        full = [block.U.new_zeros(block.count, block.rank) for block in self.blocks]
+        for block, out in zip(self.blocks, full, strict=True):
+            block.put(block.z0, out)
+        self.spread.add(full)
+        self.noise = self._rounding(full)
+
+    def _rounding(self, anchors: Sequence[Tensor]) -> Tensor:
         eps = torch.finfo(torch.float32).eps
-        parts = [torch.dot(block.weights().flatten(), block.z0.flatten().square()) for block in self.blocks]
+        parts = [
+            torch.dot(block.weights().flatten(), z0.flatten().square())
+            for block, z0 in zip(self.blocks, anchors, strict=True)
+        ]
         return torch.stack(parts).sum() * (16 * eps**2)
+
+    def through(self, passes: Sequence[Tensor]) -> list[Tensor]:
+        """The displacement seen through R per block, ``(rows, residual)``; to be summed like `displacement`.
+
+        Args:
+            passes: Per block W R, ``(matrices, units, residual)`` fp32.
+        """
+        found = []
+        for block, seen in zip(self.blocks, passes, strict=True):
+            q = block.take(seen) - block.q0
+            if block.region is not None:
+                part, q = q, q.new_zeros(block.count, q.shape[-1])
+                block.put(part, q)
+            found.append(q)
+        return found
 
     def residual(self, seen: Displacement, passes: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
         """The prediction's part outside the kept directions, a 0-d tensor.
 
         Args:
             seen: This domain's `displacement`.
-            passes: Per block W R, ``(matrices, units, residual)`` fp32.
+            passes: What `through` returned, summed over ranks.
             matrices: R per block, ``(width, residual)``.
         """
         parts = [
-            block.residual(z, through, R)
-            for block, z, through, R in zip(self.blocks, seen.views, passes, matrices, strict=True)
+            block.residual(z, q, R)
+            for block, z, q, R in zip(self.blocks, seen.views, passes, matrices, strict=True)
         ]
         return torch.stack(parts).sum()
 
@@ -181,11 +269,11 @@ def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> li
 
     Args:
         weights: Per block ``(matrices, units, width)`` fp32.
-        models: The domains' local models.
+        models: The domains' local models. Over several ranks every `flat` must still be summed.
     """
     passes: list[list[Tensor]] = [[] for _ in models]
     for index, W in enumerate(weights):
-        directions = [model.blocks[index].U for model in models]
+        directions = [model.blocks[index].directions() for model in models]
         product = W @ (directions[0] if len(directions) == 1 else torch.cat(directions, -1))
         for own, part in zip(passes, torch.split(product, [U.shape[2] for U in directions], -1), strict=True):
             own.append(part)
@@ -204,13 +292,25 @@ def predict(
 
     Returns:
         Per domain its displacement, the part of the prediction inside the kept directions and the part
-        outside, 0-d tensors.
+        outside, 0-d tensors. Over several ranks one sum is made, so all of them call it.
     """
-    through = [W @ R for W, R in zip(weights, matrices, strict=True)]
+    spread = models[0].spread
+    passes = see_through(weights, matrices, spread)
+    through = [model.through(passes) for model in models]
+    seen = displacements(weights, models)
+    if spread is not None:
+        spread.add([item.flat for item in seen] + [q for part in through for q in part])
     return [
-        (seen, seen.energy(), model.residual(seen, through, matrices))
-        for seen, model in zip(displacements(weights, models), models, strict=True)
+        (item, item.energy(), model.residual(item, part, matrices))
+        for item, part, model in zip(seen, through, models, strict=True)
     ]
+
+
+def see_through(weights: Sequence[Tensor], matrices: Sequence[Tensor], spread: Spread | None) -> list[Tensor]:
+    """The weights seen through R per block, ``(matrices, units, residual)``; over several ranks a part of it."""
+    if spread is None:
+        return [W @ R for W, R in zip(weights, matrices, strict=True)]
+    return [W @ region.across(R) for W, R, region in zip(weights, matrices, spread.regions, strict=True)]
 
 
 def anchor_domain(
@@ -220,8 +320,9 @@ def anchor_domain(
     rank: int,
     rows: Sequence[Tensor | None],
     reuse: LocalModel | None = None,
+    energies: Sequence[Tensor] | None = None,
 ) -> LocalModel:
-    """Build a domain's local model with its anchor at the present weights.
+    """Build a domain's local model with its anchor at the present weights; over several ranks all call it.
 
     Args:
         curvature: The domain's sums; they are factored in place unless `reuse` is given.
@@ -230,26 +331,35 @@ def anchor_domain(
         rank: Most directions a matrix.
         rows: Protected units per block, or None for all of them.
         reuse: An earlier local model whose directions are kept; only the anchor moves.
+        energies: What ``curvature.energies()`` returned, if it was called already.
     """
+    spread = curvature.spread
+    energies = curvature.energies() if energies is None else energies
     if reuse is None:
-        parts = [truncate(*factor, rank) for factor in curvature.factor()]
+        parts = [truncate(*factor, rank) for factor in curvature.factor(energies)]
     else:
         parts = [(block.U, block.lam, block.rho) for block in reuse.blocks]
     tiny = torch.finfo(torch.float32).tiny
     tops = []
-    for (_, lam, _), sums in zip(parts, curvature.sums, strict=True):
-        share = sums.energy.amax(-1) / sums.energy.sum(-1).clamp(min=tiny)
+    for (_, lam, _), energy in zip(parts, energies, strict=True):
+        share = energy.amax(-1) / energy.sum(-1).clamp(min=tiny)
         tops.append((share * lam[:, 0]).amax())
     top = torch.stack(tops).amax().clamp(min=tiny)
+    passes = see_through(weights, matrices, spread)
     blocks = []
-    for (U, lam, rho), sums, W, R, chosen in zip(parts, curvature.sums, weights, matrices, rows, strict=True):
+    for index, ((U, lam, rho), energy, W, seen, chosen) in enumerate(
+        zip(parts, energies, weights, passes, rows, strict=True)
+    ):
         # lam / top first: a product of two small eigenvalue sums would underflow.
-        scale = 1 / sums.energy.sum(-1).clamp(min=tiny)
-        block = LocalBlock(U, lam / top, rho / top, scale, sums.energy, chosen, lam, lam)
-        block.z0 = block.select(W @ U).contiguous()
-        block.q0 = block.select(W @ R).contiguous()
+        scale = 1 / energy.sum(-1).clamp(min=tiny)
+        region = None if spread is None else spread.regions[index]
+        block = LocalBlock(U, lam / top, rho / top, scale, energy, chosen, lam, lam, region)
+        block.z0 = block.take(W @ block.directions()).contiguous()
+        block.q0 = block.take(seen).contiguous()
         blocks.append(block)
-    return LocalModel(blocks)
+    model = LocalModel(blocks, spread)
+    model.settle()
+    return model
 
 
 Grams = dict[tuple[int, int], list[Tensor]]
@@ -277,8 +387,8 @@ def project(
         grams: Products of the models' directions by their `id`, kept from call to call; filled in place.
 
     Returns:
-        Per block the change to subtract from the weights, ``(matrices, units, width)`` fp32, or None when
-        nothing is outside (only with `early`).
+        Per block the change to subtract from the weights (from this rank's part of them),
+        ``(matrices, units, width)`` fp32, or None when nothing is outside (only with `early`).
     """
     grams = {} if grams is None else grams
     removed: list[Tensor | None] = [None for _ in models]
@@ -310,11 +420,12 @@ def project(
     changes = []
     for b in range(len(models[0].blocks)):
         coefficients = [model.blocks[b].scatter(parts[b]) for model, parts in moved]
-        directions = [model.blocks[b].U for model, _ in moved]
+        directions = [model.blocks[b].directions() for model, _ in moved]
+        block = models[0].blocks[b]
         if len(moved) == 1:
-            changes.append(coefficients[0] @ directions[0].mT)
+            changes.append(block.change(coefficients[0], directions[0]))
         else:
-            changes.append(torch.cat(coefficients, -1) @ torch.cat(directions, -1).mT)
+            changes.append(block.change(torch.cat(coefficients, -1), torch.cat(directions, -1)))
     return changes
 
 

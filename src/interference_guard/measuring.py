@@ -9,11 +9,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .probe import Measurement, Policy, estimate
+from .probe import Completions, Measurement, Policy, estimate
 
 if TYPE_CHECKING:
     from .domain import DomainState
     from .guard import Guard
+
+
+def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | None:
+    """Log-probabilities of this rank's rows, None without rows; of a sharded model all ranks call it.
+
+    There a forward pass gathers weights, so every rank makes as many: short of rows, it scores some again.
+    """
+    if not guard.view.shards.sharded:
+        return None if rows is None else policy(rows)
+    count = 0 if rows is None else len(rows)
+    most = int(guard.ranks.limits(0.0, float(count), guard.device)[1])
+    if not most:
+        return None
+    if rows is None:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=guard.device)
+        rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids))
+    repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
+    scores = policy(rows.rows(repeated))[:count]
+    guard.view.reshard()
+    return scores if count else None
 
 
 def look(guard: Guard, state: DomainState, policy: Policy | None = None) -> Measurement:
@@ -21,8 +41,9 @@ def look(guard: Guard, state: DomainState, policy: Policy | None = None) -> Meas
     # Another rank may hold all rows of a domain: this one then adds nothing to the sums.
     now = anchor = mask = torch.zeros(0, 1, device=guard.device)
     rewards: Tensor | None = torch.zeros(0, device=guard.device)
-    if state.retained is not None and state.anchor_scores is not None:
-        now, anchor = (policy or guard.policy)(state.retained), state.anchor_scores
+    scores = score(guard, state.retained, policy or guard.policy)
+    if state.retained is not None and state.anchor_scores is not None and scores is not None:
+        now, anchor = scores, state.anchor_scores
         mask, rewards = state.retained.completion_mask, state.retained.rewards
     return estimate(state.name, now, anchor, mask, rewards, state.span, guard.ranks.sum)
 

@@ -11,7 +11,8 @@ from .blocks import make_blocks
 from .checks import trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
-from .errors import ShapeError
+from .errors import ShapeError, StateError
+from .shards import Shards, Spread, local, local_gradient, reshard
 from .units import UnitLayout, canonical_name
 
 
@@ -27,20 +28,23 @@ class ModelView:
     """
 
     def __init__(self, model: nn.Module, config: GuardConfig) -> None:
+        self._model = model
         self._parameters = trainable_parameters(model)
         self.layout = UnitLayout(self._parameters.items(), config.overrides(), module=model)
-        self.blocks = make_blocks(self.layout, self._parameters)
-        self.omegas = block_matrices(self.blocks, config.sketch, config.seed, "test")
-        """Test matrices of the curvature per block, ``(width, sketch)`` fp32; shared by blocks of one width."""
-        self.residuals = block_matrices(self.blocks, config.residual, config.seed, "residual")
-        """Random directions R of the residual part per block, ``(width, residual)`` fp32."""
+        self._config = config
+        self._lay_out()
         self.place()
 
-    def bind(self, model: nn.Module) -> None:
+    def bind(self, model: nn.Module, *, known: Sequence[str] = ()) -> None:
         """Go on with another object of the same model.
+
+        Args:
+            model: The same model.
+            known: Domains the guard has sums of, which are of the pieces here.
 
         Raises:
             ShapeError: If its trainable parameters differ; nothing is changed then.
+            StateError: If they lie on the ranks in other pieces and there are sums of the former ones.
         """
         found = trainable_parameters(model)
         mine = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
@@ -53,13 +57,38 @@ class ModelView:
                 f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
                 "model, or build a new guard."
             )
-        self._parameters = found
+        agrees = self.shards.agrees(Shards(found))
+        if known and not agrees:
+            raise StateError(
+                f"The guard knows {sorted(known)} from a model that lay on the ranks in other pieces. "
+                "Go on with the model as it was sharded, or build the guard after it is sharded."
+            )
+        self._model, self._parameters = model, found
+        if not agrees:
+            self._lay_out()
         self.place()
+
+    @property
+    def spread(self) -> Spread | None:
+        """How the blocks lie on several ranks; None where all of them lie here."""
+        return Spread([block.region for block in self.blocks], self.shards) if self.shards.sharded else None
 
     @property
     def device(self) -> torch.device:
         """Where the parameters lie, and with them all tensors of the guard."""
         return next(iter(self._parameters.values())).device
+
+    def _lay_out(self) -> None:
+        config = self._config
+        self.shards = Shards(self._parameters)
+        self.blocks = make_blocks(self.layout, self._pieces(), self.shards)
+        self.omegas = block_matrices(self.blocks, config.sketch, config.seed, "test")
+        """Test matrices of the curvature per block, ``(width, sketch)`` fp32; shared by blocks of one width."""
+        self.residuals = block_matrices(self.blocks, config.residual, config.seed, "residual")
+        """Random directions R of the residual part per block, ``(width, residual)`` fp32."""
+
+    def _pieces(self) -> dict[str, Tensor]:
+        return {name: local(parameter) for name, parameter in self._parameters.items()}
 
     def place(self) -> None:
         """Follow the model to another device."""
@@ -73,13 +102,18 @@ class ModelView:
             self.omegas[:] = [move(item) for item in self.omegas]
             self.residuals[:] = [move(item) for item in self.residuals]
 
+    def reshard(self) -> None:
+        """Call after a forward pass that no backward pass follows; see `shards.reshard`."""
+        reshard(self._model)
+
     def weights(self) -> list[Tensor]:
-        """Per block ``(matrices, units, width)`` fp32; may share memory with the parameters."""
-        return [block.gather(self._parameters) for block in self.blocks]
+        """What lies here per block, ``(matrices, units, width)`` fp32; may share memory with the parameters."""
+        tensors = self._pieces()
+        return [block.gather(tensors) for block in self.blocks]
 
     def gradients(self) -> list[Tensor]:
         """The parameters' gradients, laid out as `weights`."""
-        table = {name: parameter.grad for name, parameter in self._parameters.items()}
+        table = {name: local_gradient(name, parameter) for name, parameter in self._parameters.items()}
         return [block.gather(table, self.device) for block in self.blocks]
 
     def arrange(self, gradients: Mapping[str, Tensor | None]) -> list[Tensor]:
@@ -90,8 +124,9 @@ class ModelView:
     @torch.no_grad()
     def subtract(self, changes: Sequence[Tensor]) -> None:
         """Subtract per-block changes, ``(matrices, units, width)`` fp32, from the parameters in place."""
+        tensors = self._pieces()
         for block, change in zip(self.blocks, changes, strict=True):
-            targets = block.targets(self._parameters)
+            targets = block.targets(tensors)
             parts = [change.squeeze(0) if targets[0].dim() == 2 else change]
             if len(targets) > 1:
                 parts = list(change.unbind(0))

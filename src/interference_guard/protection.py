@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Block
+from .local_model import see_through
 from .protected import ProtectedSet, random_units, select_units
 
 if TYPE_CHECKING:
@@ -25,30 +26,34 @@ def by_parameter(blocks: Sequence[Block], values: Sequence[Tensor]) -> dict[str,
     return table
 
 
-def span_of_edits(weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The weights seen through R: what stands for them when edits are estimated, ``residual`` numbers a unit."""
-    return [W @ R for W, R in zip(weights, matrices, strict=True)]
-
-
-def protected_rows(state: DomainState, guard: Guard) -> list[Tensor | None]:
+def protected_rows(state: DomainState, guard: Guard, energies: Sequence[Tensor]) -> list[Tensor | None]:
     """Choose a domain's protected units; sets its `protected_set` and `half_set`.
+
+    Args:
+        state: The domain.
+        guard: Its guard.
+        energies: Per block the energy of every unit, ``(matrices, units)``.
 
     Returns:
         Per block the flattened indices of the chosen units, or None for all.
     """
     config, views = guard.config, guard.view.layout.views
-    energies = by_parameter(guard.view.blocks, [sums.energy for sums in state.curvature.sums])
-    state.half_set = select_units(energies, views, 0.5)
+    scores = by_parameter(guard.view.blocks, energies)
+    state.half_set = select_units(scores, views, 0.5)
     if config.coverage >= 1:
-        state.protected_set = select_units(energies, views, 1.0)
+        state.protected_set = select_units(scores, views, 1.0)
         return [None for _ in guard.view.blocks]
-    chosen = select_units(energies, views, config.coverage)
+    chosen = select_units(scores, views, config.coverage)
     if config.selection == "random":
         generator = torch.Generator().manual_seed(config.seed)
-        chosen = random_units(chosen, energies, views, generator)
+        chosen = random_units(chosen, scores, views, generator)
     elif config.selection == "edits" and state.start is not None:
-        now = span_of_edits(guard.view.weights(), guard.view.residuals)
-        moved = [(a - b).square().sum(-1) for a, b in zip(now, state.start, strict=True)]
+        # The weights seen through R stand for them when edits are estimated: few numbers a unit.
+        spread = guard.view.spread
+        now = see_through(guard.view.weights(), guard.view.residuals, spread)
+        edits = [a - b for a, b in zip(now, state.start, strict=True)]
+        edits = edits if spread is None else spread.whole_units(edits)
+        moved = [edit.square().sum(-1) for edit in edits]
         chosen = select_units(by_parameter(guard.view.blocks, moved), views, config.coverage)
     state.protected_set = chosen
     return rows_of(chosen, guard.view.blocks, guard.device)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .anchoring import set_anchor
 from .first_order import GradientMean
-from .local_model import displacements, project
-from .protection import span_of_edits
+from .local_model import displacements, project, see_through
+from .observation import Observation
 
 if TYPE_CHECKING:
     from .domain import DomainState
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def take_gradients(guard: Guard) -> None:
-    """Anchor the domains that stop being trained, then add the step's gradients to the active ones' sums."""
+    """Anchor the domains that stop being trained, then add the step's gradients to the active ones' sums.
+
+    Of a model spread over ranks the gradients are only looked at: `take_in` adds them after the step, when
+    one sum over ranks serves the observation and the prediction.
+    """
     active = guard.active
     guard.trained = active
     started = perf_counter()
@@ -30,15 +34,21 @@ def take_gradients(guard: Guard) -> None:
         if name not in active and guard.domains[name].own_steps and name != guard.recovery:
             set_anchor(guard, guard.domains[name])
     started = guard.clock.add("anchor", started)
-    batch = guard.view.gradients()
+    batch, spread = guard.view.gradients(), guard.view.spread
+    if spread is not None:
+        guard.observation = Observation(batch, guard.view.omegas, spread)
     if len(active) > 1:
         guard.warn_mixed(active)
     for name in active:
         state = guard.domains[name]
         if state.start is None and guard.config.selection == "edits" and not state.anchored:
-            state.start = span_of_edits(guard.view.weights(), guard.view.residuals)
-        if len(active) == 1:
-            _observe(guard, state, batch)
+            state.start = see_through(guard.view.weights(), guard.view.residuals, spread)
+        if guard.config.first_order and state.gradient is None and len(active) == 1:
+            state.gradient = GradientMean(guard.view.omegas, spread=spread)
+        if spread is None and len(active) == 1:
+            state.curvature.observe(batch)
+            if state.gradient is not None and guard.config.first_order:
+                state.gradient.observe(batch)
         state.own_steps += 1
         state.since_refresh += 1
         state.reference = False
@@ -50,19 +60,31 @@ def take_gradients(guard: Guard) -> None:
     guard.clock.add("observe", started)
 
 
-def _observe(guard: Guard, state: DomainState, batch: Sequence[Tensor]) -> None:
-    state.curvature.observe(batch)
-    if guard.config.first_order:
-        if state.gradient is None:
-            state.gradient = GradientMean(guard.view.omegas)
-        state.gradient.observe(batch)
+def take_in(guard: Guard, seen: Observation) -> None:
+    """Add an observation, summed over ranks, to the active domain's sums; a mixed step's belongs to none."""
+    started = perf_counter()
+    active = guard.active
+    for name in active if len(active) == 1 else ():
+        state = guard.domains[name]
+        state.curvature.add(seen)
+        if state.gradient is not None and guard.config.first_order:
+            state.gradient.add(seen)
+    guard.clock.add("observe", started)
 
 
 def hold(guard: Guard, states: Sequence[DomainState]) -> None:
     """See the displacement of every protected domain and project the weights where it is too far, in place."""
     started = perf_counter()
     models = [state.model for state in states if state.model is not None]
-    seen = displacements(guard.view.weights(), models)
+    seen = displacements(guard.view.weights(), models) if models else []
+    spread, (observation, guard.observation) = guard.view.spread, (guard.observation, None)
+    if spread is not None:
+        # The one collective of a step.
+        spread.add([item.flat for item in seen] + ([] if observation is None else observation.shared))
+        if observation is not None:
+            take_in(guard, observation)
+    if not models:
+        return
     for state, displacement in zip(states, seen, strict=True):
         state.foreign_steps += 1
         state.subspace = displacement.energy()

@@ -1,0 +1,45 @@
+"""Which veRL the guard works with, and what is in the way of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+
+from interference_guard.errors import HostError
+
+TESTED = (0, 9)
+
+
+def check_version(version: str | None = None) -> None:
+    """Refuse a veRL whose seams were not tested.
+
+    Args:
+        version: The version; the installed one by default.
+
+    Raises:
+        HostError: If it is another one than 0.9.
+    """
+    version = importlib.metadata.version("verl") if version is None else version
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if found != TESTED:
+        raise HostError(
+            f"This is veRL {version}; the guard was tested with 0.9 alone, and its seams move between releases. "
+            'Install a tested one: pip install "interference-guard[verl]".'
+        )
+
+
+def hide_trl() -> bool:
+    """Keep veRL 0.9.1 from patching a class that TRL no longer has; returns whether TRL was hidden.
+
+    Its `apply_monkey_patch` imports `AutoModelForCausalLMWithValueHead` wherever TRL is installed, and fails
+    with TRL 1.0 and later, which have no such class. Only for this process, and only if nobody uses TRL in it.
+    Delete once veRL asks for the class and not for the package.
+    """
+    if "trl" in sys.modules or importlib.util.find_spec("trl") is None:
+        return False
+    if int(importlib.metadata.version("trl").split(".")[0]) < 1:
+        return False
+    # find_spec() of a module that is None here says that there is none.
+    sys.modules["trl"] = None  # type: ignore[assignment]
+    return True

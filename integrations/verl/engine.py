@@ -1,0 +1,92 @@
+"""The guard inside a veRL engine: a mixin over whatever class the registry holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from interference_guard.errors import UnsupportedError
+
+from .session import Session
+from .settings import recall
+
+STRATEGY = "fsdp2"
+
+
+class GuardMixin:
+    """Guards an engine that trains; one that only runs forward is left alone."""
+
+    interference: Session | None = None
+
+    # What the engine class behind the mixin provides.
+    engine_config: Any
+    rank: int
+
+    def initialize(self) -> None:
+        """Build the engine, then its guard.
+
+        Raises:
+            UnsupportedError: If the engine's parameters cannot be guarded; nothing is built then.
+            ConfigError: If a +guard.* setting is unknown or not allowed.
+        """
+        if self.engine_config.forward_only:
+            super().initialize()  # type: ignore[misc]
+            return
+        settings = recall()
+        if settings.guard.enabled:
+            check_strategy(self.engine_config.strategy)
+        super().initialize()  # type: ignore[misc]
+        if settings.guard.enabled:
+            self.interference = Session(self, settings)
+
+    def train_batch(self, data: Any, loss_function: Any) -> Any:
+        """One mini-batch of veRL's: one optimizer step."""
+        if self.interference is None:
+            return super().train_batch(data, loss_function)  # type: ignore[misc]
+        self.interference.begin(data)
+        outputs = super().train_batch(data, loss_function)  # type: ignore[misc]
+        self.interference.end(data, outputs)
+        return outputs
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> Any:
+        """The engine's checkpoint, and when it is complete the guard's beside it."""
+        result = super().save_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+        if self.interference is not None:
+            self.interference.save(self._state_folder(local_path))
+        return result
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> Any:
+        """The engine's checkpoint, then the guard's."""
+        result = super().load_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+        if self.interference is not None:
+            self.interference.load(self._state_folder(local_path))
+        return result
+
+    def _state_folder(self, local_path: str) -> Path:
+        return Path(local_path) / f"interference_guard_rank{self.rank}"
+
+
+def check_strategy(strategy: str) -> None:
+    """Refuse engines whose parameters hold no whole rows or columns.
+
+    Raises:
+        UnsupportedError: For every strategy but fsdp2.
+    """
+    if strategy == STRATEGY:
+        return
+    why = (
+        "flattens the parameters of a block into one, so the rows and columns that the guard protects are gone"
+        if strategy == "fsdp"
+        else "lays parameters out in a way the guard does not know"
+    )
+    raise UnsupportedError(
+        f"actor_rollout_ref.actor.strategy={strategy!r} {why}. Set actor_rollout_ref.actor.strategy=fsdp2 (and "
+        "actor_rollout_ref.ref.strategy=fsdp2), or take the guard out of actor_rollout_ref.model.external_lib."
+    )
+
+
+def guarded(engine: type[Any]) -> type[Any]:
+    """The engine class with the guard mixed in; a guarded class is returned as it is."""
+    if issubclass(engine, GuardMixin):
+        return engine
+    return type(f"Guarded{engine.__name__}", (GuardMixin, engine), {"__module__": engine.__module__})

@@ -1,0 +1,60 @@
+"""Registers the guard with veRL: its engines get the guard mixed in, wherever they are built from now on."""
+
+from __future__ import annotations
+
+import sys
+from functools import wraps
+from typing import Any
+
+from interference_guard.errors import HostError
+
+from . import settings
+from .compat import check_version, hide_trl
+
+MODEL_TYPE = "language_model"
+
+
+def register() -> None:
+    """Wrap every language-model engine in the registry; a second call wraps only what is new.
+
+    Raises:
+        HostError: If this veRL is another one than tested, or lacks a seam; nothing is wrapped then.
+    """
+    check_version()
+    hide_trl()
+    from verl.workers import engine_workers
+    from verl.workers.engine import EngineRegistry
+
+    from .engine import guarded
+
+    engines = getattr(EngineRegistry, "_engines", {}).get(MODEL_TYPE)
+    if not engines or not hasattr(engine_workers, "omega_conf_to_dataclass"):
+        raise HostError(
+            "veRL's engine registry holds no language-model engine, or its workers no longer convert their own "
+            'configuration. Install a tested release: pip install "interference-guard[verl]".'
+        )
+    for table in engines.values():
+        for key, engine in table.items():
+            table[key] = guarded(engine)
+    _watch(engine_workers)
+
+
+def _watch(workers: Any) -> None:
+    """Note the run's configuration when a worker converts its own part of it, just before it builds an engine."""
+    convert = workers.omega_conf_to_dataclass
+    if getattr(convert, "guarded", False):
+        return
+
+    @wraps(convert)
+    def noting(config: Any, *args: Any, **kwargs: Any) -> Any:
+        settings.remember(config)
+        return convert(config, *args, **kwargs)
+
+    noting.guarded = True  # type: ignore[attr-defined]
+    workers.omega_conf_to_dataclass = noting
+
+
+def say(line: str) -> None:
+    """Write a line where veRL's own console logger writes."""
+    sys.stdout.write(f"interference_guard: {line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,160 @@
+"""One guard beside one engine: what each mini-batch tells it, and what it gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+
+from interference_guard.errors import HostError
+from interference_guard.guard import Guard
+from interference_guard.optimizer import attach
+from interference_guard.probe import Completions, join
+
+from . import batch
+from .settings import RunSettings
+
+
+class Session:
+    """Observes, projects and measures inside an engine's steps, on all ranks alike.
+
+    Args:
+        engine: An engine that has been initialized.
+        settings: Of the run.
+
+    Raises:
+        UnsupportedError: If the model or the optimizer cannot be guarded.
+    """
+
+    def __init__(self, engine: Any, settings: RunSettings) -> None:
+        self.engine = engine
+        self.group = engine.get_data_parallel_group()
+        self.world = dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
+        self.temperature = math.nan
+        self.fresh = batch.FreshRows(settings.completions)
+        self._probed = -1
+        # Each rank keeps its part of the completions.
+        config = replace(settings.guard, retain=max(settings.guard.retain // self.world, 1))
+        self.guard = Guard(
+            engine.module, config, policy=self._scores, reduce=self._reduce if self.world > 1 else None
+        )
+        self.hooks = attach(engine.optimizer, self.guard)
+        if engine.rank == 0:
+            self._introduce()
+
+    # One mini-batch
+
+    def begin(self, data: Any) -> None:
+        """Tell the guard what the coming step trains, and keep the rows that are new."""
+        started = perf_counter()
+        temperature = tu.get(data, "temperature")
+        if temperature is not None:
+            self.temperature = float(temperature.flatten()[0] if isinstance(temperature, Tensor) else temperature)
+        names = batch.labels(data, self.guard.config.domain_column)
+        new = self._new_rows(data, names)
+        counts = {name: names.count(name) for name in names if name is not None}
+        told = self._gather((counts, {name: len(rows) for name, rows in new.items()}))
+        shares: dict[str, float] = {}
+        for theirs, _ in told:
+            for name, count in theirs.items():
+                shares[name] = shares.get(name, 0.0) + count
+        # By name, so that all ranks do the same in the same order.
+        self.guard.begin({name: shares[name] for name in sorted(shares)})
+        kept = [
+            (name, self._even(name, data, new.get(name, []), [rows.get(name, 0) for _, rows in told]))
+            for name in sorted({name for _, rows in told for name in rows})
+        ]
+        self.guard.clock.add("retain", started)
+        for name, rows in kept:
+            if rows is not None:
+                self.guard.retain(name, rows)
+
+    def end(self, data: Any, outputs: dict[str, Any]) -> None:
+        """Measure the domains whose turn it is, and add the guard's metrics to the engine's."""
+        if self._probed != self.guard.steps:
+            self._probed = self.guard.steps
+            self.guard.probe()
+        metrics = self.guard.metrics()
+        if self.engine.is_mp_src_rank_with_outputs():
+            outputs["metrics"].update({name: [value] for name, value in metrics.items()})
+        if tu.get(data, "update_lr_scheduler", default=False):
+            self.fresh.clear()
+
+    # State
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's state.
+
+        Raises:
+            StateError: If it cannot be written; the engine's checkpoint is complete by now.
+        """
+        self.guard.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read this rank's state.
+
+        Raises:
+            StateError: If it is missing, damaged, of another model or of another number of ranks.
+        """
+        self.guard.load(folder)
+        self._probed = self.guard.steps
+
+    # Parts
+
+    def _new_rows(self, data: Any, names: Sequence[str | None]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        rewards = tu.get(data, "rm_scores")
+        for row in self.fresh.take(batch.uids_of(data)):
+            name = names[row]
+            if name is not None and (rewards is None or bool(rewards[row].isfinite().all())):
+                found.setdefault(name, []).append(row)
+        return found
+
+    def _even(self, name: str, data: Any, mine: Sequence[int], counts: Sequence[int]) -> Completions | None:
+        """As many rows of a domain as every other rank has: all enter the same forward passes."""
+        limit = self.guard.config.retain
+        rows = batch.completions(data, mine[-limit * self.world :]) if mine else None
+        if min(counts) == max(counts):
+            return None if rows is None else rows.to(self.guard.device)
+        every = [part for part in self._gather(None if rows is None else rows.to(torch.device("cpu"))) if part]
+        whole = join(every)
+        total = len(whole)
+        chosen = torch.arange(self.rank, self.rank + max(total // self.world, 1) * self.world, self.world) % total
+        return whole.rows(chosen).to(self.guard.device)
+
+    def _scores(self, rows: Completions) -> Tensor:
+        if math.isnan(self.temperature):
+            raise HostError("The batch has no temperature, so its completions cannot be scored as they were sampled.")
+        return batch.scores(self.engine, rows, self.temperature)
+
+    def _reduce(self, values: Tensor, kind: str) -> Tensor:
+        result = values.clone()
+        dist.all_reduce(result, dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MAX, group=self.group)
+        return result
+
+    def _gather(self, mine: Any) -> list[Any]:
+        if self.world == 1:
+            return [mine]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+    def _introduce(self) -> None:
+        from .plugin import say
+
+        config = self.guard.config
+        count = sum(parameter.numel() for parameter in self.engine.module.parameters() if parameter.requires_grad)
+        say(
+            f"guards {count:,} parameters of {type(self.engine).__name__} on {self.world} ranks: budget "
+            f"{config.budget}, rank {config.rank}, domains by {config.domain_column!r}, "
+            f"recovery {'on' if getattr(config, 'recovery', False) else 'off'}."
+        )

@@ -1,0 +1,69 @@
+"""One step's gradients of a model spread over ranks, as its curvatures take them in.
+
+Where units are cut, G Omega is a sum over ranks, and no sum kept on one rank could stand for it: G'(G Omega)
+joins the pieces of the same step. So it is taken before the step, summed together with everything else the
+step has to sum, and joined with the gradient after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import HostError
+from .shards import Spread
+
+
+class Observation:
+    """Local products of one step's gradients; `shared` must be summed over ranks before the rest is read.
+
+    Args:
+        gradients: Per block the piece here, ``(matrices, units, width)`` fp32; held until the step is over.
+        omegas: Test matrix of each block, ``(width, sketch)``.
+        spread: How the blocks lie on the ranks.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor], omegas: Sequence[Tensor], spread: Spread) -> None:
+        self.gradients = gradients
+        self.energies = [gradient.square().sum(-1) for gradient in gradients]
+        self.products = [
+            gradient @ region.across(omega)
+            for gradient, omega, region in zip(gradients, omegas, spread.regions, strict=True)
+        ]
+        self._split = [region.split for region in spread.regions]
+        own = [
+            energy.sum()
+            for energy, region in zip(self.energies, spread.regions, strict=True)
+            if region.owner or region.split
+        ]
+        zero = gradients[0].new_zeros(())
+        self.total = torch.stack([zero, *own]).sum()
+        self._versions = [gradient._version for gradient in gradients]
+
+    @property
+    def shared(self) -> list[Tensor]:
+        """What must be summed over ranks, in place."""
+        products = [seen for seen, split in zip(self.products, self._split, strict=True) if split]
+        return [self.total, *products]
+
+    @property
+    def counted(self) -> Tensor:
+        """Whether the step's gradients are finite and not all zero, a 0-d bool tensor, the same on all ranks."""
+        return self.total.isfinite() & (self.total > 0)
+
+    def updates(self) -> Iterator[Tensor]:
+        """Per block what the step adds to Y here, ``(matrices, width, sketch)`` fp32.
+
+        Raises:
+            HostError: If the optimizer changed the gradients during its step.
+        """
+        if [gradient._version for gradient in self.gradients] != self._versions:
+            raise HostError(
+                "The optimizer changed the gradients in place during its step, and on sharded parameters the "
+                "guard reads them once more after it. Use an optimizer that leaves parameter.grad as it is "
+                "(all of torch.optim do, without fused=True)."
+            )
+        for gradient, seen in zip(self.gradients, self.products, strict=True):
+            yield gradient.mT @ seen

@@ -1,0 +1,191 @@
+"""The guard inside veRL's real engine: what a mini-batch does, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from interference_guard import GuardError
+from interference_guard.errors import MissingDomainError, UnsupportedError
+from tests.verl import host
+
+PLAN = ["math"] * 3 + ["code"] * 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return host.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def guarded(model):
+    """A run through both domains: its worker and the metrics of each step."""
+    made = host.worker(model, host.SMALL)
+    return made, host.train(made, PLAN)
+
+
+def test_the_registry_holds_guarded_engines(guarded):
+    assert type(guarded[0].engine).__name__ == "GuardedCpuEngine"
+
+
+def test_a_foreign_step_is_projected_onto_the_region(guarded):
+    guard = guarded[0].engine.interference.guard
+    assert guard.protected == ("math",)
+    state = guard.domains["math"]
+    assert state.foreign_steps == 5
+    assert guard.interference(["math"])["math"].inside <= state.radius.item() * (1 + 1e-3)
+
+
+def test_the_steps_without_a_guard_leave_the_region(model, guarded):
+    made = host.worker(model, host.SMALL | {"project": False})
+    host.train(made, PLAN)
+    watched = made.engine.interference.guard
+    radius = guarded[0].engine.interference.guard.domains["math"].radius.item()
+    assert watched.interference(["math"])["math"].inside > 2 * radius
+
+
+def test_metrics_come_with_the_actors(guarded):
+    last = guarded[1][-1]
+    for name in ("guard/math/predicted", "guard/math/measured", "guard/math/radius", "guard/seconds"):
+        (value,) = last[name]
+        assert math.isfinite(value)
+    assert "grad_norm" in last
+
+
+def test_completions_and_rewards_come_from_the_batch(guarded):
+    rows = guarded[0].engine.interference.guard.domains["math"].retained
+    assert len(rows) == host.SMALL["retain"]
+    data = host.batch(2, ("math",))
+    ids, answers = data["input_ids"].unbind(), data["responses"].unbind()
+    for row in range(len(rows)):
+        real = rows.attention_mask[row].bool()
+        assert torch.equal(rows.input_ids[row][real], ids[row])
+        assert torch.equal(rows.input_ids[row][rows.completion_mask[row].bool()], answers[row])
+        assert rows.rewards[row] == data["rm_scores"].unbind()[row].sum()
+
+
+def test_scores_are_those_of_the_model_itself(guarded, model):
+    from interference_guard.probe import model_policy
+
+    engine = guarded[0].engine
+    rows = engine.interference.guard.domains["math"].retained
+    scores = engine.interference._scores(rows)
+    expected = model_policy(engine.module)(rows)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_measuring_leaves_the_engine_as_it_was(guarded):
+    engine = guarded[0].engine
+    before = host.weights(guarded[0])
+    engine.module.train()
+    random = torch.get_rng_state()
+    engine.interference.guard.measure("math")
+    assert engine.module.training
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.weights(guarded[0]).items())
+
+
+def losses(metrics):
+    return [(step["loss"], step["grad_norm"]) for step in metrics]
+
+
+def test_a_disabled_guard_gives_the_hosts_own_losses(model):
+    host.unguarded_engines()
+    plain = host.worker(model, loaded=False)
+    assert type(plain.engine).__name__ == "CpuEngine"
+    expected = losses(host.train(plain, PLAN))
+    from interference_guard.integrations.verl import register
+
+    register()
+    disabled = host.worker(model, {"enabled": False})
+    assert type(disabled.engine).__name__ == "GuardedCpuEngine"
+    assert losses(host.train(disabled, PLAN)) == expected
+    assert all(torch.equal(tensor, host.weights(plain)[name]) for name, tensor in host.weights(disabled).items())
+
+
+def test_resuming_equals_going_on(model, guarded, tmp_path):
+    first = host.worker(model, host.SMALL)
+    host.train(first, PLAN[:5])
+    first.save_checkpoint(str(tmp_path), global_step=5)
+    assert (tmp_path / "interference_guard_rank0").is_dir()
+    second = host.worker(model, host.SMALL)
+    second.load_checkpoint(str(tmp_path), del_local_after_load=False)
+    found = losses(host.train(second, PLAN[5:], start=5))
+    assert found == losses(guarded[1])[5:]
+    expected = host.weights(guarded[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in host.weights(second).items())
+
+
+def test_resuming_without_a_guards_state_is_an_error(model, tmp_path):
+    first = host.worker(model, {"enabled": False})
+    host.train(first, PLAN[:1])
+    first.save_checkpoint(str(tmp_path), global_step=1)
+    second = host.worker(model, host.SMALL)
+    with pytest.raises(GuardError, match="saved with the guard attached"):
+        second.load_checkpoint(str(tmp_path), del_local_after_load=False)
+
+
+def test_accumulated_gradients_equal_one_pass(model):
+    whole = host.worker(model, host.SMALL, micro=16)
+    parts = host.worker(model, host.SMALL, micro=4)
+    for a, b in zip(host.train(whole, PLAN), host.train(parts, PLAN), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+    for name, tensor in host.weights(whole).items():
+        torch.testing.assert_close(tensor, host.weights(parts)[name], rtol=1e-2, atol=1e-3)
+
+
+def test_mini_batches_and_epochs_are_steps_and_bring_each_row_once(model):
+    made = host.worker(model, host.SMALL)
+    host.train(made, ["math", "code"], mini=8, epochs=2)
+    guard = made.engine.interference.guard
+    assert guard.steps == 8
+    assert guard.domains["code"].own_steps == 4
+    assert sum(map(len, guard.domains["code"].pending)) == 16
+
+
+def test_a_skipped_step_is_no_step(model):
+    made = host.worker(model, host.SMALL)
+    host.train(made, PLAN[:4])
+    guard, before = made.engine.interference.guard, host.weights(made)
+    bad = host.batch(4, ("code",))
+    bad["advantages"] = torch.nested.nested_tensor_from_jagged(
+        bad["advantages"].values() * torch.nan, offsets=bad["advantages"].offsets()
+    )
+    made.train_mini_batch(bad)
+    assert guard.steps == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.weights(made).items())
+
+
+def test_adapters_are_guarded(model):
+    made = host.worker(model, host.SMALL, lora=4)
+    host.train(made, PLAN)
+    guard = made.engine.interference.guard
+    assert all("lora_" in view.name for block in guard.view.blocks for view in block.views)
+    assert guard.interference(["math"])["math"].inside <= guard.domains["math"].radius.item() * (1 + 1e-3)
+
+
+def test_padding_rows_belong_to_nobody(model):
+    made = host.worker(model, host.SMALL)
+    uids = [f"0_{row // host.COMPLETIONS}" for row in range(12)] + ["padabc"] * 4
+    names = ["math"] * 12 + ["code"] * 4
+    made.train_mini_batch(host.batch(0, ("math",), uid=uids, data_source=names))
+    guard = made.engine.interference.guard
+    assert list(guard.domains) == ["math"]
+    assert sum(map(len, guard.domains["math"].pending)) == 12
+
+
+def test_flat_parameters_are_refused_before_anything_is_built(model):
+    with pytest.raises(UnsupportedError, match=r"actor\.strategy=fsdp2"):
+        host.worker(model, host.SMALL, strategy="fsdp")
+
+
+def test_a_row_without_a_domain_is_named(model):
+    made = host.worker(model, host.SMALL)
+    names = ["math"] * 15 + [""]
+    with pytest.raises(MissingDomainError, match=r"Row 15 of the mini-batch \(uid 0_3\)"):
+        made.train_mini_batch(host.batch(0, ("math",), data_source=names))
+
+
+def test_a_model_that_only_runs_forward_has_no_guard(model):
+    made = host.worker(model, host.SMALL, forward_only=True)
+    assert made.engine.interference is None
