@@ -13,8 +13,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         UnsupportedError: If there are none, or if one of them is a DoRA magnitude, a packed low-bit
-            weight, sharded, or not real floating point.
+            weight, flattened by FSDP version 1, partitioned by DeepSpeed, or not real floating point.
     """
+    _check_wrappers(model)
     dora = [name for name, _ in model.named_parameters() if "lora_magnitude_vector" in name]
     if dora:
         raise UnsupportedError(
@@ -51,3 +52,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "needs them on one. Load the model without device_map splitting."
         )
     return found
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Engines that keep the weights in flat pieces, in which no unit can be found."""
+    flat = next((item for item in model.modules() if type(item).__name__ == "FullyShardedDataParallel"), None)
+    if flat is not None:
+        raise UnsupportedError(
+            "The model is wrapped by FullyShardedDataParallel (FSDP version 1), which packs the weights of a "
+            "block into one flat parameter, in which units cannot be told apart. Use fully_shard (FSDP2)."
+        )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
+            raise UnsupportedError(
+                f"Parameter {name!r} belongs to DeepSpeed's ZeRO, whose optimizer steps on flat partitions that "
+                "the guard does not follow. Use fully_shard (FSDP2), which shards the same states."
+            )

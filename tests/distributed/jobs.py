@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -171,6 +171,9 @@ def refusal(kind, folder):
         grid = init_device_mesh("cpu", (1, 2))
         linear = torch.nn.Linear(4, 4, bias=False)
         linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight.data, grid, [Shard(0), Shard(1)]))
+        attempt = lambda: Guard(linear)  # noqa: E731
+    elif kind == "flat":
+        linear = FullyShardedDataParallel(torch.nn.Linear(4, 4, bias=False), device_id=torch.device("cpu"))
         attempt = lambda: Guard(linear)  # noqa: E731
     elif kind == "in place":
         model, guard, optimizer = guarded("fsdp2")

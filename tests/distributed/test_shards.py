@@ -110,6 +110,7 @@ def test_an_idle_guard_is_invisible(tmp_path):
 REFUSALS = {
     2: {
         "grid": r"UnsupportedError: Parameter 'weight' is placed as .* Use fully_shard alone",
+        "flat": r"UnsupportedError: The model is wrapped by FullyShardedDataParallel .* Use fully_shard",
         "in place": r"HostError: The optimizer changed the gradients in place",
         "other rank": r"StateError: .* is rank 1 of 2 of a sharded model, this is rank 0 of 2",
     },

@@ -1,0 +1,28 @@
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from interference_guard import UnsupportedError
+from interference_guard.integrations.trl.engines import check_engine
+
+
+@pytest.mark.parametrize(
+    ("kind", "second", "message"),
+    [
+        (DistributedType.FSDP, False, "FSDP version 1 packs .* Set fsdp_config="),
+        (DistributedType.DEEPSPEED, False, "DeepSpeed steps on flat partitions .* Train with FSDP2"),
+        (DistributedType.MEGATRON_LM, False, "The accelerate engine MEGATRON_LM spreads"),
+    ],
+)
+def test_engines_that_are_not_followed_are_refused(kind, second, message):
+    with pytest.raises(UnsupportedError, match=message):
+        check_engine(SimpleNamespace(distributed_type=kind, is_fsdp2=second))
+
+
+@pytest.mark.parametrize(
+    ("kind", "second"),
+    [(DistributedType.NO, False), (DistributedType.MULTI_GPU, False), (DistributedType.FSDP, True)],
+)
+def test_engines_that_are_followed_pass(kind, second):
+    check_engine(SimpleNamespace(distributed_type=kind, is_fsdp2=second))
