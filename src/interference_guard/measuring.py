@@ -22,7 +22,9 @@ def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | No
     There a forward pass gathers weights, so every rank makes as many: short of rows, it scores some again.
     """
     if not guard.view.shards.sharded:
-        return None if rows is None else policy(rows)
+        found = None if rows is None else policy(rows)
+        guard.view.reshard()
+        return found
     count = 0 if rows is None else len(rows)
     most = int(guard.ranks.limits(0.0, float(count), guard.device)[1])
     if not most:

@@ -258,8 +258,9 @@ def reshard(model: nn.Module) -> None:
     They keep them for the backward pass. Without one, the next forward pass would use them again, although an
     optimizer step has changed the pieces since.
     """
-    for module in model.modules():
-        if isinstance(module, _fully_sharded()):
+    kinds = _fully_sharded()
+    for module in model.modules() if kinds else ():
+        if isinstance(module, kinds):
             module.reshard()
 
 
