@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from interference_guard.config import GuardConfig
-from interference_guard.errors import HostError, StateError
+from interference_guard.errors import ConfigError, HostError, StateError
 from interference_guard.guard import Guard
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
@@ -114,6 +114,12 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if self.config.recovery
             else None
         )
+        clash = sorted(set(self.reference or {}) & set(self.domains.names))
+        if clash:
+            raise ConfigError(
+                f"Reference domain {clash[0]!r} is also a domain of the training rows, {self.domains.names}. "
+                "Give the reference a name of its own."
+            )
         known = self.guard.domains if self.guard is not None else {}
         self._reference = {
             name: read(trainer, name, dataset)
@@ -277,6 +283,12 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if not self.config.enabled:
             return
         self._step_rows = {}
+        # A run before this one may have been cut off anywhere.
+        self._probed = -1
+        if self._recovery is not None:
+            self._training, self._trainer._buffered_inputs = None, None
+            if self._guard().recovery not in (None, *self._recovery.domains):
+                self._guard().abandon_recovery()
         self._guard().bind(self._trainer.model)
         # A resumed run has read them from its checkpoint by now.
         for name, rows in self._reference.items():

@@ -45,6 +45,11 @@ class RecoveryRows:
                 places.setdefault(name, []).append(index)
             self.rows = {name: training.select(indices) for name, indices in places.items()}
         for name, rows in (given or {}).items():
+            if not hasattr(rows, "column_names") or not hasattr(rows, "__len__"):
+                raise ConfigError(
+                    f"recovery_datasets[{name!r}] is a {type(rows).__name__}; it must be a datasets.Dataset, "
+                    "whose rows can be drawn by their number."
+                )
             if not len(rows):
                 raise ConfigError(
                     f"recovery_datasets[{name!r}] has no rows. Give at least one, or leave the domain out."

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from .local_model import anchor_domain
-from .measuring import score
+from .measuring import score, share_span
 from .protection import protected_rows
 
 if TYPE_CHECKING:
@@ -71,12 +71,7 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
             stacklevel=6,
         )
         return
-    known = not math.isnan(state.low)
-    low, high = guard.ranks.limits(
-        state.low if known else math.inf, state.high if known else -math.inf, guard.device
-    )
-    if math.isfinite(high):
-        state.see_rewards(low, high)
+    share_span(guard, state)
     scores = score(guard, state.retained, guard.policy)
     state.anchor_scores = None if scores is None else scores.detach()
     if not with_rewards:
@@ -87,10 +82,12 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     total, recent, count = guard.ranks.totals(
         [0.0 if own is None else own.double().sum().item(), *totals], guard.device
     )
-    if not state.evaluated:
-        state.anchor_reward = total / with_rewards
+    state.retained_reward = total / with_rewards
     if recovered:
-        # What a recovery must reach never sinks from one phase to the next.
-        state.target_reward = max(state.target_reward, total / with_rewards)
+        # An evaluation of the anchor before says nothing of this one. What a recovery must reach stays what the
+        # domain's own training reached, so that it neither sinks nor rises from phase to phase.
+        state.evaluated = False
     elif count:
         state.target_reward = recent / count
+    if not state.evaluated:
+        state.anchor_reward = state.retained_reward

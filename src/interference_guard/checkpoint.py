@@ -53,6 +53,7 @@ PLAIN = (
     "true_reward",
     "recent",
     "target_reward",
+    "retained_reward",
     "scored_at",
     "reference",
 )

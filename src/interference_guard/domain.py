@@ -63,7 +63,9 @@ class DomainState:
             retained rows'.
         evaluated: Whether `anchor_reward` is an evaluation.
         recent: Sum and number of the rewards of the latest batches of own rollouts, newest last.
-        target_reward: Mean reward of those at the anchor, which a recovery must reach; NaN without rewards.
+        target_reward: Mean reward of those when the domain's own training ended, which a recovery must reach; NaN
+            without rewards.
+        retained_reward: Mean reward of the retained rows at the anchor; NaN without rewards.
         rollouts: Rewards of the recovery step now made.
         scored_at: The guard's steps when `anchor_scores` were last made for an anchor; None before.
         reference: Whether the domain is only known from given data, and no rows of it are trained.
@@ -94,6 +96,7 @@ class DomainState:
     evaluated: bool = False
     recent: list[list[float]] = field(default_factory=list)
     target_reward: float = math.nan
+    retained_reward: float = math.nan
     rollouts: RunningMean = field(default_factory=RunningMean)
     scored_at: int | None = None
     reference: bool = False

@@ -176,7 +176,7 @@ class Guard:
     @property
     def recovery(self) -> str | None:
         """The domain to train next because it must recover, or None to go on as planned."""
-        return self.schedule.domain
+        return self.schedule.domain if self.config.recovery else None
 
     @property
     def domains(self) -> Mapping[str, DomainState]:
@@ -284,6 +284,8 @@ class Guard:
             return found
         for name in self.protected:
             state = self._domains[name]
+            if name == self.recovery:
+                continue
             due = state.foreign_steps in EARLY_PROBES or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
@@ -322,6 +324,14 @@ class Guard:
         if domain not in self._domains:
             raise self._unknown(domain)
         measuring.calibrate(self, self._domains[domain], reward)
+
+    def abandon_recovery(self) -> None:
+        """Give up the present recovery phase, for instance because the host has no rows of its domain.
+
+        It counts as one that did not bring its domain back, which keeps its old anchor. Without a phase nothing
+        happens.
+        """
+        recovering.abandon(self)
 
     def predicted(self, domain: str) -> float:
         """Calibrated prediction of a domain's interference under the present weights.

@@ -38,8 +38,19 @@ def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | No
     return scores if count else None
 
 
+def share_span(guard: Guard, state: DomainState) -> None:
+    """Widen a domain's reward range to what any rank has seen; all ranks call it."""
+    known = not math.isnan(state.low)
+    low, high = guard.ranks.limits(
+        state.low if known else math.inf, state.high if known else -math.inf, guard.device
+    )
+    if math.isfinite(high):
+        state.see_rewards(low, high)
+
+
 def look(guard: Guard, state: DomainState, policy: Policy | None = None) -> Measurement:
     """Estimate a domain's loss and KL under the present weights; nothing of the guard changes."""
+    share_span(guard, state)
     # Another rank may hold all rows of a domain: this one then adds nothing to the sums.
     now = anchor = mask = torch.zeros(0, 1, device=guard.device)
     rewards: Tensor | None = torch.zeros(0, device=guard.device)
@@ -71,6 +82,10 @@ def calibrate(guard: Guard, state: DomainState, reward: float) -> None:
         state.anchor_reward, state.evaluated = reward, True
         return
     state.true_reward = reward
+    if state.name == guard.recovery:
+        # Its own steps move it on purpose: they say nothing about what others cost it.
+        return
+    share_span(guard, state)
     span = state.span
     if span is None or not state.measurable:
         return

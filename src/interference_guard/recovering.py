@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .measuring import look, share_span
 from .probe import Measurement, Policy
 from .recovery import RecoveryLimits, expected_steps
 
@@ -27,16 +28,28 @@ def follow(guard: Guard, found: Mapping[str, Measurement], policy: Policy | None
         policy: Replaces the guard's own for further measurements.
     """
     limits = RecoveryLimits.of(guard.config)
-    schedule = guard.schedule
-    if schedule.phase == "recovering":
+    if guard.schedule.phase == "recovering":
+        state = guard.domains[str(guard.schedule.domain)]
         # A host that could not switch at once has trained something else: that step is none of the phase's.
-        if schedule.domain in guard.trained:
-            _go_on(guard, guard.domains[schedule.domain], limits, policy)
+        if state.name in guard.trained:
+            _go_on(guard, state, limits, policy)
+        else:
+            guard.schedule = guard.schedule.passed_over(guard.steps, limits)
+            _close(guard, state)
         return
-    schedule = schedule.step(False, guard.steps, limits)
-    guard.schedule = schedule.start(_excess(guard, found, limits, policy), guard.steps, limits)
+    guard.schedule = guard.schedule.step(False, guard.steps, limits)
+    excess = _excess(guard, found, limits, policy)
+    guard.schedule = guard.schedule.start(excess, guard.steps, limits)
     if guard.schedule.phase == "recovering":
         _begin(guard, guard.domains[str(guard.schedule.domain)])
+
+
+def abandon(guard: Guard) -> None:
+    """Give up the present phase; its domain keeps its old anchor."""
+    if guard.schedule.domain is not None:
+        state = guard.domains[guard.schedule.domain]
+        guard.schedule = guard.schedule.abandon(guard.steps, RecoveryLimits.of(guard.config))
+        _close(guard, state)
 
 
 def limit_of(guard: Guard, found: Measurement) -> float:
@@ -60,8 +73,9 @@ def _excess(
         for name in guard.protected
         if not guard.domains[name].reference and (guard.recoverable is None or name in guard.recoverable)
     ]
+    may = [name for name in may if guard.schedule.may(name, guard.steps, limits)]
     measured = {name: found[name] for name in may if name in found}
-    if guard.schedule.phase == "idle" and guard.steps % LOOK_STEPS == 0:
+    if may and guard.steps % LOOK_STEPS == 0:
         others = [name for name in may if name not in found and guard.domains[name].measurable]
         for name, raw in guard.interference(others).items():
             region = guard.domains[name].region
@@ -91,9 +105,14 @@ def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Pol
         schedule = replace(schedule, expected=expected_steps(schedule.displaced, after, schedule.loss, within))
     regained = _regained(guard, state, first=schedule.taken == 0, policy=policy)
     guard.schedule = schedule.step(regained, guard.steps, limits)
+    _close(guard, state)
+
+
+def _close(guard: Guard, state: DomainState) -> None:
+    """What the end of a phase does to its domain; nothing while it runs."""
     if guard.schedule.phase == "recovering":
         return
-    if regained:
+    if guard.schedule.regained:
         # The next foreign step sets the new anchor, with fresh directions.
         state.since_refresh = guard.config.refresh_steps
     else:
@@ -103,17 +122,19 @@ def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Pol
 
 def _regained(guard: Guard, state: DomainState, *, first: bool, policy: Policy | None) -> bool:
     """Whether the domain's reward is back, by the rollouts of this phase or, without rewards, by a probe."""
+    # Ranks must take the same branch below, and each has seen rewards of its own.
+    share_span(guard, state)
     total, count = guard.ranks.totals(list(state.rollouts.sums()), guard.device)
-    span = state.span
+    span, within = state.span, guard.config.regained_within
     if count and span is not None and math.isfinite(state.target_reward):
         state.rollouts.take()
-        lost = (state.target_reward - total / count) / (span[1] - span[0])
         if first:
             # These were sampled under the weights that were measured when the phase began.
-            state.region.truth(lost)
-        return lost <= guard.config.regained_within
-    if state.span is not None or not state.measurable:
+            state.region.truth((state.retained_reward - total / count) / (span[1] - span[0]))
+        return (state.target_reward - total / count) / (span[1] - span[0]) <= within
+    if span is not None or not state.measurable:
         # Rewards exist and this step brought none: it reused rollouts that were judged before.
         return False
-    found = guard.measure(state.name, policy)
-    return found.loss <= guard.config.regained_within * limit_of(guard, found) / guard.config.recovery_threshold
+    # Looked at, not measured: its own steps must not move its radius.
+    found = look(guard, state, policy)
+    return found.loss <= within * limit_of(guard, found) / guard.config.recovery_threshold

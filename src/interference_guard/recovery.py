@@ -18,6 +18,8 @@ from typing import Any, Literal
 from .config import GuardConfig
 
 Phase = Literal["idle", "recovering", "cooling"]
+# Steps that a host may go on training other domains before a phase is given up.
+PATIENCE = 20
 # Cool-downs that a domain waits after a phase that did not bring it back.
 WAIT = 2
 
@@ -50,6 +52,7 @@ class RecoverySchedule:
         phase: Where it is.
         domain: The domain that recovers, None unless `phase` is ``"recovering"``.
         taken: Steps of the present phase; of the last one when none runs.
+        idle: Steps since the phase started that trained other domains.
         regained: Whether the last phase brought its domain back.
         total: Recovery steps so far.
         phases: Phases so far.
@@ -64,6 +67,7 @@ class RecoverySchedule:
     phase: Phase = "idle"
     domain: str | None = None
     taken: int = 0
+    idle: int = 0
     regained: bool = False
     total: int = 0
     phases: int = 0
@@ -85,10 +89,7 @@ class RecoverySchedule:
         Returns:
             The schedule with the phase started, or itself.
         """
-        # The whole phase must fit under the cap, so that it is not cut short for lack of steps.
-        if self.phase != "idle" or self.total + limits.steps > limits.share * (steps + limits.steps):
-            return self
-        ready = {name: value for name, value in excess.items() if value >= 1 and self.waits.get(name, 0) <= steps}
+        ready = {name: value for name, value in excess.items() if value >= 1 and self.may(name, steps, limits)}
         if not ready:
             return self
         worst = max(sorted(ready), key=lambda name: ready[name])
@@ -97,10 +98,26 @@ class RecoverySchedule:
             phase="recovering",
             domain=worst,
             taken=0,
+            idle=0,
             regained=False,
             phases=self.phases + 1,
             expected=math.nan,
         )
+
+    def may(self, domain: str, steps: int, limits: RecoveryLimits) -> bool:
+        """Whether a phase of this domain could start now."""
+        # The whole phase must fit under the cap, so that it is not cut short for lack of steps.
+        room = self.total + limits.steps <= limits.share * (steps + limits.steps)
+        return self.phase == "idle" and room and self.waits.get(domain, 0) <= steps
+
+    def passed_over(self, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
+        """Count a step of a phase that trained other domains; after `PATIENCE` of them the phase is given up."""
+        now = replace(self, idle=self.idle + 1)
+        return now if now.idle < PATIENCE else now.abandon(steps, limits)
+
+    def abandon(self, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
+        """Give up the present phase, as one that did not bring its domain back."""
+        return self._end(False, steps, limits) if self.phase == "recovering" else self
 
     def step(self, regained: bool, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
         """Count one optimizer step.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchoring import set_anchor
+from .curvature import DomainCurvature
 from .errors import ConfigError, ShapeError, UnsupportedError
 from .probe import Completions
 
@@ -58,13 +59,31 @@ def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_siz
     finally:
         for module, training in modes:
             module.training = training
+    _merge(guard, state.curvature)
+    if not state.curvature.sums or not state.curvature.count.item():
+        raise UnsupportedError(
+            f"The {passes} backward passes on reference domain {domain!r} gave no finite gradient that is not "
+            "zero, so nothing says what to protect. Check that the trainable parameters reach the model's logits."
+        )
     state.keep(rows, guard.config.retain)
     state.own_steps = state.since_refresh = passes
     state.reference = True
-    guard.adopt(state)
     with torch.no_grad():
         set_anchor(guard, state)
+    guard.adopt(state)
     guard.clock.add("anchor", started)
+
+
+def _merge(guard: Guard, curvature: DomainCurvature) -> None:
+    """Add up the sums of all ranks: their backward passes need not agree to the last bit, their sums must."""
+    if guard.ranks.reduce is None or not curvature.sums:
+        return
+    tensors = [curvature.count]
+    for sums in curvature.sums:
+        tensors += [tensor for tensor in (sums.sketch, sums.energy) if tensor is not None]
+    flat = guard.ranks.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) -> dict[str, Tensor | None]:

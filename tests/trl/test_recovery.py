@@ -168,6 +168,22 @@ def test_rows_of_an_earlier_trainer_can_be_given(tmp_path):
     assert [next(iter(step)) for step in watch.trained][:3] == ["code", "code", "math"]
 
 
+def test_a_phase_without_rows_in_the_next_trainer_is_given_up(tmp_path):
+    data = rows(TWO_PHASES)
+    code = data.filter(lambda row: row["domain"] == "code")
+    config = dataclasses.replace(never(EAGER), recovery_share=1.0)
+    first = online("grpo", tmp_path, data, max_steps=4)
+    callback = guarded(first, config)
+    first.add_callback(Watch(callback, at=4))
+    first.train()
+    assert callback.guard.recovery == "math"
+    second = online("grpo", tmp_path, code, model=first.model, max_steps=2)
+    callback.attach(second)
+    second.train()
+    assert callback.guard.recovery is None
+    assert callback.guard.schedule.failures == 1
+
+
 def test_detach_leaves_nothing(tmp_path):
     trainer = online("grpo", tmp_path, rows(TWO_PHASES))
     before = dict(vars(trainer))
@@ -193,6 +209,10 @@ class TestRefusals:
         trainer = online("grpo", tmp_path, rows(TWO_PHASES))
         bare = rows([("math", 2)]).remove_columns("answer")
         self.refused(trainer, HostError, r"lacks the columns \['answer'\]", recovery_datasets={"math": bare})
+
+    def test_rows_that_cannot_be_drawn(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        self.refused(trainer, ConfigError, "is a list; it must be", recovery_datasets={"math": [{"prompt": "a"}]})
 
     def test_a_stream(self, tmp_path):
         trainer = online("grpo", tmp_path, rows(TWO_PHASES).to_iterable_dataset())

@@ -102,6 +102,12 @@ def test_bad_rows_are_refused_when_attaching(data, error, message, tmp_path):
     assert vars(trainer) == before
 
 
+def test_a_reference_named_like_a_trained_domain_is_refused(tmp_path):
+    trainer = online("grpo", tmp_path, rows([("math", 12)]))
+    with pytest.raises(ConfigError, match="'math' is also a domain of the training rows"):
+        InterferenceGuardCallback(trainer, CONFIG, reference={"math": general()})
+
+
 def test_rewards_reach_their_own_domain(tmp_path):
     def length(completions, **columns):
         return [float(len(text)) for text in completions]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interference_guard import ConfigError, GuardConfig
-from interference_guard.recovery import RecoveryLimits, RecoverySchedule, expected_steps
-from tests.unit.helpers import CONFIG, guarded, pass_rate, train
+from interference_guard import ConfigError, Guard, GuardConfig
+from interference_guard.recovery import PATIENCE, RecoveryLimits, RecoverySchedule, expected_steps
+from tests.unit.helpers import CONFIG, guarded, pass_rate, policy_gradient, rollout, train
 
 LIMITS = RecoveryLimits(steps=3, cooldown=4, share=0.25)
 excesses = st.dictionaries(st.sampled_from("abc"), st.floats(0, 5), max_size=3)
@@ -223,6 +223,61 @@ def test_every_other_domain_is_protected_meanwhile():
     assert guard.protected == ("code",)
     state = guard.domains["code"]
     assert state.subspace.item() <= state.radius.item() * (1 + 1e-3)
+
+
+def recovering(config=ALONE):
+    """The toy in the first step of a phase."""
+    model, guard, optimizer = guarded(0, config=config)
+    step = 0
+    while guard.recovery is None:
+        train(model, guard, optimizer, [PLAN[step]], start=step)
+        step += 1
+    return model, guard, optimizer, step
+
+
+def test_a_phase_that_the_host_does_not_follow_is_given_up():
+    model, guard, optimizer, step = recovering()
+    before = guard.domains["math"].model
+    train(model, guard, optimizer, ["code"] * PATIENCE, start=step)
+    assert guard.recovery is None
+    assert guard.schedule.failures == 1
+    assert guard.domains["math"].model is before
+
+
+def test_a_host_without_rows_can_give_a_phase_up():
+    model, guard, optimizer, step = recovering()
+    train(model, guard, optimizer, ["math"], start=step)
+    guard.abandon_recovery()
+    assert guard.recovery is None
+    train(model, guard, optimizer, ["code"], start=step + 1)
+    assert guard.domains["math"].anchored
+    assert guard.domains["math"].foreign_steps > 1
+    guard.abandon_recovery()
+    assert guard.schedule.failures == 1
+
+
+def test_a_phase_of_a_run_without_recovery_does_not_go_on(tmp_path):
+    model, guard, _, _ = recovering()
+    guard.save(tmp_path)
+    other = Guard(model, dataclasses.replace(ALONE, recovery=False))
+    other.load(tmp_path)
+    assert other.recovery is None
+
+
+def test_its_own_steps_do_not_move_its_radius():
+    config = dataclasses.replace(ALONE, recovery_steps=50, recovery_share=1.0)
+    model, guard, optimizer, _ = recovering(config)
+    state = guard.domains["math"]
+    radius, pairs = state.region.radius, state.region.xx
+    for number in range(4):
+        with guard.domain("math"):
+            policy_gradient(model, rollout(model, "math", seed=number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        guard.probe()
+        guard.calibrate("math", 0.5)
+    assert (state.region.radius, state.region.xx) == (radius, pairs)
+    assert guard.schedule.taken == 4
 
 
 @pytest.mark.parametrize("stop", [45, 51, 53, 56, 60])
