@@ -3,3 +3,9 @@
 import importlib.util
 
 collect_ignore_glob = [] if importlib.util.find_spec("verl") else ["test_*.py"]
+
+
+def pytest_configure(config):
+    # veRL and Ray warn about themselves at every turn; what the guard's own code sets off stays an error.
+    config.addinivalue_line("filterwarnings", "default")
+    config.addinivalue_line("filterwarnings", "error:::interference_guard.*")
