@@ -1,8 +1,11 @@
 """veRL has an environment of its own, `make env-verl`; without it there is nothing to collect here."""
 
 import importlib.util
+import os
 
 collect_ignore_glob = [] if importlib.util.find_spec("verl") else ["test_*.py"]
+# Read once, when veRL is first imported.
+os.environ |= {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "examples.verl.on_cpu.platform"}
 
 
 def pytest_configure(config):
