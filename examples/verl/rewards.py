@@ -20,7 +20,9 @@ BY_DOMAIN = {
 }
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any) -> float:
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any
+) -> float:
     """The row's reward by the rules of its own domain."""
     if data_source not in BY_DOMAIN:
         raise ValueError(f"data_source={data_source!r} has no reward; there are rules for {sorted(BY_DOMAIN)}.")

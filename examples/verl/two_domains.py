@@ -3,7 +3,7 @@
     python -m examples.verl.two_domains                       plain and guarded
     python -m examples.verl.two_domains --rates 7e-4 2e-4     plain at a lower rate too
 
-Each run is `python -m verl.trainer.main_ppo` as a user starts it; the guarded one differs by one external library.
+Each run is `python -m verl.trainer.main_ppo` as a user starts it; the guarded one differs by one library.
 Pass rates are sampled from the checkpoints that the trainer wrote after each domain.
 """
 
@@ -90,7 +90,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """The results as lines of text."""
     first, second = NAMES
     lines = [
-        f"{'run':<18} {first + ' own':>12} {first + ' end':>12} {'lost':>7} {second + ' end':>10} {'guard / update':>15}"
+        f"{'run':<18} {first + ' own':>12} {first + ' end':>12} {'lost':>7} {second + ' end':>10} "
+        f"{'guard / update':>15}"
     ]
     for item in results:
         share = "" if not item["guarded"] else f"{item['guard_seconds'] / item['update_actor_seconds']:.1%}"

@@ -1,4 +1,4 @@
-"""A small Ray actor between the engine, which sees who must recover, and the data, which is asked what comes next."""
+"""A small Ray actor between the engine, which sees who must recover, and the data, which chooses the rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Coordinator:
 def launch(domains: Sequence[str]) -> Link:
     """Start the run's actor; called where the data is read."""
     global _own
-    _own = Coordinator.options(name=NAME).remote(list(domains))
+    # A plain class to type checkers, an actor class to Ray.
+    actor: Any = Coordinator
+    _own = actor.options(name=NAME).remote(list(domains))
     return Link(_own)
 
 
@@ -87,6 +89,6 @@ class Link:
             return ray.get(getattr(self._actor, method).remote(*arguments))
         except RayActorError as error:
             raise HostError(
-                f"The actor {NAME!r} that carries recovery requests is gone ({error}). Without it no domain would "
-                "recover and nobody would notice: resume the run from its last checkpoint."
+                f"The actor {NAME!r} that carries recovery requests is gone ({error}). Without it no domain "
+                "would recover and nobody would notice: resume the run from its last checkpoint."
             ) from error

@@ -18,7 +18,8 @@ from .settings import DOMAIN_COLUMN, RunSettings
 class DomainDataset(RLHFDataset):  # type: ignore[misc]
     """Rows of `data.train_files` in an order that keeps domains apart; validation rows as veRL reads them.
 
-        data.custom_cls.path=pkg://interference_guard.integrations.verl.dataset data.custom_cls.name=DomainDataset
+        data.custom_cls.path=pkg://interference_guard.integrations.verl.dataset
+        data.custom_cls.name=DomainDataset
         data.shuffle=false data.dataloader_num_workers=0
         +data.domain_order=[math,code] +data.domain_batches=100
 
@@ -58,8 +59,8 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
     def _domains(self, column: str) -> list[str]:
         if column not in self.dataframe.column_names:
             raise HostError(
-                f"data.train_files have no column {column!r}, only {sorted(self.dataframe.column_names)}. Add it, or "
-                "name another one with +guard.domain_column=..."
+                f"data.train_files have no column {column!r}, only {sorted(self.dataframe.column_names)}. Add it, "
+                "or name another one with +guard.domain_column=..."
             )
         found: list[str] = list(self.dataframe[column])
         for index, name in enumerate(found):

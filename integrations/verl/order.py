@@ -69,14 +69,16 @@ class DomainOrder:
             wanted = recovery()
             if wanted is not None and wanted not in self.rows:
                 raise ConfigError(
-                    f"Domain {wanted!r} must recover and has no rows; data.train_files holds {sorted(self.rows)}. "
-                    "Add its rows: domain_order keeps them out of the planned batches."
+                    f"Domain {wanted!r} must recover and has no rows; data.train_files holds "
+                    f"{sorted(self.rows)}. Add its rows: domain_order keeps them out of the planned batches."
                 )
             self.present = self.plan[number] if wanted is None else wanted
         name = self.present
         passes, index = divmod(self._used[name], len(self.rows[name]))
         if self._shuffled.get(name, (-1, []))[0] != passes:
-            generator = torch.Generator().manual_seed(hash((self.seed, list(self.rows).index(name), passes)) % 2**62)
+            generator = torch.Generator().manual_seed(
+                hash((self.seed, list(self.rows).index(name), passes)) % 2**62
+            )
             chosen = torch.randperm(len(self.rows[name]), generator=generator).tolist()
             self._shuffled[name] = passes, [self.rows[name][item] for item in chosen]
         self._used[name] += 1
@@ -103,7 +105,8 @@ class DomainOrder:
         named = isinstance(order, str)
         if named and order not in ORDERS:
             raise ConfigError(
-                f"data.domain_order={order!r} is not allowed: it must be one of {list(ORDERS)} or a list of domains."
+                f"data.domain_order={order!r} is not allowed: it must be one of {list(ORDERS)} or a list of "
+                "domains."
             )
         names = list(self.rows) if named else list(order)
         unknown = [name for name in names if name not in self.rows]
@@ -126,7 +129,7 @@ class DomainOrder:
         small = [name for name, count in counts.items() if not isinstance(count, int) or count < 1]
         if small:
             raise ConfigError(
-                f"Domain {small[0]!r} has {len(self.rows[small[0]])} rows and would get {counts[small[0]]!r} batches "
-                f"of {self.prompts}. Say how many with +data.domain_batches (one number, or one for each domain)."
+                f"Domain {small[0]!r} has {len(self.rows[small[0]])} rows and would get {counts[small[0]]!r} "
+                f"batches of {self.prompts}. Say how many with +data.domain_batches (one number, or one for each domain)."
             )
         return counts

@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -130,7 +129,9 @@ class Session:
 
     def _scores(self, rows: Completions) -> Tensor:
         if math.isnan(self.temperature):
-            raise HostError("The batch has no temperature, so its completions cannot be scored as they were sampled.")
+            raise HostError(
+                "The batch has no temperature, so its completions cannot be scored as they were sampled."
+            )
         return batch.scores(self.engine, rows, self.temperature)
 
     def _reduce(self, values: Tensor, kind: str) -> Tensor:

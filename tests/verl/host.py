@@ -25,7 +25,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
-import examples.verl.on_cpu.engine  # noqa: F401
+import examples.verl.on_cpu.engine
 from examples.verl import assets
 from interference_guard.integrations.verl import register, settings
 

@@ -42,15 +42,14 @@ def test_a_domain_that_runs_out_starts_anew_in_another_order():
 
 
 def test_recovery_takes_the_next_batch_and_only_whole_ones():
-    order, wanted = DomainOrder(NAMES, prompts=2, order=["code", "math"], batches=2), None
-    found = []
-    for place in range(8):
-        if place == 1:
-            wanted = "math"
-        if place == 5:
-            wanted = None
-        found.append(order.row(place, lambda: wanted))
-    assert domains(found) == ["code"] * 2 + ["math"] * 2 + ["math"] * 2 + ["math"] * 2
+    order = DomainOrder(NAMES, prompts=2, order=["code", "math"], batches=2)
+    # Asked for while the first batch is drawn, over while the third is.
+    wanted = [None, "math", "math", "math", "math", None, None, None]
+    found = [order.row(place, lambda place=place: wanted[place]) for place in range(8)]
+    assert domains(found) == ["code"] * 2 + ["math"] * 6
+    order = DomainOrder(NAMES, prompts=2, order=["code"], batches=4)
+    found = [order.row(place, lambda place=place: wanted[place]) for place in range(8)]
+    assert domains(found) == ["code"] * 2 + ["math"] * 4 + ["code"] * 2
 
 
 def test_a_resumed_order_goes_on_with_the_same_rows():
