@@ -40,7 +40,7 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         for name, allowed in {"shuffle": False, "dataloader_num_workers": 0}.items():
             if config.get(name) != allowed:
                 raise ConfigError(
-                    f"data.{name}={config.get(name)!r} is not allowed with DomainDataset: it must be {allowed!r}. "
+                    f"data.{name}={config.get(name)!r} is not allowed with DomainDataset: it must be {allowed}. "
                     "The order of the rows, and a phase that begins with the next batch, depend on it."
                 )
         whole = config._get_root()
@@ -59,8 +59,8 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
     def _domains(self, column: str) -> list[str]:
         if column not in self.dataframe.column_names:
             raise HostError(
-                f"data.train_files have no column {column!r}, only {sorted(self.dataframe.column_names)}. Add it, "
-                "or name another one with +guard.domain_column=..."
+                f"data.train_files have no column {column!r}, only {sorted(self.dataframe.column_names)}. "
+                "Add it, or name another one with +guard.domain_column=..."
             )
         found: list[str] = list(self.dataframe[column])
         for index, name in enumerate(found):

@@ -130,6 +130,6 @@ class DomainOrder:
         if small:
             raise ConfigError(
                 f"Domain {small[0]!r} has {len(self.rows[small[0]])} rows and would get {counts[small[0]]!r} "
-                f"batches of {self.prompts}. Say how many with +data.domain_batches (one number, or one for each domain)."
+                f"batches of {self.prompts}. Say how many with +data.domain_batches: one number, or one by name."
             )
         return counts
