@@ -99,8 +99,3 @@ def test_a_resumed_run_goes_on_with_the_same_rows_and_losses(folder, guarded):
     for name in ("actor/loss", "actor/grad_norm", "critic/score/mean", "actor/guard/recovery/steps"):
         # The order in which answers arrive differs, and with it the order of sums.
         assert [step[name] for step in resumed] == pytest.approx([step[name] for step in rest], abs=1e-4)
-
-
-def test_an_unknown_setting_stops_the_run_before_it_trains(folder):
-    with pytest.raises(RuntimeError, match=r"guard\.budgett is not a setting\. Did you mean guard\.budget"):
-        run.start(settings(folder, "+guard.budgett=1"), folder, "wrong")
