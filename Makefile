@@ -11,6 +11,10 @@ PYTEST_ARGS ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# veRL and TRL do not go together in one environment.
+VERL_VENV  ?= .venv-verl
+VERL_BIN   := $(VERL_VENV)/bin
+VERL_STAMP := $(VERL_VENV)/.installed
 
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -23,7 +27,7 @@ export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-reference test lint format typing unit bench docs wheel clean distclean
+.PHONY: help env env-verl demo demo-reference demo-verl test test-verl lint format typing unit bench docs wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +40,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable ".[trl,report,dev]"
 	@touch $@
 
+env-verl: $(VERL_STAMP)  ## make .venv-verl with veRL and what its tests and demo need
+
+$(VERL_STAMP): pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints-verl.txt --editable ".[verl,verl-dev]"
+	@touch $@
+
 demo: env  ## train four domains plain and guarded, then print the table and draw the figure
 	$(BIN)/python -m benchmarks.demo
 
-test: lint unit  ## everything that must pass: lint, types, tests, doctests, README
+demo-verl: env-verl  ## the real veRL trainer on the CPU: two domains in turn, plain and guarded, then a table
+	$(VERL_BIN)/python -m examples.verl.two_domains
+
+test: lint test-verl unit  ## everything that must pass: lint, types, tests, doctests, README
 
 lint: env typing  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -58,6 +72,9 @@ format: env  ## sort imports and lay out the code
 unit: env  ## pytest alone; PYTEST_ARGS="-k name" chooses
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+test-verl: env-verl  ## the tests of veRL in their own environment
+	$(VERL_BIN)/python -m pytest tests/verl $(PYTEST_ARGS)
+
 demo-reference: env  ## an ability known from before training, plain and protected, one seed
 	$(BIN)/python -m benchmarks.reference --seeds 0 --out demo
 
@@ -75,7 +92,7 @@ wheel: env  ## build the source archive and the wheel into dist/
 
 clean:  ## remove what the targets above made, but not .venv
 	rm -rf build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## and .venv too
-	rm -rf $(VENV)
+distclean: clean  ## and the environments too
+	rm -rf $(VENV) $(VERL_VENV)

@@ -20,6 +20,8 @@ PACKAGES = (
     "accelerate",
     "peft",
     "datasets",
+    "verl",
+    "ray",
     "reasoning-gym",
     "interference-guard",
 )

@@ -66,8 +66,8 @@ def completions(data: Any, rows: Sequence[int]) -> Completions:
     ids, mask, scores = (tu.get(data, name) for name in ("input_ids", "response_mask", "rm_scores"))
     if any(not isinstance(item, Tensor) or not item.is_nested for item in (ids, mask, scores)):
         raise HostError(
-            "The batch has no nested input_ids, response_mask and rm_scores, by which the guard knows completions "
-            "and their rewards. Use the default trainer (trainer.use_v1=true) of a tested veRL release."
+            "The batch has no nested input_ids, response_mask and rm_scores, by which the guard knows "
+            "completions and their rewards. Use the default trainer (trainer.use_v1=true) of a tested release."
         )
     every = [list(item.unbind()) for item in (ids, mask, scores)]
     parts = [(every[0][row], every[1][row], every[2][row]) for row in rows]

@@ -25,21 +25,25 @@ def register() -> None:
     from verl.workers import engine_workers
     from verl.workers.engine import EngineRegistry
 
-    from .engine import guarded
-
     engines = getattr(EngineRegistry, "_engines", {}).get(MODEL_TYPE)
     if not engines or not hasattr(engine_workers, "omega_conf_to_dataclass"):
         raise HostError(
             "veRL's engine registry holds no language-model engine, or its workers no longer convert their own "
             'configuration. Install a tested release: pip install "interference-guard[verl]".'
         )
+    _wrap(engines)
+    _watch(engine_workers, engines)
+
+
+def _wrap(engines: dict[str, dict[Any, type[Any]]]) -> None:
+    from .engine import guarded
+
     for table in engines.values():
         for key, engine in table.items():
             table[key] = guarded(engine)
-    _watch(engine_workers)
 
 
-def _watch(workers: Any) -> None:
+def _watch(workers: Any, engines: dict[str, dict[Any, type[Any]]]) -> None:
     """Note the run's configuration when a worker converts its own part of it, just before it builds an engine."""
     convert = workers.omega_conf_to_dataclass
     if getattr(convert, "guarded", False):
@@ -48,6 +52,8 @@ def _watch(workers: Any) -> None:
     @wraps(convert)
     def noting(config: Any, *args: Any, **kwargs: Any) -> Any:
         settings.remember(config)
+        # Another library may have registered an engine since.
+        _wrap(engines)
         return convert(config, *args, **kwargs)
 
     noting.guarded = True  # type: ignore[attr-defined]

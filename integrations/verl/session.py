@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -17,9 +16,10 @@ from verl.utils import tensordict_utils as tu
 from interference_guard.errors import HostError
 from interference_guard.guard import Guard
 from interference_guard.optimizer import attach
-from interference_guard.probe import Completions, join
+from interference_guard.probe import Completions
 
 from . import batch
+from .coordinator import Link
 from .settings import RunSettings
 
 
@@ -42,11 +42,14 @@ class Session:
         self.temperature = math.nan
         self.fresh = batch.FreshRows(settings.completions)
         self._probed = -1
+        self.link = Link() if settings.guard.recovery else None
         # Each rank keeps its part of the completions.
         config = replace(settings.guard, retain=max(settings.guard.retain // self.world, 1))
         self.guard = Guard(
             engine.module, config, policy=self._scores, reduce=self._reduce if self.world > 1 else None
         )
+        if self.link is not None:
+            self.guard.recoverable = self.link.domains()
         self.hooks = attach(engine.optimizer, self.guard)
         if engine.rank == 0:
             self._introduce()
@@ -62,27 +65,26 @@ class Session:
         names = batch.labels(data, self.guard.config.domain_column)
         new = self._new_rows(data, names)
         counts = {name: names.count(name) for name in names if name is not None}
-        told = self._gather((counts, {name: len(rows) for name, rows in new.items()}))
         shares: dict[str, float] = {}
-        for theirs, _ in told:
+        for theirs in self._gather(counts):
             for name, count in theirs.items():
                 shares[name] = shares.get(name, 0.0) + count
         # By name, so that all ranks do the same in the same order.
         self.guard.begin({name: shares[name] for name in sorted(shares)})
-        kept = [
-            (name, self._even(name, data, new.get(name, []), [rows.get(name, 0) for _, rows in told]))
-            for name in sorted({name for _, rows in told for name in rows})
-        ]
+        kept = {
+            name: batch.completions(data, rows[-self.guard.config.retain :]).to(self.guard.device)
+            for name, rows in new.items()
+        }
         self.guard.clock.add("retain", started)
-        for name, rows in kept:
-            if rows is not None:
-                self.guard.retain(name, rows)
+        for name, rows in kept.items():
+            self.guard.retain(name, rows)
 
     def end(self, data: Any, outputs: dict[str, Any]) -> None:
         """Measure the domains whose turn it is, and add the guard's metrics to the engine's."""
         if self._probed != self.guard.steps:
             self._probed = self.guard.steps
             self.guard.probe()
+            self._tell()
         metrics = self.guard.metrics()
         if self.engine.is_mp_src_rank_with_outputs():
             outputs["metrics"].update({name: [value] for name, value in metrics.items()})
@@ -107,8 +109,14 @@ class Session:
         """
         self.guard.load(folder)
         self._probed = self.guard.steps
+        self._tell()
 
     # Parts
+
+    def _tell(self) -> None:
+        """Let the data know who must recover, before the step is over."""
+        if self.link is not None and self.engine.rank == 0:
+            self.link.report(self.guard.recovery)
 
     def _new_rows(self, data: Any, names: Sequence[str | None]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
@@ -119,21 +127,11 @@ class Session:
                 found.setdefault(name, []).append(row)
         return found
 
-    def _even(self, name: str, data: Any, mine: Sequence[int], counts: Sequence[int]) -> Completions | None:
-        """As many rows of a domain as every other rank has: all enter the same forward passes."""
-        limit = self.guard.config.retain
-        rows = batch.completions(data, mine[-limit * self.world :]) if mine else None
-        if min(counts) == max(counts):
-            return None if rows is None else rows.to(self.guard.device)
-        every = [part for part in self._gather(None if rows is None else rows.to(torch.device("cpu"))) if part]
-        whole = join(every)
-        total = len(whole)
-        chosen = torch.arange(self.rank, self.rank + max(total // self.world, 1) * self.world, self.world) % total
-        return whole.rows(chosen).to(self.guard.device)
-
     def _scores(self, rows: Completions) -> Tensor:
         if math.isnan(self.temperature):
-            raise HostError("The batch has no temperature, so its completions cannot be scored as they were sampled.")
+            raise HostError(
+                "The batch has no temperature, so its completions cannot be scored as they were sampled."
+            )
         return batch.scores(self.engine, rows, self.temperature)
 
     def _reduce(self, values: Tensor, kind: str) -> Tensor:
@@ -156,5 +154,5 @@ class Session:
         say(
             f"guards {count:,} parameters of {type(self.engine).__name__} on {self.world} ranks: budget "
             f"{config.budget}, rank {config.rank}, domains by {config.domain_column!r}, "
-            f"recovery {'on' if getattr(config, 'recovery', False) else 'off'}."
+            f"recovery {'on' if config.recovery else 'off'}."
         )

@@ -33,7 +33,7 @@ def guard_config(table: Mapping[str, Any] | None) -> GuardConfig:
     interference_guard.errors.ConfigError: guard.budgett is not a setting. Did you mean guard.budget? ...
     """
     if isinstance(table, DictConfig):
-        table = OmegaConf.to_container(table, resolve=True)  # type: ignore[assignment]
+        table = OmegaConf.to_container(table, resolve=True)
     if table is None:
         table = {}
     if not isinstance(table, Mapping):
@@ -43,7 +43,7 @@ def guard_config(table: Mapping[str, Any] | None) -> GuardConfig:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise ConfigError(
-                f"guard.{key} is not a setting. Did you mean guard.{near[0]}? All settings are: {', '.join(known)}."
+                f"guard.{key} is not a setting. Did you mean guard.{near[0]}? All settings: {', '.join(known)}."
             )
     return GuardConfig(**{"domain_column": DOMAIN_COLUMN, **table})
 
@@ -91,8 +91,8 @@ def recall() -> RunSettings:
     """
     if _found is None:
         raise HostError(
-            "The engine was built outside of veRL's ActorRolloutRefWorker, so the run's +guard.* settings are not "
-            "at hand. Train with verl.trainer.main_ppo, or call "
+            "The engine was built outside of veRL's ActorRolloutRefWorker, so the run's +guard.* settings are "
+            "not at hand. Train with verl.trainer.main_ppo, or call "
             "interference_guard.integrations.verl.settings.remember(config) with the whole configuration first."
         )
     return _found

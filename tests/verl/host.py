@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import examples.verl.on_cpu.platform  # isort: skip
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -24,9 +25,9 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
-import examples.verl.on_cpu.engine  # noqa: F401
+import examples.verl.on_cpu.engine
 from examples.verl import assets
-from interference_guard.integrations.verl import settings
+from interference_guard.integrations.verl import register, settings
 
 __all__ = ["examples"]
 
@@ -68,6 +69,8 @@ def worker(model, guard=None, *, loaded=True, strategy="fsdp2", lora=0, micro=8,
         loaded: Whether the guard is loaded at all.
     """
     join_group()
+    if loaded:
+        register()
     torch.manual_seed(0)
     model_config = HFModelConfig(
         path=str(model),
@@ -172,6 +175,12 @@ def train(made, plan, start=0, **how):
         output = made.train_mini_batch(batch(step, names, **how))
         found.append(tu.get(output, "metrics"))
     return found
+
+
+def losses(metrics):
+    """Loss and gradient norm of each optimizer step."""
+    found = [(step["loss"], step["grad_norm"]) for step in metrics]
+    return [pair for loss, norm in found for pair in zip(np.atleast_1d(loss), np.atleast_1d(norm), strict=True)]
 
 
 def weights(made):

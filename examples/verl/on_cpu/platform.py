@@ -24,7 +24,14 @@ class _DeviceModule(types.ModuleType):
     """`torch.cpu` with the functions that veRL expects of `torch.<device>`."""
 
     ZEROS = ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved")
-    IDLE = ("empty_cache", "ipc_collect", "reset_peak_memory_stats", "manual_seed", "manual_seed_all", "set_device")
+    IDLE = (
+        "empty_cache",
+        "ipc_collect",
+        "reset_peak_memory_stats",
+        "manual_seed",
+        "manual_seed_all",
+        "set_device",
+    )
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__") and hasattr(torch.cpu, name):

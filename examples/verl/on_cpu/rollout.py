@@ -89,7 +89,11 @@ class Server:
         with torch.no_grad():
             while alive.any() and len(tokens) < longest:
                 output = self.model(
-                    input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
+                    input_ids=step,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=past,
+                    use_cache=True,
                 )
                 past, logits = output.past_key_values, output.logits[:, -1].float()
                 logp = torch.log_softmax(logits / temperature if temperature else logits, -1)
@@ -171,10 +175,17 @@ class Adapter(BaseRollout):  # type: ignore[misc]
     """Runs in the actor's worker and pushes its weights to the server."""
 
     def __init__(
-        self, config: Any, model_config: Any, device_mesh: Any = None, replica_rank: int | None = None, **kwargs: Any
+        self,
+        config: Any,
+        model_config: Any,
+        device_mesh: Any = None,
+        replica_rank: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config, model_config, device_mesh)
-        world = config.tensor_model_parallel_size * config.data_parallel_size * config.pipeline_model_parallel_size
+        world = (
+            config.tensor_model_parallel_size * config.data_parallel_size * config.pipeline_model_parallel_size
+        )
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.replica_rank = rank // world if replica_rank is None else replica_rank
         self.leads = rank % world == 0
@@ -186,7 +197,10 @@ class Adapter(BaseRollout):  # type: ignore[misc]
         pass
 
     async def update_weights(
-        self, weights: Iterator[tuple[str, torch.Tensor]] | AsyncIterator[Any], global_steps: int | None = None, **_: Any
+        self,
+        weights: Iterator[tuple[str, torch.Tensor]] | AsyncIterator[Any],
+        global_steps: int | None = None,
+        **_: Any,
     ) -> None:
         found = {}
         # Every rank draws: making a tensor whole is a collective.

@@ -1,0 +1,100 @@
+"""veRL's data set with batches of one domain each; loaded by `data.custom_cls`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+from interference_guard.errors import ConfigError, HostError, MissingDomainError
+
+from .coordinator import Link, launch
+from .order import DomainOrder
+from .settings import DOMAIN_COLUMN, RunSettings
+
+
+class DomainDataset(RLHFDataset):  # type: ignore[misc]
+    """Rows of `data.train_files` in an order that keeps domains apart; validation rows as veRL reads them.
+
+        data.custom_cls.path=pkg://interference_guard.integrations.verl.dataset
+        data.custom_cls.name=DomainDataset
+        data.shuffle=false data.dataloader_num_workers=0
+        +data.domain_order=[math,code] +data.domain_batches=100
+
+    With ``+guard.recovery=true`` a domain that must recover takes the place of the planned one, from the batch
+    after the step that asked for it.
+
+    Raises:
+        ConfigError: If the data is shuffled or read by other processes, or the order cannot be served.
+        MissingDomainError: If a row has no domain.
+    """
+
+    def __init__(self, data_files: Any, tokenizer: Any, config: DictConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(data_files, tokenizer, config, *args, **kwargs)
+        self.order: DomainOrder | None = None
+        self._link: Link | None = None
+        if _listed(self.original_data_files) != _listed(config.train_files):
+            return
+        for name, allowed in {"shuffle": False, "dataloader_num_workers": 0}.items():
+            if config.get(name) != allowed:
+                raise ConfigError(
+                    f"data.{name}={config.get(name)!r} is not allowed with DomainDataset: it must be {allowed}. "
+                    "The order of the rows, and a phase that begins with the next batch, depend on it."
+                )
+        whole = config._get_root()
+        run = RunSettings.of(whole) if "actor_rollout_ref" in whole else None
+        column = DOMAIN_COLUMN if run is None else run.guard.domain_column
+        self.order = DomainOrder(
+            self._domains(column),
+            int(config.train_batch_size),
+            _plain(config.get("domain_order", "sequential")),
+            _plain(config.get("domain_batches")),
+            int(config.get("seed") or 0),
+        )
+        if run is not None and run.guard.enabled and run.guard.recovery:
+            self._link = launch(list(self.order.rows))
+
+    def _domains(self, column: str) -> list[str]:
+        if column not in self.dataframe.column_names:
+            raise HostError(
+                f"data.train_files have no column {column!r}, only {sorted(self.dataframe.column_names)}. "
+                "Add it, or name another one with +guard.domain_column=..."
+            )
+        found: list[str] = list(self.dataframe[column])
+        for index, name in enumerate(found):
+            if not isinstance(name, str) or not name:
+                raise MissingDomainError(
+                    f"Row {index} of data.train_files has {column}={name!r}: every row needs a non-empty string "
+                    "there."
+                )
+        return found
+
+    def __len__(self) -> int:
+        return len(self.dataframe) if self.order is None else len(self.order)
+
+    def __getitem__(self, item: int) -> Any:
+        if self.order is None:
+            return super().__getitem__(item)
+        return super().__getitem__(self.order.row(item, self._wanted))
+
+    def _wanted(self) -> str | None:
+        return None if self._link is None else self._link.wanted()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What veRL's data loader saves with its own state."""
+        return {} if self.order is None else self.order.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the rows stood."""
+        if self.order is not None:
+            self.order.load_state_dict(state)
+
+
+def _listed(files: Any) -> list[str]:
+    return [str(item) for item in files] if isinstance(files, list | ListConfig) else [str(files)]
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
