@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import TrainerCallback
 from interference_guard.config import GuardConfig
 from interference_guard.errors import HostError, StateError
 from interference_guard.guard import Guard
+from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 
 from .completions import generated, labelled, trainer_policy
@@ -47,6 +50,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any = None, config: GuardConfig | None = None) -> None:
         self.config = config if config is not None else GuardConfig()
         self.guard: Guard | None = None
+        self.history: History | None = None
+        self._began = 0.0
         self.domains = DomainTable(self.config.domain_column)
         self._seams: Seams | None = None
         self._hooks: StepHooks | None = None
@@ -192,6 +197,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             # The last line of a run sums it up; the guard's means belong to the steps before.
             if self.guard is not None and self._trainer.model.training and "train_runtime" not in logs:
                 logs = {**logs, **self.guard.metrics()}
+                if self.history is not None:
+                    seconds = perf_counter() - self._began
+                    self.history.report(self.guard.steps, self.guard.active, logs, seconds)
             return method(logs, *args, **kwargs)
 
         return log
@@ -226,6 +234,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._step_rows = {}
         self._hooks = attach(self._trainer.optimizer, self._guard())
+        self._began = perf_counter()
+        self.history = None
+        if state.is_world_process_zero:
+            # The guard's own count goes on where each phase has a trainer of its own.
+            self.history = History(Path(args.output_dir) / HISTORY, asdict(self.config), self._guard().steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the guard which domains the step's rows are of."""
@@ -250,6 +263,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the evaluation's true rewards to the guard, domain by domain."""
         found, self._evaluated = self._evaluated, {}
+        if found and self.history is not None:
+            means = {name: sum(rewards) / len(rewards) for name, rewards in found.items()}
+            self.history.evaluation(self._guard().steps, means)
         for name, rewards in found.items():
             # A domain that has not been trained yet has nothing to keep.
             if name in self._guard().domains:
