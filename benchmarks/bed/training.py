@@ -113,6 +113,8 @@ class _Evaluate(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
         self.before: tuple[float, dict[str, float]] = (0.0, {})
+        if self.guard is not None and self.guard.history is not None:
+            self.guard.history.evaluation(0, self.result.start)
 
     def _phase(self) -> None:
         seconds = time.perf_counter() - self.started - self.seconds
