@@ -276,36 +276,26 @@ def curvature(maps: dict[str, dict[tuple[int, str], float]], narrow: bool) -> An
     modules = list(dict.fromkeys(module for layer, module in keys if layer >= 0))
     layers = sorted({layer for layer, _ in keys if layer >= 0})
     outside = [module for layer, module in keys if layer < 0]
-    columns = 1 if narrow else 2
-    rows = -(-len(maps) // columns)
-    tall = 0.35 + min(max(len(layers) * 0.1, 0.3), 3.0)
-    size = ((NARROW if narrow else WIDE)[0], min(1.2 + rows * tall, 60.0))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    roof = max(value for table in maps.values() for value in table.values())
-    mesh = None
     names = [*modules, *outside]
-    for axis, (name, table) in zip(grid.flat, maps.items(), strict=False):
-        cells = [
-            [*(table.get((layer, module), 0.0) for module in modules), *(math.nan for _ in outside)] for layer in layers
-        ] or [[math.nan for _ in names]]
-        # What lies outside the layers fills a column of its own.
-        for row in cells:
-            row[len(modules) :] = [table.get((-1, module), math.nan) for module in outside]
-        cells = [[100 * value for value in row] for row in cells]
-        mesh = axis.pcolormesh(cells, cmap=colormaps["cividis"].reversed(), vmin=0, vmax=100 * roof)
-        axis.set_title(name, loc="left", fontsize=9)
-        axis.set_ylabel("layer", fontsize=8)
-        step = max(1, len(layers) // 4)
-        axis.set_yticks([index + 0.5 for index in range(0, len(layers), step)], layers[::step], fontsize=8)
-        axis.set_xticks(
-            [index + 0.5 for index in range(len(names))], names, rotation=90, fontsize=7 if narrow else 8
-        )
-        axis.grid(visible=False)
-        axis.tick_params(length=0)
-    for axis in list(grid.flat)[len(maps) :]:
-        axis.set_visible(False)
-    figure.colorbar(mesh, ax=grid, label="% of energy", shrink=0.6, aspect=30)
+    # One field for all domains, block under block: many axes would take seconds to lay out.
+    block = max(len(layers), 1)
+    cells: list[list[float]] = []
+    for table in maps.values():
+        beside = [table.get((-1, module), math.nan) for module in outside]
+        for layer in layers or [0]:
+            cells.append([*(table.get((layer, module), 0.0) for module in modules), *beside])
+        cells.append([math.nan for _ in names])
+    size = ((NARROW if narrow else WIDE)[0], min(1.9 + len(maps) * (0.25 + min(block * 0.06, 2.0)), 40.0))
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    scaled = [[100 * value for value in row] for row in cells]
+    mesh = axis.pcolormesh(scaled, cmap=colormaps["cividis"].reversed(), vmin=0)
+    axis.set_ylim(len(cells) - 1, 0)
+    axis.set_yticks([index * (block + 1) + block / 2 for index in range(len(maps))], maps, fontsize=8)
+    axis.set_xticks([index + 0.5 for index in range(len(names))], names, rotation=90, fontsize=7 if narrow else 8)
+    axis.grid(visible=False)
+    axis.tick_params(length=0)
+    figure.colorbar(mesh, ax=axis, label="% of energy", aspect=30)
     return figure
 
 

@@ -152,8 +152,8 @@ def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[tuple[int, str]
         (
             "curvature",
             "Where the curvature sits",
-            "Each domain's gradient energy by layer and module, from the guard's saved state. Columns right of "
-            "the layers' modules lie outside the layers and are drawn over all rows.",
+            "Each domain's gradient energy by layer (the first on top) and module, from the guard's saved state. "
+            "Columns right of the layers' modules lie outside the layers and fill a domain's whole block.",
             lambda narrow: figures.curvature(dict(list(maps.items())[:MAPS]), narrow),
         )
     )

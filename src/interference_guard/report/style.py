@@ -21,6 +21,7 @@ DOMAINS = (
     ("#b07a00", "#e6a817"),
     ("#56b4e9", "#86cdf5"),
     ("#7a6fac", "#a79cdc"),
+    ("#5f6770", "#aab2bd"),
 )
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6570", "#d3d9de", "#ffffff"
