@@ -69,7 +69,9 @@ class Checkpoint:
                 if entry.dtype is None or entry.dtype.is_floating_point:
                     self.entries[canonical_name(name)] = entry
         if not self.entries:
-            raise CheckpointError(f"{path} holds no floating-point tensor. Give a model's or an adapter's folder.")
+            raise CheckpointError(
+                f"{path} holds no floating-point tensor. Give a model's or an adapter's folder."
+            )
         self._shapes = {name: entry.shape for name, entry in self.entries.items()}
 
     @property

@@ -79,7 +79,7 @@ def conflict_subspace(
         total += energy
         flat += energy * min(U.shape[2] / part.view.width, 1.0)
         kept += float((D @ U).double().square().sum())
-        z, r = part.coordinates(after.rows(names[name]), before.rows(names[name]))
+        z, _ = part.coordinates(after.rows(names[name]), before.rows(names[name]))
         weights = block.weights()
         first, rest = part.damage(after.rows(names[name]), before.rows(names[name]))
         inside += float(first.double().sum())
@@ -103,7 +103,5 @@ def conflict_subspace(
 def _chance(U: Tensor, V: Tensor, generator: torch.Generator) -> float:
     width = U.shape[1]
     sizes = [int(item.abs().sum((0, 1)).count_nonzero()) or 1 for item in (U, V)]
-    draws = [
-        torch.linalg.qr(torch.randn(width, min(size, width), generator=generator)).Q for size in sizes
-    ]
+    draws = [torch.linalg.qr(torch.randn(width, min(size, width), generator=generator)).Q for size in sizes]
     return float(torch.linalg.matrix_norm(draws[0].T @ draws[1], 2).clamp(max=1.0))

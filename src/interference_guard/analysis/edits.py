@@ -178,7 +178,7 @@ def top_neurons(magnitudes: Mapping[str, Tensor], share: float = 0.1) -> dict[st
     count = max(1, round(share * len(flat)))
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[flat.argsort(descending=True, stable=True)[:count]] = True
-    parts = mask.split([len(item) for item in magnitudes.values()])
+    parts = torch.split(mask, [len(item) for item in magnitudes.values()])
     return dict(zip(magnitudes, parts, strict=True))
 
 

@@ -77,9 +77,7 @@ def _scaling(folder: Path) -> float:
         raise CheckpointError(
             f"{path} cannot be read: {error}. An adapter is merged with its adapter_config.json at hand."
         ) from error
-    special = [
-        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if table.get(key)
-    ]
+    special = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if table.get(key)]
     if special:
         raise CheckpointError(
             f"{path} sets {special[0]}; only plain LoRA with one rank can be merged here. Merge it with "

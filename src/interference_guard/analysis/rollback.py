@@ -64,7 +64,7 @@ class RollbackPlan:
         count = min(round(share * int((edit > 0).sum())), int((score > 0).sum()))
         mask = torch.zeros(len(score), dtype=torch.bool)
         mask[score.argsort(descending=True, stable=True)[:count]] = True
-        parts = mask.split([len(item) for item in self.damage.values()])
+        parts = torch.split(mask, [len(item) for item in self.damage.values()])
         return dict(zip(self.damage, parts, strict=True))
 
     def predict(self, share: float, strength: float) -> dict[str, float]:
@@ -182,7 +182,9 @@ def write_rollback(
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         os.replace(temporary, target)
     except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}. Free space or choose another folder.") from error
+        raise CheckpointError(
+            f"{target} cannot be written: {error}. Free space or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return predicted
@@ -208,7 +210,9 @@ def _patch(plan: RollbackPlan, part: Part, mask: Tensor, name: str, strength: fl
 def _check_target(target: Path, source: Path, before: Weights, force: bool) -> None:
     taken = {source.resolve(), *source.resolve().parents, Path(before.label).resolve()}
     if target.resolve() in taken:
-        raise ReportError(f"{target} is, or holds, the checkpoint that is read. Choose another folder for the result.")
+        raise ReportError(
+            f"{target} is, or holds, the checkpoint that is read. Choose another folder for the result."
+        )
     if target.exists() and not force:
         raise ReportError(f"{target} exists already. Choose another folder, or pass --force to replace it.")
 

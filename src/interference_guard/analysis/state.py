@@ -101,7 +101,7 @@ class DomainRecord:
         found = self.tensor(key)
         if found is None:
             raise StateError(
-                f"{self.state.folder} lacks {key!r} of domain {self.name!r}. Use a state that Guard.save() finished."
+                f"{self.state.folder} lacks {key!r} of domain {self.name!r}. Use one that Guard.save() finished."
             )
         return found
 
@@ -181,9 +181,7 @@ class DomainRecord:
             basis = self.tensor(f"sums/{index}/basis")
             if basis is None:
                 sketch = self.need(f"sums/{index}/sketch")
-                omega = sketch_matrix(
-                    views[0].width, self.state.settings["sketch"], self.state.settings["seed"]
-                )
+                omega = sketch_matrix(views[0].width, self.state.settings["sketch"], self.state.settings["seed"])
                 basis, _ = nystrom(sketch, omega)
             for view, piece in zip(views, basis[:, :, :rank].chunk(len(views)), strict=True):
                 found[view.name] = piece

@@ -40,8 +40,8 @@ def check(
         if not values:
             # A gate that has seen nothing must not open.
             raise ReportError(
-                f"{found.path} has no {kind} of any domain: no domain was followed by another one, or nothing was "
-                "evaluated or measured. Check a run of at least two domains."
+                f"{found.path} has no {kind} of any domain: no domain was followed by another one, or nothing "
+                "was evaluated or measured. Check a run of at least two domains."
             )
         results += [
             {"domain": name, "what": kind, "value": value, "limit": limit, "passed": value <= limit}

@@ -109,11 +109,18 @@ def _show(
         rows = [[place, *(output.number(values[key], ".2%") for key in keys)] for place, values in ranked]
         output.table(f"Largest edits of {short[item['after']]}", ["layer and module", *names], rows)
     if pairs:
-        rows = [[f"{short[item['first']]} and {short[item['second']]}", output.number(item["jaccard"])] for item in pairs]
+        rows = [
+            [f"{short[item['first']]} and {short[item['second']]}", output.number(item["jaccard"])]
+            for item in pairs
+        ]
         output.table("The 10 % most changed neurons", ["checkpoints", "Jaccard index"], rows)
     if predictions:
         rows = [
-            [f"{short[item['after']]}, {item['domain']}", output.number(item["raw"], ".3e"), output.number(item["predicted"])]
+            [
+                f"{short[item['after']]}, {item['domain']}",
+                output.number(item["raw"], ".3e"),
+                output.number(item["predicted"]),
+            ]
             for item in predictions
         ]
         output.table("Predicted interference since the anchor", ["checkpoint, domain", "raw", "reward"], rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Annotated, Any
 
@@ -28,8 +27,6 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     allowed = _allowed()
     rows = [_row(host, name, allowed.get(name)) for host, names in HOSTS.items() for name in names]
     wrong = [row for row in rows if row["state"] == "wrong"]
-    if sys.version_info < (3, 10):
-        wrong.append({"package": "python", "mend": "Install Python 3.10 or later."})
     device = _device()
     if json:
         output.as_json(

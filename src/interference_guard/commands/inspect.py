@@ -16,7 +16,9 @@ from . import output
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint with a guard's state, or a history file.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint with a guard's state, or a history file.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show each domain's reward, interference, radius and anchor.

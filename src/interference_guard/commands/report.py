@@ -14,7 +14,8 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder (output_dir), or its history file.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; RUN/report.html by default.")] = None,
     state: Annotated[
-        Path | None, typer.Option(help="A checkpoint with the guard's state; the newest one under RUN by default.")
+        Path | None,
+        typer.Option(help="A checkpoint with the guard's state; the newest one under RUN by default."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
 ) -> None:

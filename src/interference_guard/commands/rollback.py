@@ -14,7 +14,9 @@ from . import output
 
 
 def rollback(
-    base: Annotated[Path, typer.Argument(help="The checkpoint before the edit: best where DOMAIN's phase ended.")],
+    base: Annotated[
+        Path, typer.Argument(help="The checkpoint before the edit: best where DOMAIN's phase ended.")
+    ],
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint after it.")],
     domain: Annotated[str, typer.Option(help="The domain to restore.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the new checkpoint.")] = None,
@@ -26,7 +28,9 @@ def rollback(
     mode: Annotated[
         str, typer.Option(help="'directions': along the domain's directions alone; 'units': whole units.")
     ] = "directions",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the curve over shares; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the curve over shares; write nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -49,7 +49,9 @@ def shade(axis: Any, run: Run, narrow: bool, *, label: bool = True) -> None:
                 short, (middle, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8
             )
     for phase in run.recoveries:
-        axis.axvspan(phase.first, phase.last, facecolor="none", edgecolor=INK, hatch="////", alpha=0.35, linewidth=0)
+        axis.axvspan(
+            phase.first, phase.last, facecolor="none", edgecolor=INK, hatch="////", alpha=0.35, linewidth=0
+        )
     axis.set_xlim(0, run.last)
 
 
@@ -259,9 +261,7 @@ def overlap(run: Run) -> Any:
     if not found:
         return None
     names = [name for name in run.domains if any(name in pair for pair in found)]
-    table = [
-        [1.0 if a == b else found.get((a, b), found.get((b, a))) for b in names] for a in names
-    ]
+    table = [[1.0 if a == b else found.get((a, b), found.get((b, a))) for b in names] for a in names]
     return matrix(table, names, names, top=1.0)
 
 
@@ -282,8 +282,7 @@ def curvature(maps: dict[str, dict[tuple[int, str], float]], narrow: bool) -> An
     cells: list[list[float]] = []
     for table in maps.values():
         beside = [table.get((-1, module), math.nan) for module in outside]
-        for layer in layers or [0]:
-            cells.append([*(table.get((layer, module), 0.0) for module in modules), *beside])
+        cells += [[*(table.get((layer, module), 0.0) for module in modules), *beside] for layer in layers or [0]]
         cells.append([math.nan for _ in names])
     size = ((NARROW if narrow else WIDE)[0], min(1.9 + len(maps) * (0.25 + min(block * 0.06, 2.0)), 40.0))
     figure = Figure(figsize=size, layout="constrained")
@@ -310,4 +309,3 @@ def accuracy(found: Transfer, run: Run) -> Any:
         labels.insert(0, "start")
         ring = [(y + 1, x) for y, x in ring]
     return matrix(rows, labels, names, ring=ring)
-

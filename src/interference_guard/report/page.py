@@ -24,7 +24,7 @@ MAPS = 12
 
 @dataclass
 class Figure:
-    """One figure of the page: key, heading, explanation, and its drawings as SVG; a table has a wide one alone."""
+    """One figure of the page: key, heading, note, and its drawings as SVG; a table has a wide one alone."""
 
     key: str
     title: str
@@ -173,7 +173,9 @@ def _once(narrow: bool, draw: Callable[[], Any]) -> Any:
     return None if narrow else draw()
 
 
-def _draw(folder: Path, made: Made, key: str, title: str, note: str, draw: Callable[[bool], Any]) -> Figure | None:
+def _draw(
+    folder: Path, made: Made, key: str, title: str, note: str, draw: Callable[[bool], Any]
+) -> Figure | None:
     drawings = []
     for narrow in (False, True):
         with drawing(f"{key}-{narrow}"):

@@ -46,7 +46,7 @@ def drawing(salt: str) -> Iterator[Any]:
     """`matplotlib.pyplot` with the report's settings, without a screen; `salt` keeps SVG ids apart."""
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "font.family": ["DejaVu Sans"],
         "font.size": 10,
         "svg.fonttype": "none",

@@ -52,14 +52,10 @@ def transfer(run: Run) -> Transfer | None:
     end_row = rows[-1]
     if not own or not end_row:
         return None
-    start = {
-        name: points[0][1] for name, points in run.evaluations.items() if points[0][0] <= phases[0].first
-    }
+    start = {name: points[0][1] for name, points in run.evaluations.items() if points[0][0] <= phases[0].first}
     earlier = [name for name in own if own[name] < len(rows) - 1 and name in end_row]
     changes = [end_row[name] - rows[own[name]][name] for name in earlier]
-    lost = {
-        name: max(row[name] for row in rows[own[name] :] if name in row) - end_row[name] for name in earlier
-    }
+    lost = {name: max(row[name] for row in rows[own[name] :] if name in row) - end_row[name] for name in earlier}
     ahead = [
         rows[index - 1][name] - start[name]
         for index, name in enumerate(names)
