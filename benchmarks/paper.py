@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from interference_guard.analysis import (
+    RollbackPlan,
     StateFile,
     active_neurons,
     compare_routes,
@@ -52,6 +52,11 @@ CHOOSE_SEED, REPORT_SEED, ROWS = 11_000, 12_000, 512
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 STRENGTHS = (0.5, 1.0)
 DATA_ROWS = 64
+# The largest share of units that counts as sparse.
+SPARSE = 0.1
+KINDS = ("best", "uniform", "sparse", "random")
+# Two points of pass rate: less is the noise of sampling.
+LEAST_LOSS = 0.02
 
 
 def checkpoint(folder: Path, phase: int) -> Path:
@@ -211,21 +216,64 @@ def rollback(folder: Path, scratch: Path) -> dict[str, Any]:
                     after = _rates(scratch, CHOOSE_SEED, (name, last))
                     effect = _effect(rates[CHOOSE_SEED], after, name, last, index + 1)
                     tried.append({"mode": mode, **predicted, **effect})
-        allowed = [row for row in tried if row["cost"] <= 1 / 3]
-        best = max(allowed or tried, key=lambda row: row["regained"])
-        write_rollback(plans[best["mode"]], best["share"], best["strength"], scratch, force=True)
-        after = _rates(scratch, REPORT_SEED, ORDER)
-        effect = _effect(rates[REPORT_SEED], after, name, last, index + 1)
-        effect["average"] = mean(after.values()) - mean(rates[REPORT_SEED][PHASES].values())
-        reached = effect["regained"] >= 1 / 3 and effect["cost"] <= 1 / 3
-        found[name] = {"chosen": best, "effect": effect, "reached": reached, "tried": tried}
-        print(f"rollback for {name}: {effect}, reached {reached}", flush=True)
+        best = _best(tried)
+        sparse = _best([row for row in tried if row["share"] <= SPARSE])
+        # Controls: the whole edit scaled down until as much of it is left, and as many units at random.
+        uniform = {"share": 1.0, "strength": 1 - best["edit_left"] ** 0.5}
+        candidates = {
+            "best": (plans[best["mode"]], best),
+            "uniform": (plans["units"], uniform),
+            "sparse": (plans[sparse["mode"]], sparse),
+            "random": (_shuffled(plans[sparse["mode"]]), sparse),
+        }
+        effects = {}
+        for kind, (plan, how) in candidates.items():
+            write_rollback(plan, how["share"], how["strength"], scratch, force=True)
+            after = _rates(scratch, REPORT_SEED, ORDER)
+            effects[kind] = _effect(rates[REPORT_SEED], after, name, last, index + 1)
+            effects[kind]["average"] = mean(after.values()) - mean(rates[REPORT_SEED][PHASES].values())
+        found[name] = {
+            "lost": effects["best"]["lost"] >= LEAST_LOSS,
+            "reached": {kind: _reaches(effect) for kind, effect in effects.items()},
+            "effects": effects,
+            "settings": {"best": best, "uniform": uniform, "sparse": sparse},
+            "tried": tried,
+        }
+        print(f"rollback for {name}: {effects}", flush=True)
     return {
         "rates": {str(phase): value for phase, value in rates[REPORT_SEED].items()},
         "last": last,
         "by_domain": found,
-        "reached": sum(item["reached"] for item in found.values()),
+        "domains_that_lost": sum(item["lost"] for item in found.values()),
+        "reached": {kind: sum(item["reached"][kind] for item in found.values()) for kind in KINDS},
+        "mean": {
+            kind: {
+                key: mean(item["effects"][kind][key] for item in found.values() if item["lost"])
+                for key in ("regained", "cost", "average")
+            }
+            for kind in KINDS
+        },
     }
+
+
+def _best(tried: list[dict[str, Any]]) -> dict[str, Any]:
+    """What regains most of those that cost the last domain at most a third of its gain."""
+    allowed = [row for row in tried if row["cost"] <= 1 / 3]
+    return max(allowed or tried, key=lambda row: row["regained"])
+
+
+def _reaches(effect: dict[str, float]) -> bool:
+    return effect["lost"] >= LEAST_LOSS and effect["regained"] >= 1 / 3 and effect["cost"] <= 1 / 3
+
+
+def _shuffled(plan: RollbackPlan) -> RollbackPlan:
+    """The same plan with random scores."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        name: edit * (0.5 + torch.rand(edit.shape, generator=generator, dtype=edit.dtype))
+        for name, edit in plan.edit.items()
+    }
+    return replace(plan, damage=scores)
 
 
 def _effect(
@@ -236,8 +284,8 @@ def _effect(
     return {
         "lost": lost,
         "gain_of_last": gain,
-        "regained": (after[name] - rates[PHASES][name]) / lost if lost > 0 else math.nan,
-        "cost": (rates[PHASES][last] - after[last]) / gain if gain > 0 else math.nan,
+        "regained": (after[name] - rates[PHASES][name]) / lost if lost > 0 else 0.0,
+        "cost": (rates[PHASES][last] - after[last]) / gain if gain > 0 else 0.0,
     }
 
 

@@ -23,7 +23,8 @@ class Conflict:
         chance: The largest cosine's mean between random subspaces of the same sizes, by parameter.
         share: Part of the squared displacement inside the first domain's directions, all parameters together.
         flat_share: The same for a displacement spread evenly over all directions: rank over width.
-        shared_damage: Part of the predicted interference that lies along shared directions; 0 without any.
+        shared_damage: Predicted interference of the displacement's part along shared directions, over that of
+            the whole displacement. It can pass 1, where the two parts' effects cancel.
         inside_damage: Part of it inside the domain's directions.
     """
 
