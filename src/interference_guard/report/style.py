@@ -23,7 +23,16 @@ DOMAINS = (
     ("#7a6fac", "#a79cdc"),
     ("#5f6770", "#aab2bd"),
 )
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1.5, 1.5)),
+    (0, (6, 2, 1.5, 2)),
+    (0, (10, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (8, 2, 3, 2)),
+    (0, (2, 3)),
+)
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6570", "#d3d9de", "#ffffff"
 # Colour in a drawing to the page's variable.
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
@@ -37,7 +46,7 @@ def colour(index: int) -> str:
 
 
 def dash(index: int) -> Any:
-    """Line style of a domain: another one on each round through the colours, and between neighbours."""
+    """Line style of a domain: no two of one round through the colours share it, nor one colour in two rounds."""
     return DASHES[(index // len(DOMAINS) + index % len(DOMAINS)) % len(DASHES)]
 
 
