@@ -61,6 +61,8 @@ unit: env  ## pytest alone; PYTEST_ARGS="-k name" chooses
 bench: env  ## the committed results again (hours)
 	$(BIN)/python -m benchmarks.forgetting
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.paper
+	$(BIN)/python -m benchmarks.tooling
 
 docs: env  ## build the site into site/
 	$(BIN)/mkdocs build --strict
