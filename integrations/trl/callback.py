@@ -20,6 +20,7 @@ from interference_guard.guard import Guard
 from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 
+from .card import add_section
 from .completions import generated, labelled, trainer_policy
 from .rows import DomainTable, check_dataset
 from .seams import Seams
@@ -108,6 +109,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         seams.wrap("_prepare_inputs", self._prepare_inputs)
         seams.wrap("_save_optimizer_and_scheduler", self._save)
         seams.wrap("_load_optimizer_and_scheduler", self._load)
+        if hasattr(trainer, "create_model_card"):
+            seams.wrap("create_model_card", self._card)
         if seams.generates:
             seams.wrap("_generate_and_score_completions", self._generate)
             seams.wrap("_calculate_rewards", self._calculate)
@@ -224,6 +227,16 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return result
 
         return load
+
+    def _card(self, method: Any) -> Any:
+        def create(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            path = Path(self._trainer.args.output_dir) / "README.md"
+            if self._trainer.is_world_process_zero() and path.is_file():
+                add_section(path, self._guard())
+            return result
+
+        return create
 
     # Events of the trainer
 
