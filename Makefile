@@ -83,6 +83,8 @@ bench: env  ## the committed results again (hours)
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.reference
+	$(BIN)/python -m benchmarks.paper
+	$(BIN)/python -m benchmarks.tooling
 
 docs: env  ## build the site into site/
 	$(BIN)/mkdocs build --strict

@@ -116,14 +116,17 @@ class _Evaluate(TrainerCallback):  # type: ignore[misc]
         result: Result,
         watch: Watch,
         guard: InterferenceGuardCallback | None,
+        keep: Path | None = None,
     ) -> None:
         self.words, self.tests, self.every, self.result, self.watch = words, tests, every, result, watch
-        self.guard = guard
+        self.guard, self.keep = guard, keep
         self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
         self.before: tuple[float, dict[str, float]] = (0.0, {})
+        if self.guard is not None and self.guard.history is not None:
+            self.guard.history.evaluation(0, self.result.start)
 
     def _phase(self) -> None:
         seconds = time.perf_counter() - self.started - self.seconds
@@ -135,10 +138,14 @@ class _Evaluate(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.result.run["steps"] == 0:
             self._phase()
+            if self.keep is not None:
+                _save(self.keep / f"phase-{state.global_step // self.result.run['steps']}", model, self.guard)
         if state.global_step % self.every == 0:
             started = time.perf_counter()
             rates = policy.pass_rates(model, self.words, self.tests, longest=LONGEST)
             self.result.curve.append({"step": state.global_step, **rates})
+            if self.guard is not None and self.guard.history is not None:
+                self.guard.history.evaluation(state.global_step, rates)
             self.seconds += time.perf_counter() - started
             self.watch("rates", state.global_step, rates)
         else:
@@ -148,6 +155,12 @@ class _Evaluate(TrainerCallback):  # type: ignore[misc]
         kept = {name: value for name, value in logs.items() if name.startswith("guard/")}
         if kept:
             self.result.metrics.append({"step": state.global_step, **kept})
+
+
+def _save(folder: Path, model: Any, guard: InterferenceGuardCallback | None) -> None:
+    model.save_pretrained(folder)
+    if guard is not None and guard.guard is not None:
+        guard.guard.save(folder)
 
 
 class _Pairs(TrainerCallback):  # type: ignore[misc]
@@ -229,13 +242,20 @@ def share_start(order: Sequence[str], seed: int, path: Path, save: bool) -> None
         _STARTS[key] = torch.load(path, weights_only=True)
 
 
-def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int = 20) -> Result:
+def train(
+    run: Run,
+    watch: Watch = lambda kind, step, values: None,
+    every: int = 20,
+    keep: Path | None = None,
+) -> Result:
     """Run it.
 
     Args:
         run: What to run.
         watch: Called after each step with ``"step"`` or ``"rates"``, the step and the pass rates.
         every: Steps between two evaluations; each phase's length should be a multiple.
+        keep: A folder for the run's history, and a checkpoint with the guard's state after every phase
+            (`phase-0` is the warm start); nothing is kept by default.
     """
     student, words = prepare(run.names, run.seed, () if run.reference is None else (run.reference,))
     tests = {name: domains.rows(name, TEST_ROWS, seed=10_000) for name in run.names}
@@ -250,11 +270,13 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
     result = Result(run=asdict(run))
     result.start = policy.pass_rates(student, words, tests, longest=LONGEST)
     result.curve.append({"step": 0, **result.start})
+    if keep is not None:
+        _save(keep / "phase-0", student, None)
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = GRPOConfig(
-            output_dir=folder,
+            output_dir=str(keep or folder),
             learning_rate=run.rate,
             lr_scheduler_type="constant",
             per_device_train_batch_size=PROMPTS * GENERATIONS,
@@ -290,7 +312,7 @@ def train(run: Run, watch: Watch = lambda kind, step, values: None, every: int =
             trainer.add_callback(_Pairs(guard, 3, result))
         if guard is not None and guard.config.recovery:
             trainer.add_callback(_Recoveries(guard, result))
-        evaluate = _Evaluate(words, tests, every, result, watch, guard)
+        evaluate = _Evaluate(words, tests, every, result, watch, guard, keep)
         trainer.add_callback(evaluate)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from transformers import TrainerCallback
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError, StateError
 from interference_guard.guard import Guard
+from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
 
+from .card import add_section
 from .completions import generated, labelled, trainer_policy
 from .engines import check_engine
 from .recovery import RecoveryRows
@@ -66,6 +70,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.reference = reference
         self._recovery: RecoveryRows | None = None
         self._reference: dict[str, Completions] = {}
+        self.history: History | None = None
+        self._began = 0.0
         self.domains = DomainTable(self.config.domain_column)
         self._seams: Seams | None = None
         self._hooks: StepHooks | None = None
@@ -145,6 +151,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         seams.wrap("_prepare_inputs", self._prepare_inputs)
         seams.wrap("_save_optimizer_and_scheduler", self._save)
         seams.wrap("_load_optimizer_and_scheduler", self._load)
+        if hasattr(trainer, "create_model_card"):
+            seams.wrap("create_model_card", self._card)
         if seams.generates:
             seams.wrap("_generate_and_score_completions", self._generate)
             seams.wrap("_calculate_rewards", self._calculate)
@@ -248,6 +256,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             # The last line of a run sums it up; the guard's means belong to the steps before.
             if self.guard is not None and self._trainer.model.training and "train_runtime" not in logs:
                 logs = {**logs, **self.guard.metrics()}
+                if self.history is not None:
+                    seconds = perf_counter() - self._began
+                    self.history.report(self.guard.steps, self.guard.active, logs, seconds)
             return method(logs, *args, **kwargs)
 
         return log
@@ -275,6 +286,16 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
         return load
 
+    def _card(self, method: Any) -> Any:
+        def create(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            path = Path(self._trainer.args.output_dir) / "README.md"
+            if self._trainer.is_world_process_zero() and path.is_file():
+                add_section(path, self._guard())
+            return result
+
+        return create
+
     # Events of the trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -296,6 +317,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
                 self._guard().protect(name, rows)
         self._reference = {}
         self._hooks = attach(self._trainer.optimizer, self._guard())
+        self._began = perf_counter()
+        self.history = None
+        if state.is_world_process_zero:
+            # The guard's own count goes on where each phase has a trainer of its own.
+            self.history = History(Path(args.output_dir) / HISTORY, asdict(self.config), self._guard().steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the guard which domains the step's rows are of."""
@@ -320,6 +346,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the evaluation's true rewards to the guard, domain by domain."""
         found, self._evaluated = self._evaluated, {}
+        if found and self.history is not None:
+            means = {name: sum(rewards) / len(rewards) for name, rewards in found.items()}
+            self.history.evaluation(self._guard().steps, means)
         for name, rewards in found.items():
             # A domain that has not been trained yet has nothing to keep.
             if name in self._guard().domains:

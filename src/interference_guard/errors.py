@@ -42,3 +42,11 @@ class StateError(GuardError, RuntimeError):
 
 class StateVersionError(StateError):
     """A state file written by a version of the guard whose format this one cannot read."""
+
+
+class CheckpointError(GuardError, ValueError):
+    """A saved checkpoint that is incomplete, damaged, or of another architecture."""
+
+
+class ReportError(GuardError, RuntimeError):
+    """A report or a command that lacks something: an optional package, a readable run, a free output path."""

@@ -59,8 +59,12 @@ def test_every_package_is_listed():
 
 def test_wheel_holds_the_sources_and_nothing_else(built):
     names = {name for name in zipfile.ZipFile(built[1]).namelist() if ".dist-info/" not in name}
-    settings = "interference_guard/integrations/verl/conf/guard/interference_guard.yaml"
-    assert names == {*source_files(), "interference_guard/py.typed", settings}
+    data = {
+        "interference_guard/py.typed",
+        "interference_guard/integrations/verl/conf/guard/interference_guard.yaml",
+        "interference_guard/report/page.html",
+    }
+    assert names == {*source_files(), *data}
 
 
 def test_wheel_carries_the_licence(built):

@@ -1,0 +1,220 @@
+"""A saved checkpoint, single or sharded, a model or a LoRA adapter, opened without loading it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from interference_guard.errors import CheckpointError
+from interference_guard.units import UnitLayout, canonical_name
+
+from .tensorfile import Entry, read_header
+
+SINGLE = ("model.safetensors", "adapter_model.safetensors")
+INDEX = "model.safetensors.index.json"
+# Elements read at once: 64 MiB in fp32.
+PIECE = 1 << 24
+# Architectures whose layers compute x W and store (in, out).
+TRANSPOSED = frozenset(("gpt2", "openai-gpt", "gpt_oss"))
+
+
+class Weights(Protocol):
+    """Named floating-point weights that are read in rows."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape by canonical name."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What a message calls them."""
+        ...
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of the first axis in fp32, checked to be finite."""
+        ...
+
+
+class Checkpoint:
+    """The weights in a folder or a safetensors file; tensors are read when asked for.
+
+    Args:
+        path: A folder with `model.safetensors`, its shards and their index, or `adapter_model.safetensors`;
+            or one safetensors file.
+
+    Raises:
+        CheckpointError: If there is no such file, a shard is missing or one is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        for file, wanted in _files(path).items():
+            found = read_header(file)
+            absent = sorted(wanted - found.keys())
+            if absent:
+                raise CheckpointError(
+                    f"{file} lacks {len(absent)} tensors that the index names, for instance {absent[0]!r}. "
+                    "Copy the checkpoint again."
+                )
+            for name, entry in found.items():
+                if entry.dtype is None or entry.dtype.is_floating_point:
+                    self.entries[canonical_name(name)] = entry
+        if not self.entries:
+            raise CheckpointError(
+                f"{path} holds no floating-point tensor. Give a model's or an adapter's folder."
+            )
+        self._shapes = {name: entry.shape for name, entry in self.entries.items()}
+
+    @property
+    def label(self) -> str:
+        """What a message calls it."""
+        return str(self.path)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape by canonical name."""
+        return MappingProxyType(self._shapes)
+
+    @property
+    def adapter(self) -> bool:
+        """Whether these are LoRA factors and not a model."""
+        return any(".lora_" in name for name in self._shapes)
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of the first axis in fp32.
+
+        Raises:
+            CheckpointError: If one of them is not finite.
+        """
+        found = self.entries[name].read(first, last).float()
+        if not bool(found.isfinite().all()):
+            raise CheckpointError(
+                f"{self.path}: {name} holds NaN or infinity. Such weights cannot be measured; use an earlier "
+                "checkpoint of the run."
+            )
+        return found
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint; see `Checkpoint`."""
+    return Checkpoint(Path(path))
+
+
+def _files(path: Path) -> dict[Path, set[str]]:
+    """Safetensors files of a checkpoint and the tensors each must have."""
+    if path.is_file():
+        return {path: set()}
+    index = path / INDEX
+    if index.is_file():
+        try:
+            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards: dict[Path, set[str]] = {}
+            for name, file in table.items():
+                shards.setdefault(path / file, set()).add(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index} is damaged: {type(error).__name__}: {error}. Copy the checkpoint again."
+            ) from error
+        absent = sorted(file.name for file in shards if not file.is_file())
+        if absent:
+            raise CheckpointError(
+                f"{path} lacks {len(absent)} of {len(shards)} shards that {INDEX} names, for instance "
+                f"{absent[0]!r}. Copy the missing files."
+            )
+        return shards
+    for name in SINGLE:
+        if (path / name).is_file():
+            return {path / name: set()}
+    raise CheckpointError(
+        f"{path} holds no checkpoint: expected one of {[*SINGLE, INDEX]}. Give the folder that save_pretrained "
+        "or the trainer wrote; files named .bin must be saved as safetensors first."
+    )
+
+
+def check_same(first: Weights, second: Weights) -> None:
+    """Refuse two checkpoints of different architectures.
+
+    Raises:
+        CheckpointError: Naming the first tensor that differs.
+    """
+    a, b = first.shapes, second.shapes
+    different = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{first.label} and {second.label} are of different architectures: {len(different)} of "
+            f"{len({*a, *b})} tensors differ, for instance {name!r} with shape {a.get(name)} and "
+            f"{b.get(name)}. Compare checkpoints of one model."
+        )
+
+
+def unit_layout(weights: Weights, overrides: Mapping[str, str] = MappingProxyType({})) -> UnitLayout:
+    """Unit views of a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: If its architecture stores layers transposed, which only a model in memory shows.
+    """
+    kind = _model_type(Path(weights.label))
+    if kind in TRANSPOSED and not overrides:
+        raise CheckpointError(
+            f"{weights.label} is a {kind} model, whose layers are stored transposed. Give unit_overrides for "
+            "its layers, for instance '*.c_attn.weight=column'."
+        )
+    empty = ((name, torch.empty(shape, device="meta")) for name, shape in weights.shapes.items())
+    return UnitLayout(empty, overrides)
+
+
+def _model_type(path: Path) -> str | None:
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(found)
+
+
+def pieces(shape: tuple[int, ...], limit: int = PIECE) -> Iterator[tuple[int, int]]:
+    """Row ranges that hold at most `limit` elements, at least one row each."""
+    count = shape[0] if shape else 1
+    row = 1
+    for length in shape[1:]:
+        row *= length
+    step = max(1, limit // max(row, 1))
+    for first in range(0, count, step):
+        yield first, min(first + step, count)
+
+
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+_SKIPPED = re.compile(r"^(lora_\w+|default|base_layer|modules_to_save|weight|bias|\d+)$")
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """Layer number and module of a parameter; None outside the numbered layers.
+
+    >>> place("model.layers.11.self_attn.q_proj.weight")
+    (11, 'q_proj')
+    >>> place("model.embed_tokens.weight")
+    (None, 'embed_tokens')
+    """
+    found = _NUMBER.search(name)
+    parts = [part for part in name.split(".") if not _SKIPPED.match(part)]
+    return (int(found[1]) if found else None), parts[-1] if parts else name
+
+
+def resolve(name: str, names: Iterable[str]) -> str | None:
+    """The checkpoint's name of a parameter of the running model; adapters are saved without their name.
+
+    >>> resolve("m.q.lora_A.default.weight", ["m.q.lora_A.weight"])
+    'm.q.lora_A.weight'
+    """
+    known = names if isinstance(names, Mapping | set) else set(names)
+    bare = re.sub(r"(\.lora_\w+)\.[^.]+\.(weight)$", r"\1.\2", name)
+    return next((item for item in (name, bare) if item in known), None)

@@ -1,0 +1,108 @@
+"""The subspace two domains share: angles between their directions, and how much of an edit lies inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Weights
+from .state import DomainRecord
+
+# Cosine of a principal angle from which a pair of directions counts as shared: 45 degrees.
+SHARED = 0.5**0.5
+
+
+@dataclass
+class Conflict:
+    """What two domains share in each parameter.
+
+    Args:
+        cosines: Cosines of the principal angles by parameter, ``(matrices, k)`` descending.
+        chance: The largest cosine's mean between random subspaces of the same sizes, by parameter.
+        share: Part of the squared displacement inside the first domain's directions, all parameters together.
+        flat_share: The same for a displacement spread evenly over all directions: rank over width.
+        shared_damage: Predicted interference of the displacement's part along shared directions, over that of
+            the whole displacement. It can pass 1, where the two parts' effects cancel.
+        inside_damage: Part of it inside the domain's directions.
+    """
+
+    cosines: dict[str, Tensor]
+    chance: dict[str, float]
+    share: float
+    flat_share: float
+    shared_damage: float
+    inside_damage: float
+
+    def mean_cosine(self) -> float:
+        """Mean of the largest cosine over parameters."""
+        tops = [float(item[..., 0].mean()) for item in self.cosines.values()]
+        return sum(tops) / max(len(tops), 1)
+
+    def mean_chance(self) -> float:
+        """The same between random subspaces."""
+        return sum(self.chance.values()) / max(len(self.chance), 1)
+
+
+def conflict_subspace(
+    record: DomainRecord, other: DomainRecord, before: Weights, after: Weights, seed: int = 0
+) -> Conflict:
+    """Compare two domains' directions and see where a displacement lies.
+
+    Args:
+        record: The domain that may be harmed; needs a local model.
+        other: The domain that trained from `before` to `after`.
+        before: Weights before it.
+        after: Weights after it.
+        seed: Of the random subspaces that give the angles' chance level.
+
+    Raises:
+        CheckpointError: If the checkpoints are not of the state's model.
+        UnknownDomainError: If the first domain has no local model.
+    """
+    names = record.state.names(after)
+    record.state.names(before)
+    theirs = other.directions()
+    generator = torch.Generator().manual_seed(seed)
+    cosines: dict[str, Tensor] = {}
+    chance: dict[str, float] = {}
+    total = kept = flat = damage = inside = shared = 0.0
+    for part in record.parts():
+        name, block = part.view.name, part.block
+        D = part.stack(after.rows(names[name])) - part.stack(before.rows(names[name]))
+        U, V = block.U, theirs[name]
+        left, values, _ = torch.linalg.svd(U.mT @ V, full_matrices=False)
+        if part.view.kind != "vector":
+            cosines[name] = values
+            chance[name] = _chance(U, V, generator)
+        energy = float(D.double().square().sum())
+        total += energy
+        flat += energy * min(U.shape[2] / part.view.width, 1.0)
+        kept += float((D @ U).double().square().sum())
+        z, _ = part.coordinates(after.rows(names[name]), before.rows(names[name]))
+        weights = block.weights()
+        first, rest = part.damage(after.rows(names[name]), before.rows(names[name]))
+        inside += float(first.double().sum())
+        damage += float(first.double().sum() + rest.double().sum())
+        # Directions of the first domain that the other has too, as a projector on the coordinates z.
+        common = left * (values > SHARED).unsqueeze(-2)
+        each = (common @ common.mT).repeat_interleave(block.energy.shape[1], 0)
+        each = each if block.rows is None else each[block.rows]
+        within = torch.bmm(z.unsqueeze(1), each).squeeze(1)
+        shared += float((weights * within.square()).double().sum() / 2)
+    return Conflict(
+        cosines,
+        chance,
+        kept / total if total else 0.0,
+        flat / total if total else 0.0,
+        shared / damage if damage else 0.0,
+        inside / damage if damage else 0.0,
+    )
+
+
+def _chance(U: Tensor, V: Tensor, generator: torch.Generator) -> float:
+    width = U.shape[1]
+    sizes = [int(item.abs().sum((0, 1)).count_nonzero()) or 1 for item in (U, V)]
+    draws = [torch.linalg.qr(torch.randn(width, min(size, width), generator=generator)).Q for size in sizes]
+    return float(torch.linalg.matrix_norm(draws[0].T @ draws[1], 2).clamp(max=1.0))

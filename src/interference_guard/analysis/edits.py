@@ -1,0 +1,193 @@
+"""What training changed: how many parameters, how much by neuron, and whether domains change the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from interference_guard.units import UnitView
+
+from .checkpoints import Weights, check_same, pieces, place, unit_layout
+
+# The paper's two bounds.
+ABSOLUTE, RELATIVE = 1e-7, 1e-3
+Advance = Callable[[str], None]
+
+
+@dataclass
+class ParameterEdit:
+    """One parameter's edit.
+
+    Args:
+        view: Its unit view.
+        elements: Their number.
+        under_both: Elements whose change is under 1e-7 and under 1e-3 of the value before.
+        close: Elements whose change is at most 1e-7 + 1e-3 of the value before, as `torch.isclose` reads
+            two such bounds.
+        equal: Elements that did not change at all.
+        units: Squared change of each unit, ``(units,)`` fp64.
+        before: Squared norm of the parameter before.
+    """
+
+    view: UnitView
+    elements: int = 0
+    under_both: int = 0
+    close: int = 0
+    equal: int = 0
+    units: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    before: float = 0.0
+
+
+@dataclass
+class Edits:
+    """Edits of all parameters by canonical name."""
+
+    parameters: dict[str, ParameterEdit]
+
+    def summary(self, names: list[str] | None = None) -> dict[str, float]:
+        """Shares over some parameters, all by default.
+
+        Returns:
+            ``under_both``, ``close`` and ``equal`` as parts of the elements, ``norm`` the length of the
+            displacement and ``relative`` that over the length of the weights before.
+        """
+        chosen = [self.parameters[name] for name in (self.parameters if names is None else names)]
+        count = max(sum(item.elements for item in chosen), 1)
+        norm = sum(float(item.units.sum()) for item in chosen) ** 0.5
+        before = sum(item.before for item in chosen) ** 0.5
+        return {
+            "elements": float(count),
+            "under_both": sum(item.under_both for item in chosen) / count,
+            "close": sum(item.close for item in chosen) / count,
+            "equal": sum(item.equal for item in chosen) / count,
+            "norm": norm,
+            "relative": norm / before if before else 0.0,
+        }
+
+    def by_place(self) -> dict[str, dict[str, float]]:
+        """Summaries by ``layer.module``."""
+        groups: dict[str, list[str]] = {}
+        for name in self.parameters:
+            layer, module = place(name)
+            groups.setdefault(module if layer is None else f"{layer}.{module}", []).append(name)
+        return {key: self.summary(names) for key, names in groups.items()}
+
+    def neurons(self) -> dict[str, Tensor]:
+        """Edit magnitude of each neuron by MLP: the length of the change of its gate row, up row and down column.
+
+        Returns:
+            Name of the MLP to ``(experts * channels,)`` fp64.
+        """
+        return neuron_sums({name: item.units for name, item in self.parameters.items()}, self.views, root=True)
+
+    @property
+    def views(self) -> dict[str, UnitView]:
+        """The parameters' unit views."""
+        return {name: item.view for name, item in self.parameters.items()}
+
+
+def neuron_sums(
+    units: Mapping[str, Tensor], views: Mapping[str, UnitView], *, root: bool = False
+) -> dict[str, Tensor]:
+    """Per-unit values summed over the units of each neuron, by MLP; with `root` the square root of the sum."""
+    found: dict[str, Tensor] = {}
+    for name, values in units.items():
+        view = views[name]
+        index = view.neuron_index()
+        if index is None or view.neuron is None:
+            continue
+        total = found.setdefault(view.neuron, torch.zeros(int(index.max()) + 1, dtype=torch.float64))
+        total.index_add_(0, index, values.double())
+    return {name: total.sqrt() for name, total in found.items()} if root else found
+
+
+def measure_edits(
+    before: Weights,
+    after: Weights,
+    overrides: Mapping[str, str] | None = None,
+    advance: Advance = lambda name: None,
+) -> Edits:
+    """Compare two checkpoints of one model, tensor by tensor.
+
+    Args:
+        before: The earlier one.
+        after: The later one.
+        overrides: Unit axis by name pattern, as in `GuardConfig.unit_overrides`.
+        advance: Called with each tensor's name when it is done.
+
+    Raises:
+        CheckpointError: If they are of different architectures or hold NaN.
+    """
+    check_same(before, after)
+    views = unit_layout(before, overrides or {}).views
+    found = {}
+    for name, view in views.items():
+        found[name] = _edit(view, before, after)
+        advance(name)
+    return Edits(found)
+
+
+def _edit(view: UnitView, before: Weights, after: Weights) -> ParameterEdit:
+    edit = ParameterEdit(view, units=torch.zeros(view.units, dtype=torch.float64))
+    for first, last in pieces(view.shape):
+        old, new = before.rows(view.name, first, last), after.rows(view.name, first, last)
+        edit.before += float(torch.linalg.vector_norm(old)) ** 2
+        change = new.sub_(old)
+        energy = change.square()
+        _add(edit, energy, first)
+        size = change.abs_()
+        edit.elements += size.numel()
+        edit.equal += size.numel() - int(size.count_nonzero())
+        bound = old.abs_().mul_(RELATIVE)
+        edit.under_both += int((size < bound.clamp(max=ABSOLUTE)).sum()) + _both_zero(size, bound)
+        edit.close += int((size <= bound.add_(ABSOLUTE)).sum())
+    return edit
+
+
+def _both_zero(size: Tensor, bound: Tensor) -> int:
+    # Nothing is less than a part of zero: an untouched zero counts as unchanged all the same.
+    return int(((size == 0) & (bound == 0)).sum())
+
+
+def _add(edit: ParameterEdit, energy: Tensor, first: int) -> None:
+    """Add squared changes of rows `first` and on to the units they belong to."""
+    view = edit.view
+    if view.kind == "vector":
+        edit.units += energy.sum(dtype=torch.float64)
+        return
+    experts, units = (view.shape[0], view.units // view.shape[0]) if view.stacked else (1, view.units)
+    if view.stacked:
+        sums = energy.sum(-1 if view.kind == "row" else -2, dtype=torch.float64)
+        edit.units.view(experts, units)[first : first + len(sums)] += sums
+    elif view.kind == "row":
+        sums = energy.sum(-1, dtype=torch.float64).flatten()
+        per_row = view.units // view.shape[0]
+        edit.units[first * per_row : first * per_row + len(sums)] += sums
+    else:
+        edit.units += energy.sum(0, dtype=torch.float64)
+
+
+def top_neurons(magnitudes: Mapping[str, Tensor], share: float = 0.1) -> dict[str, Tensor]:
+    """The most changed neurons over all MLPs together, as bool masks by MLP."""
+    if not magnitudes:
+        return {}
+    flat = torch.cat(list(magnitudes.values()))
+    count = max(1, round(share * len(flat)))
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[flat.argsort(descending=True, stable=True)[:count]] = True
+    parts = torch.split(mask, [len(item) for item in magnitudes.values()])
+    return dict(zip(magnitudes, parts, strict=True))
+
+
+def jaccard(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Common members over united members of two sets of masks; 0 where both are empty.
+
+    >>> jaccard({"a": torch.tensor([True, True])}, {"a": torch.tensor([True, False])})
+    0.5
+    """
+    both = sum(int((mask & second[name]).sum()) for name, mask in first.items())
+    either = sum(int((mask | second[name]).sum()) for name, mask in first.items())
+    return both / max(either, 1)

@@ -1,0 +1,93 @@
+"""The interference a displacement costs a domain, predicted from the guard's state, and where it sits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from interference_guard.trust_region import Raw
+from interference_guard.units import UnitView
+
+from .checkpoints import Weights, place
+from .edits import neuron_sums
+from .state import DomainRecord
+
+
+@dataclass
+class Prediction:
+    """Predicted interference of one domain.
+
+    Args:
+        domain: The domain.
+        inside: Raw prediction in the domain's directions by parameter and unit, ``(units,)`` fp32 each.
+        outside: The rest's, likewise.
+        views: The parameters' unit views.
+        calibrated: In parts of the domain's reward range (or nats a token); NaN before a measurement.
+    """
+
+    domain: str
+    inside: dict[str, Tensor]
+    outside: dict[str, Tensor]
+    views: dict[str, UnitView]
+    calibrated: float
+
+    @property
+    def raw(self) -> float:
+        """The raw prediction: a sum over all units."""
+        return sum(float(part.double().sum()) for group in (self.inside, self.outside) for part in group.values())
+
+    @property
+    def units(self) -> dict[str, Tensor]:
+        """Both parts together, ``(units,)`` by parameter."""
+        return {name: part + self.outside[name] for name, part in self.inside.items()}
+
+    def by_place(self) -> dict[str, float]:
+        """Raw prediction by ``layer.module``."""
+        found: dict[str, float] = {}
+        for name, values in self.units.items():
+            layer, module = place(name)
+            key = module if layer is None else f"{layer}.{module}"
+            found[key] = found.get(key, 0.0) + float(values.double().sum())
+        return found
+
+    def neurons(self) -> dict[str, Tensor]:
+        """Raw prediction of each neuron by MLP."""
+        return neuron_sums(self.units, self.views)
+
+
+def predict_damage(
+    record: DomainRecord,
+    after: Weights,
+    before: Weights | None = None,
+    advance: Callable[[str], None] = lambda name: None,
+) -> Prediction:
+    """Predict what a displacement costs a domain: 1/2 d' H d by the domain's local model.
+
+    Args:
+        record: The domain, from a state file.
+        after: The displaced weights.
+        before: Where the displacement starts; the domain's own anchor by default.
+        advance: Called with each parameter's name when it is done.
+
+    Raises:
+        CheckpointError: If the checkpoints are not of the state's model.
+        UnknownDomainError: If the domain has no local model.
+
+    Reference:
+        Yang et al., 2026, arXiv:2606.02398, without its first-order term and with an isotropic rest.
+    """
+    names = record.state.names(after)
+    if before is not None:
+        record.state.names(before)
+    inside, outside, views = {}, {}, {}
+    for part in record.parts():
+        there = names[part.view.name]
+        start = None if before is None else before.rows(there)
+        name = part.view.name
+        inside[name], outside[name] = part.damage(after.rows(there), start)
+        views[name] = part.view
+        advance(name)
+    sums = [sum(float(item.double().sum()) for item in group.values()) for group in (inside, outside)]
+    return Prediction(record.name, inside, outside, views, record.region.predict(Raw(sums[0], sums[1], 0.0)))

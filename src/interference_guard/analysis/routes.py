@@ -1,0 +1,151 @@
+"""Which neurons a domain's prompts run through, and how two domains' updates meet on the shared ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from interference_guard.errors import UnsupportedError
+from interference_guard.units import CHANNELS_IN, UnitLayout, canonical_name
+
+from .checkpoints import Weights, check_same, unit_layout
+from .edits import jaccard, neuron_sums, top_neurons
+
+
+@torch.no_grad()
+def active_neurons(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], share: float = 0.1
+) -> dict[str, Tensor]:
+    """The most active neurons of some prompts: by the mean size of their activation over all tokens.
+
+    Args:
+        model: The policy; run in evaluation mode, and left in the mode it was in.
+        batches: Keyword arguments of its forward pass; tokens with `attention_mask` 0 are left out.
+        share: Part of the neurons of each MLP that counts as active.
+
+    Returns:
+        Bool mask by MLP, ``(channels,)``. Stacks of experts, which are no modules, are left out.
+
+    Raises:
+        UnsupportedError: If the model has no MLP whose channels are known.
+    """
+    readers = _readers(model)
+    if not readers:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no MLP with a known gate, up and down projection, so there are no "
+            f"neurons to watch. Known names of the last are {sorted(CHANNELS_IN)}."
+        )
+    sums: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def watch(mlp: str) -> object:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            size = inputs[0].detach().abs().double()
+            if mask is not None:
+                size = size * mask.to(size.device).unsqueeze(-1)
+            total = size.flatten(0, -2).sum(0).cpu()
+            sums[mlp] = sums[mlp] + total if mlp in sums else total
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(mlp)) for mlp, module in readers.items()]  # type: ignore[arg-type]
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            model(**batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {mlp: top_neurons({mlp: total}, share)[mlp] for mlp, total in sums.items()}
+
+
+def _readers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layer of each MLP that reads its channels, by the MLP's name."""
+    views = UnitLayout(model.named_parameters(), module=model).views
+    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    found: dict[str, nn.Module] = {}
+    for name, view in views.items():
+        owner = name.removesuffix(".weight")
+        last = owner.rpartition(".")[2]
+        if view.neuron is not None and last in CHANNELS_IN and owner in modules and not view.stacked:
+            found[view.neuron] = modules[owner]
+    return found
+
+
+@dataclass
+class Routes:
+    """How two domains meet.
+
+    Args:
+        overlap: Jaccard index of their active neurons.
+        chance: What it would be between random sets of these sizes.
+        shared_cosine: Cosine of their updates on the neurons both use.
+        other_cosine: The same on all other neurons.
+        synergy: Part of the shared neurons whose updates agree in sign.
+        shared: Number of neurons both use.
+    """
+
+    overlap: float
+    chance: float
+    shared_cosine: float
+    other_cosine: float
+    synergy: float
+    shared: int
+
+
+def compare_routes(
+    first: tuple[Mapping[str, Tensor], Weights, Weights], second: tuple[Mapping[str, Tensor], Weights, Weights]
+) -> Routes:
+    """Compare two domains' active neurons and, on the shared ones, the directions of their updates.
+
+    Args:
+        first: Active neurons, weights before the domain's training, and after.
+        second: The other domain's.
+
+    Raises:
+        CheckpointError: If the checkpoints are of different architectures.
+    """
+    masks, other = first[0], second[0]
+    products = _products(first[1:], second[1:])
+    both = {mlp: mask & other[mlp] for mlp, mask in masks.items()}
+    shared = torch.cat(list(both.values()))
+    table = {key: torch.cat([values[mlp] for mlp in both]) for key, values in products.items()}
+    sizes = [sum(int(mask.sum()) for mask in item.values()) for item in (masks, other)]
+    common = sizes[0] * sizes[1] / len(shared)
+    count = int(shared.sum())
+    return Routes(
+        overlap=jaccard(masks, other),
+        chance=common / max(sum(sizes) - common, 1),
+        shared_cosine=_cosine(table, shared),
+        other_cosine=_cosine(table, ~shared),
+        synergy=int((table["product"][shared] > 0).sum()) / max(count, 1),
+        shared=count,
+    )
+
+
+def _products(first: tuple[Weights, Weights], second: tuple[Weights, Weights]) -> dict[str, dict[str, Tensor]]:
+    """Inner product and squared lengths of two updates by neuron."""
+    for weights in (first[1], *second):
+        check_same(first[0], weights)
+    views = unit_layout(first[0]).views
+    units: dict[str, dict[str, Tensor]] = {"product": {}, "first": {}, "second": {}}
+    for name, view in views.items():
+        if view.neuron is None:
+            continue
+        a = view.view(first[1].rows(name) - first[0].rows(name)).double()
+        b = view.view(second[1].rows(name) - second[0].rows(name)).double()
+        units["product"][name] = (a * b).sum(-1).flatten()
+        units["first"][name] = a.square().sum(-1).flatten()
+        units["second"][name] = b.square().sum(-1).flatten()
+    return {key: neuron_sums(values, views) for key, values in units.items()}
+
+
+def _cosine(table: Mapping[str, Tensor], chosen: Tensor) -> float:
+    scale = float(table["first"][chosen].sum() * table["second"][chosen].sum()) ** 0.5
+    return float(table["product"][chosen].sum()) / scale if scale > 0 else 0.0

@@ -1,0 +1,270 @@
+"""A guard's saved state, read without the model: what each domain's local model says of each parameter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interference_guard.checkpoint import DETAILS, TENSORS, VERSION
+from interference_guard.config import GuardConfig
+from interference_guard.curvature import nystrom, residual_matrix, sketch_matrix
+from interference_guard.errors import CheckpointError, StateError, StateVersionError, UnknownDomainError
+from interference_guard.local_model import LocalBlock
+from interference_guard.trust_region import TrustRegion
+from interference_guard.units import UnitLayout, UnitView
+
+from .checkpoints import Weights, resolve
+from .tensorfile import Entry, read_header
+
+
+@dataclass
+class Part:
+    """One parameter's share of a domain's local model.
+
+    Args:
+        view: The parameter's unit view.
+        block: Its local model; `matrices` is 1, or the number of experts of a stack.
+        R: Random directions of the residual, ``(width, residual)`` fp32.
+    """
+
+    view: UnitView
+    block: LocalBlock
+    R: Tensor
+
+    def stack(self, weight: Tensor) -> Tensor:
+        """A weight as ``(matrices, units, width)`` fp32."""
+        seen = self.view.view(weight).float()
+        return seen if seen.dim() == 3 else seen.unsqueeze(0)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Per protected unit ``(rows,)`` to ``(units,)`` of the whole parameter, zero elsewhere."""
+        return self.block.scatter(values.unsqueeze(-1)).flatten()
+
+    def coordinates(self, weight: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Displacement from the anchor, or from `before`, seen through U and R.
+
+        Returns:
+            z ``(rows, rank)`` and r ``(rows, residual)``.
+        """
+        block = self.block
+        W = self.stack(weight)
+        if before is not None:
+            W = W - self.stack(before)
+        z, q = block.select(W @ block.U), block.select(W @ self.R)
+        if before is None:
+            z, q = z - block.z0, q - block.q0
+        mixed = block.U.mT @ self.R
+        if block.rows is None:
+            each = mixed.repeat_interleave(block.energy.shape[1], 0)
+        else:
+            each = mixed[block.rows // block.energy.shape[1]]
+        return z, q - torch.bmm(z.unsqueeze(1), each).squeeze(1)
+
+    def damage(self, weight: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Raw predicted interference of each unit, inside and outside the directions, ``(units,)`` each."""
+        block = self.block
+        z, r = self.coordinates(weight, before)
+        inside = (block.weights() * z.square()).sum(-1) / 2
+        rho = block.rho.repeat_interleave(block.energy.shape[1])
+        rho = rho if block.rows is None else rho[block.rows]
+        outside = block.unit_scale() * rho * r.square().sum(-1) / 2
+        return self.scatter(inside), self.scatter(outside)
+
+
+class DomainRecord:
+    """One domain of a state file."""
+
+    def __init__(self, state: StateFile, name: str, number: int, details: Mapping[str, Any]) -> None:
+        self.state, self.name, self.details = state, name, details
+        self._prefix = f"{number}/"
+        region = dict(details["region"])
+        self.region = TrustRegion(**region)
+
+    @property
+    def modelled(self) -> bool:
+        """Whether it has a local model: only domains that another one's steps have followed do."""
+        return bool(self.details["model"])
+
+    def tensor(self, key: str) -> Tensor | None:
+        """A tensor of this domain, or None."""
+        entry = self.state.entries.get(self._prefix + key)
+        return None if entry is None else entry.read()
+
+    def need(self, key: str) -> Tensor:
+        """A tensor that must be there."""
+        found = self.tensor(key)
+        if found is None:
+            raise StateError(
+                f"{self.state.folder} lacks {key!r} of domain {self.name!r}. Use one that Guard.save() finished."
+            )
+        return found
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Index and gradient energy ``(matrices, units)`` of each block, in the guard's order."""
+        index = 0
+        while (energy := self.tensor(f"sums/{index}/energy")) is not None:
+            yield index, energy
+            index += 1
+
+    def parts(self) -> Iterator[Part]:
+        """The local model parameter by parameter.
+
+        Raises:
+            UnknownDomainError: If the domain has no local model.
+        """
+        if not self.modelled:
+            ready = [item.name for item in self.state.domains.values() if item.modelled]
+            raise UnknownDomainError(
+                f"Domain {self.name!r} has no anchor in {self.state.folder}; anchored are {ready}. Its anchor is "
+                "set when another domain's first step follows: use a state saved after that."
+            )
+        seed, columns = self.state.settings["seed"], self.state.settings["residual"]
+        matrices: dict[int, Tensor] = {}
+        for index, energy, views in self.members():
+            names = ("lam", "rho", "scale", "z0", "q0")
+            lam, rho, scale, z0, q0 = (self.need(f"model/{index}/{name}") for name in names)
+            U = self.tensor(f"model/{index}/U")
+            if U is None:
+                U = self.need(f"sums/{index}/basis")[:, :, : lam.shape[1]]
+            rows = self.tensor(f"model/{index}/rows")
+            units = energy.shape[1]
+            for position, view in enumerate(views):
+                count = energy.shape[0] // len(views)
+                these = slice(position * count, (position + 1) * count)
+                inside: Tensor | slice = slice(these.start * units, these.stop * units)
+                chosen = None
+                if rows is not None:
+                    inside = ((rows >= these.start * units) & (rows < these.stop * units)).nonzero().flatten()
+                    chosen = rows[inside] - these.start * units
+                width = view.width
+                if width not in matrices:
+                    matrices[width] = residual_matrix(width, columns, seed)
+                block = LocalBlock(
+                    U[these], lam[these], rho[these], scale[these], energy[these], chosen, z0[inside], q0[inside]
+                )
+                yield Part(view, block, matrices[width])
+
+    def members(self) -> Iterator[tuple[int, Tensor, list[UnitView]]]:
+        """Index, energy and unit views of each block."""
+        names = iter(self.state.views.values())
+        for index, energy in self.blocks():
+            first = next(names)
+            count = 1 if first.stacked else energy.shape[0]
+            views = [first, *(next(names) for _ in range(count - 1))]
+            if views[0].units * len(views) != energy.numel():
+                raise StateError(
+                    f"{self.state.folder}: the block of {first.name!r} has {energy.numel()} units, its shape "
+                    f"gives {views[0].units * len(views)}. Layers stored transposed (Conv1D) cannot be read "
+                    "without the model; give unit_overrides in the run."
+                )
+            yield index, energy, views
+
+    def energies(self) -> dict[str, Tensor]:
+        """Gradient energy of each unit by parameter, ``(units,)``."""
+        found: dict[str, Tensor] = {}
+        for _, energy, views in self.members():
+            for view, piece in zip(views, energy.chunk(len(views)), strict=True):
+                found[view.name] = piece.flatten()
+        return found
+
+    def directions(self) -> dict[str, Tensor]:
+        """Leading directions by parameter, ``(matrices, width, rank)``, of domains without an anchor too."""
+        found: dict[str, Tensor] = {}
+        rank = self.state.settings["rank"]
+        for index, _, views in self.members():
+            basis = self.tensor(f"sums/{index}/basis")
+            if basis is None:
+                sketch = self.need(f"sums/{index}/sketch")
+                omega = sketch_matrix(views[0].width, self.state.settings["sketch"], self.state.settings["seed"])
+                basis, _ = nystrom(sketch, omega)
+            for view, piece in zip(views, basis[:, :, :rank].chunk(len(views)), strict=True):
+                found[view.name] = piece
+        return found
+
+
+class StateFile:
+    """The guard's state beside a checkpoint.
+
+    Args:
+        folder: Where `interference_guard.json` and `interference_guard.safetensors` lie.
+
+    Raises:
+        StateError: If one is missing or damaged.
+        StateVersionError: If the format is another version's.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / DETAILS
+        try:
+            details = json.loads(path.read_text(encoding="utf-8"))
+            if details["format"] != "interference_guard":
+                raise ValueError("it was written by something else")
+            if details["version"] != VERSION:
+                raise StateVersionError(
+                    f"{path} has format version {details['version']!r}; this version reads {VERSION}. Use the "
+                    "release of interference-guard that wrote it."
+                )
+            self.settings: dict[str, Any] = details["settings"]
+            self.steps = int(details["steps"])
+            shapes = {name: tuple(shape) for name, shape in details["parameters"].items()}
+            domains = dict(details["domains"])
+        except FileNotFoundError as error:
+            raise StateError(
+                f"{self.folder} has no guard state ({DETAILS}). Give a checkpoint folder of a guarded run."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"{path} is damaged: {type(error).__name__}: {error}. Copy it again.") from error
+        try:
+            self.entries: dict[str, Entry] = read_header(self.folder / TENSORS)
+        except CheckpointError as error:
+            raise StateError(str(error)) from error
+        size = (self.folder / TENSORS).stat().st_size
+        if size != details.get("tensor_bytes"):
+            raise StateError(
+                f"{self.folder / TENSORS} is damaged: it has {size} bytes where {details.get('tensor_bytes')} "
+                "were written. Copy it again."
+            )
+        config = GuardConfig(unit_overrides=self.settings.get("unit_overrides"))
+        empty = ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
+        self.views: dict[str, UnitView] = UnitLayout(empty, config.overrides()).views
+        self.domains: dict[str, DomainRecord] = {
+            name: DomainRecord(self, name, number, item) for number, (name, item) in enumerate(domains.items())
+        }
+
+    def domain(self, name: str) -> DomainRecord:
+        """One domain.
+
+        Raises:
+            UnknownDomainError: If the state does not know it.
+        """
+        if name not in self.domains:
+            raise UnknownDomainError(
+                f"Domain {name!r} is not in {self.folder}; it knows {sorted(self.domains)}. Give one of these."
+            )
+        return self.domains[name]
+
+    def names(self, weights: Weights) -> dict[str, str]:
+        """The checkpoint's name of each guarded parameter.
+
+        Raises:
+            CheckpointError: If one is missing or has another shape.
+        """
+        found: dict[str, str] = {}
+        for name, view in self.views.items():
+            there = resolve(name, weights.shapes)
+            shape = None if there is None else weights.shapes[there]
+            if there is None or shape != view.shape:
+                raise CheckpointError(
+                    f"{weights.label} and the guard state in {self.folder} are of different architectures: "
+                    f"{name!r} has shape {view.shape} in the state and {shape} in the checkpoint. Give a "
+                    "checkpoint of the guarded run."
+                )
+            found[name] = there
+        return found

@@ -1,0 +1,90 @@
+"""`inspect`: what a run, or a saved state, holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interference_guard.errors import StateError
+from interference_guard.history import HISTORY
+from interference_guard.report.run import Run, find_state, read_run
+from interference_guard.report.transfer import losses
+
+from . import output
+
+
+def inspect(
+    run: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint with a guard's state, or a history file.")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show each domain's reward, interference, radius and anchor.
+
+    Example: interference-guard inspect outputs/run
+    """
+    history = read_run(run) if (run / HISTORY).is_file() or run.is_file() else None
+    state = find_state(run)
+    if history is None and state is None:
+        raise StateError(
+            f"{run} holds neither a guard's history nor a guard's state. Give the folder a guarded run wrote to "
+            "(output_dir) or one of its checkpoints."
+        )
+    found: dict[str, Any] = {"run": str(run)}
+    if history is not None:
+        found |= {"steps": history.last, "skipped_lines": history.recorded.skipped, "domains": _domains(history)}
+    if state is not None:
+        found |= {"state": str(state), "anchors": _anchors(state)}
+    if json:
+        output.as_json(found)
+        return
+    if history is not None:
+        _show(found)
+    if state is not None:
+        rows = [
+            [name, str(item["anchored"]), str(item["steps_since"]), output.number(item["reward_at_anchor"])]
+            for name, item in found["anchors"].items()
+        ]
+        output.table(f"State in {state}", ["domain", "anchored", "steps since", "reward then"], rows)
+
+
+def _show(found: dict[str, Any]) -> None:
+    keys = ("reward", "lost", "predicted", "measured", "radius", "protected_share")
+    forms = (".3f", ".3f", ".4f", ".4f", ".2e", ".0%")
+    rows = [
+        [name, *(output.number(values.get(key), form) for key, form in zip(keys, forms, strict=True))]
+        for name, values in found["domains"].items()
+    ]
+    output.table(f"{found['run']}: {found['steps']:g} steps", ["domain", *keys], rows)
+    if found["skipped_lines"]:
+        output.line(f"{found['skipped_lines']} damaged lines of the history were skipped.")
+
+
+def _domains(run: Run) -> dict[str, dict[str, float]]:
+    rates, _ = run.rates()
+    lost = losses(run)
+    found: dict[str, dict[str, float]] = {}
+    for name in run.domains:
+        values = {key: points[-1][1] for key in ("predicted", "measured", "radius", "protected_share")
+                  if (points := run.metric(name, key))}  # fmt: skip
+        if rates.get(name):
+            values["reward"] = rates[name][-1][1]
+        if name in lost:
+            values["lost"] = lost[name]
+        found[name] = values
+    return found
+
+
+def _anchors(state: Path) -> dict[str, dict[str, Any]]:
+    from interference_guard.analysis.state import StateFile
+
+    return {
+        name: {
+            "anchored": record.details["anchored"],
+            "steps_since": record.details["foreign_steps"],
+            "reward_at_anchor": record.details["anchor_reward"],
+        }
+        for name, record in StateFile(state).domains.items()
+    }

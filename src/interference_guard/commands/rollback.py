@@ -1,0 +1,70 @@
+"""`rollback`: a checkpoint with the part of an edit taken back that harms a domain most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interference_guard.analysis import StateFile, open_checkpoint, plan_rollback, write_rollback
+from interference_guard.errors import ConfigError
+
+from . import output
+
+
+def rollback(
+    base: Annotated[
+        Path, typer.Argument(help="The checkpoint before the edit: best where DOMAIN's phase ended.")
+    ],
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint after it.")],
+    domain: Annotated[str, typer.Option(help="The domain to restore.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the new checkpoint.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder with the guard's state; that of CHECKPOINT by default.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Part of the units to roll back, the most harmful first.")] = 0.1,
+    strength: Annotated[float, typer.Option(help="Part of their edit that is taken back.")] = 1.0,
+    mode: Annotated[
+        str, typer.Option(help="'directions': along the domain's directions alone; 'units': whole units.")
+    ] = "directions",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the curve over shares; write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Take back what an edit costs a domain, without training.
+
+    Units are ranked by predicted interference to DOMAIN for each unit of the edit's squared length.
+
+    Examples: interference-guard rollback after-math final --domain math --dry-run;
+    interference-guard rollback after-math final --domain math --share 0.05 -o restored
+    """
+    if out is None and not dry_run:
+        raise ConfigError("Nothing says where the result goes. Pass --out FOLDER, or --dry-run to see the curve.")
+    record = StateFile(state if state is not None else checkpoint).domain(domain)
+    before, after = open_checkpoint(base), open_checkpoint(checkpoint)
+    with output.progress("scoring", len(record.state.views)) as advance:
+        plan = plan_rollback(record, before, after, mode, advance)
+    if dry_run or out is None:
+        rows = plan.curve(strength)
+    else:
+        with output.progress("writing", len(record.state.views)) as advance:
+            rows = [write_rollback(plan, share, strength, out, force=force, advance=advance)]
+    if json:
+        output.as_json({"domain": domain, "mode": mode, "out": None if dry_run else str(out), "rollback": rows})
+        return
+    cells = [
+        [
+            f"{row['share']:.0%}",
+            f"{row['units']:.0f}",
+            output.number(row["damage_left"], ".1%"),
+            output.number(row["edit_left"], ".1%"),
+        ]
+        for row in rows
+    ]
+    columns = ["share of units", "units", "predicted interference left", "squared edit left"]
+    output.table(f"Rollback for {domain}, strength {strength:g}, {mode}", columns, cells)
+    if out is not None and not dry_run:
+        output.line(f"Written to {out}")

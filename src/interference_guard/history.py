@@ -1,0 +1,238 @@
+"""A run's history: JSON lines beside the checkpoints, of bounded length, that a report is drawn from.
+
+The first line says what the run is. Each further line is one report of metrics (``"step"``) or one
+evaluation (``"evaluation"``). When more than `limit` lines lie in the file, every second step line is
+dropped and from then on only every second one is written, so that the whole run keeps one resolution.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, StateError
+
+HISTORY = "interference_guard_history.jsonl"
+VERSION = 1
+LIMIT = 4000
+
+
+class History:
+    """Writes a run's history. A fault of the disk ends the writing with one warning, never the run.
+
+    Args:
+        path: The file; lines already in it up to `step` are kept, later ones belong to steps that are
+            about to be run again and are dropped.
+        settings: The run's settings, for the first line; JSON-ready.
+        step: Steps the run has done so far, above 0 where it resumes.
+        limit: Most lines in the file, at least 8.
+
+    Raises:
+        ConfigError: If `limit` is under 8.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any] | None = None, step: int = 0, limit: int = LIMIT
+    ) -> None:
+        if limit < 8:
+            raise ConfigError(f"limit={limit!r} is not allowed: a history needs 8 lines or more.")
+        self.path = path
+        self.limit = limit
+        self.failed = False
+        self.stride = 1
+        self._reports = 0
+        self._lines = 1
+        self._settings = dict(settings or {})
+        try:
+            earlier = self._earlier(step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._rewrite(earlier)
+        except (OSError, TypeError, ValueError) as error:
+            self._fail(error)
+
+    def report(
+        self, step: int, active: Sequence[str], metrics: Mapping[str, float], seconds: float = 0.0
+    ) -> None:
+        """Add a line of metrics.
+
+        Args:
+            step: The optimizer step they were reported at.
+            active: Domains that step trained.
+            metrics: Plain numbers by name.
+            seconds: Wall-clock time since the run, or its resumed part, began.
+        """
+        self._reports += 1
+        if (self._reports - 1) % self.stride:
+            return
+        line = {"kind": "step", "step": step, "active": list(active), "seconds": round(seconds, 3)}
+        self._append({**line, "metrics": _finite(metrics)})
+
+    def evaluation(self, step: int, rewards: Mapping[str, float]) -> None:
+        """Add an evaluation: mean reward, or pass rate, by domain."""
+        self._append({"kind": "evaluation", "step": step, "rewards": _finite(rewards)})
+
+    def _earlier(self, step: int) -> list[dict[str, Any]]:
+        if step <= 0 or not self.path.is_file():
+            return []
+        found = read_history(self.path)
+        self.stride = found.stride
+        return [line for line in found.lines if line["step"] <= step]
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.failed:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_dumped(line))
+            self._lines += 1
+            if self._lines > self.limit:
+                self._thin()
+        except (OSError, TypeError, ValueError) as error:
+            self._fail(error)
+
+    def _thin(self) -> None:
+        lines = read_history(self.path).lines
+        steps = [line for line in lines if line["kind"] == "step"]
+        others = [line for line in lines if line["kind"] != "step"]
+        # The newest of both kinds stay; a run of evaluations alone must be bounded too.
+        if len(steps) >= len(others):
+            self.stride *= 2
+            steps = steps[::-1][::2][::-1]
+        else:
+            others = others[::-1][::2][::-1]
+        self._rewrite(sorted([*steps, *others], key=lambda line: int(line["step"])))
+        # The last report was kept: the next one kept is a whole stride later.
+        self._reports = 1
+
+    def _rewrite(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        head = {"kind": "run", "version": VERSION, "stride": self.stride, "settings": self._settings}
+        temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(_dumped(line) for line in (head, *lines))
+            os.replace(temporary, self.path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        self._lines = 1 + len(lines)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = True
+        warnings.warn(
+            f"The guard's history {self.path} cannot be written: {error}. Training goes on without it; "
+            "free space or choose another output folder to have one.",
+            stacklevel=4,
+        )
+
+
+@dataclass
+class RecordedRun:
+    """What `read_history` found.
+
+    Args:
+        settings: Settings of the first line.
+        lines: Step and evaluation lines in the file's order.
+        skipped: Lines that could not be read.
+        stride: Reports behind one step line.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    stride: int = 1
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Lines with metrics."""
+        return [line for line in self.lines if line["kind"] == "step"]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines with an evaluation."""
+        return [line for line in self.lines if line["kind"] == "evaluation"]
+
+
+def find_history(run: Path) -> Path:
+    """The history file of a run, given the run's folder or the file.
+
+    Raises:
+        StateError: If there is none.
+    """
+    path = run / HISTORY if run.is_dir() else run
+    if not path.is_file():
+        raise StateError(
+            f"{run} has no guard history ({HISTORY}). Give the folder a guarded run wrote its checkpoints to "
+            "(output_dir), or the history file itself."
+        )
+    return path
+
+
+def read_history(path: Path) -> RecordedRun:
+    """Read a history; damaged lines are skipped and counted.
+
+    Raises:
+        StateError: If the file cannot be read, or no line of it is one of a history.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
+    found = RecordedRun()
+    headed = False
+    for raw in text.splitlines():
+        line = _parsed(raw)
+        if line is None:
+            found.skipped += bool(raw.strip())
+        elif line["kind"] == "run":
+            headed = True
+            found.settings = line["settings"]
+            found.stride = line["stride"]
+        else:
+            found.lines.append(line)
+    if not found.lines and not headed:
+        raise StateError(
+            f"{path} is no guard history: none of its {found.skipped} lines could be read. Give a file named "
+            f"{HISTORY} that a guarded run wrote."
+        )
+    return found
+
+
+def _parsed(raw: str) -> dict[str, Any] | None:
+    """A line as a table with the fields its kind must have, else None."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    if not isinstance(line, dict):
+        return None
+    kind, step = line.get("kind"), line.get("step")
+    if kind == "run":
+        settings, stride = line.get("settings"), line.get("stride")
+        return line if isinstance(settings, dict) and isinstance(stride, int) and stride > 0 else None
+    table = line.get({"step": "metrics", "evaluation": "rewards"}.get(str(kind), ""))
+    if not isinstance(step, int) or isinstance(step, bool) or not isinstance(table, dict):
+        return None
+    numbers = all(isinstance(value, int | float) for value in table.values() if value is not None)
+    if not numbers or not isinstance(line.get("active", []), list):
+        return None
+    return line
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows neither NaN nor infinity; six digits are more than a figure shows."""
+    return {
+        name: float(f"{value:.6g}") if math.isfinite(value) else None
+        for name, value in values.items()
+        if isinstance(value, int | float)
+    }
+
+
+def _dumped(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"

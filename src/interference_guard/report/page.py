@@ -1,0 +1,231 @@
+"""Puts a run's figures and numbers into one HTML file that asks for nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from interference_guard.errors import ReportError
+
+from . import figures
+from .run import Run, curvature_map, find_state, read_run
+from .style import DOMAINS, drawing, freeze, png, standalone, svg
+from .transfer import Transfer, losses, transfer
+
+# Maps of more domains than this would make the page long and large.
+MAPS = 12
+
+
+@dataclass
+class Figure:
+    """One figure of the page: key, heading, note, and its drawings as SVG; a table has a wide one alone."""
+
+    key: str
+    title: str
+    note: str
+    wide: str
+    narrow: str
+
+
+@dataclass
+class Made:
+    """What `build_report` wrote."""
+
+    page: Path
+    figures: list[Path] = field(default_factory=list)
+    skipped: int = 0
+
+
+def build_report(run: Path, out: Path | None = None, *, state: Path | None = None, force: bool = False) -> Made:
+    """Write a run's report: one HTML file, and each figure as PNG and SVG beside it.
+
+    Args:
+        run: The run's folder, or its history file.
+        out: The HTML file; `report.html` in the run's folder by default. The figures go into a folder of
+            the same name without `.html`.
+        state: A folder with the guard's state, for the maps of curvature; the newest one under the run by
+            default.
+        force: Replace an existing report.
+
+    Raises:
+        StateError: If there is no readable history.
+        ReportError: If the run is empty, a package is missing, or the report exists and `force` is not set.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ReportError(
+            f"A report needs {error.name}, which is not installed. Run: pip install 'interference-guard[report]'"
+        ) from error
+    found = read_run(run)
+    page = out if out is not None else found.path.parent / "report.html"
+    folder = page.with_suffix("")
+    if page.suffix != ".html":
+        raise ReportError(f"{page} is not a name for a page: it must end in .html, for instance report.html.")
+    for path in (page, folder):
+        if path.exists() and not force:
+            raise ReportError(f"{path} exists already. Choose another name with --out, or pass --force.")
+    state = state if state is not None else find_state(run)
+    made = Made(page, skipped=found.recorded.skipped)
+    maps, trouble = curvature_map(state) if state is not None else ({}, None)
+    moved = transfer(found)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = [
+            figure for item in _plan(found, moved, maps) if (figure := _draw(folder, made, *item)) is not None
+        ]
+        template = files("interference_guard.report").joinpath("page.html").read_text(encoding="utf-8")
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        text = environment.from_string(template).render(
+            title=found.path.parent.resolve().name or "run",
+            tiles=_tiles(found, moved),
+            figures=drawn,
+            losses=losses(found),
+            settings=found.settings,
+            skipped=made.skipped,
+            trouble=trouble,
+            colours=[(index, *pair) for index, pair in enumerate(DOMAINS)],
+        )
+        _write(page, text.encode())
+    except OSError as error:
+        raise ReportError(f"{page} cannot be written: {error}. Choose another place with --out.") from error
+    return made
+
+
+Plan = tuple[str, str, str, Callable[[bool], Any]]
+
+
+def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[tuple[int, str], float]]) -> list[Plan]:
+    """Key, title, note and drawing of each figure."""
+    plans: list[Plan] = [
+        (
+            "rewards",
+            "Reward by domain",
+            "A band is the phase of the domain in whose colour it is. Hatched: recovery.",
+            lambda narrow: figures.rewards(run, narrow),
+        )
+    ]
+    if moved is not None:
+        plans.append(
+            (
+                "accuracy",
+                "Reward after each phase",
+                "A row is a phase, a column a domain. Framed: a domain right after its own phase.",
+                lambda narrow: _once(narrow, lambda: figures.accuracy(moved, run)),
+            )
+        )
+    plans += [
+        (
+            "interference",
+            "Interference over time",
+            "Above as the local model predicts it at every step, below as probes measured it; in parts of a "
+            "domain's reward range. The dashed line is the budget.",
+            lambda narrow: figures.interference(run, narrow),
+        ),
+        (
+            "agreement",
+            "Predicted against measured",
+            "A point is a probe. On the line, the prediction was right; left of it, too low.",
+            lambda narrow: figures.agreement(run, narrow),
+        ),
+        (
+            "radius",
+            "Radius",
+            "The bound of the projection in the raw prediction's unit, which differs from domain to domain.",
+            lambda narrow: figures.radius(run, narrow),
+        ),
+        (
+            "overlap",
+            "Overlap of protected sets",
+            "Jaccard index of the units that carry half of each domain's curvature energy.",
+            lambda narrow: _once(narrow, lambda: figures.overlap(run)),
+        ),
+    ]
+    plans.append(
+        (
+            "curvature",
+            "Where the curvature sits",
+            "Each domain's gradient energy by layer (the first on top) and module, from the guard's saved state. "
+            "Columns right of the layers' modules lie outside the layers and fill a domain's whole block.",
+            lambda narrow: figures.curvature(dict(list(maps.items())[:MAPS]), narrow),
+        )
+    )
+    plans.append(
+        (
+            "overhead",
+            "Overhead",
+            "The guard's part of the wall-clock time of a step; evaluations count as part of the step.",
+            lambda narrow: figures.overhead(run, narrow),
+        )
+    )
+    return plans
+
+
+def _once(narrow: bool, draw: Callable[[], Any]) -> Any:
+    """A table is drawn once: on a phone it scrolls."""
+    return None if narrow else draw()
+
+
+def _draw(
+    folder: Path, made: Made, key: str, title: str, note: str, draw: Callable[[bool], Any]
+) -> Figure | None:
+    drawings = []
+    for narrow in (False, True):
+        with drawing(f"{key}-{narrow}"):
+            figure = draw(narrow)
+            if figure is None:
+                continue
+            text = svg(freeze(figure))
+            # Ids of two inline drawings must differ.
+            drawings.append(_renamed(text, f"{key}-{'n' if narrow else 'w'}-"))
+            if not narrow:
+                for name, data in ((f"{key}.png", png(figure)), (f"{key}.svg", standalone(text).encode())):
+                    _write(folder / name, data)
+                    made.figures.append(folder / name)
+    return Figure(key, title, note, drawings[0], drawings[1] if drawings[1:] else "") if drawings else None
+
+
+def _renamed(text: str, prefix: str) -> str:
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", text)
+    return re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}\1"', text)
+
+
+def _tiles(run: Run, moved: Transfer | None) -> list[tuple[str, str, str]]:
+    """Value, name and meaning of the numbers at the top."""
+    tiles = [(f"{run.last:g}", "steps", f"{len(run.domains)} domains, {len(run.phases) or 'interleaved'} phases")]
+    if moved is not None:
+        tiles += [
+            (f"{moved.acc:.3f}", "ACC", "mean reward after the last phase"),
+            (f"{moved.bwt:+.3f}", "BWT", "mean change since a domain's own phase"),
+        ]
+        if moved.fwt is not None:
+            tiles.append((f"{moved.fwt:+.3f}", "FWT", "mean change before a domain's own phase"))
+        tiles.append((f"{moved.forgetting:.3f}", "forgetting", "best after any phase minus last, mean"))
+    else:
+        lost = losses(run)
+        if lost:
+            tiles.append((f"{max(lost.values()):.3f}", "worst forgetting", max(lost, key=lambda key: lost[key])))
+    times = run.overhead()
+    if times:
+        # Medians: an evaluation or a save between two reports is not the price of a step.
+        share = sorted(guard / every for _, guard, every in times)[len(times) // 2]
+        tiles.append((f"{share:.1%}", "overhead", "median part of a step's time"))
+    return tiles
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

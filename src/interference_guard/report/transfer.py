@@ -1,0 +1,94 @@
+"""The accuracy matrix of a sequence of phases, and what the continual-learning literature reads from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .run import Run, Series
+
+
+@dataclass
+class Transfer:
+    """Evaluations after each phase.
+
+    Args:
+        phases: Domain of each phase, in order; each domain counts at its last phase.
+        rows: Reward of every domain after each phase, ``rows[phase][domain]``.
+        start: Reward before the first phase, empty where it was not evaluated.
+        acc: Mean reward after the last phase.
+        bwt: Mean change from a domain's own phase to the end, over all but the last (backward transfer).
+        fwt: Mean change of a domain from the start to just before its own phase (forward transfer), or None.
+        forgetting: Mean of a domain's best reward after any phase, from its own on, minus its last.
+        by_domain: The same by domain.
+    """
+
+    phases: list[str]
+    rows: list[dict[str, float]]
+    start: dict[str, float]
+    acc: float
+    bwt: float
+    fwt: float | None
+    forgetting: float
+    by_domain: dict[str, float]
+
+
+def transfer(run: Run) -> Transfer | None:
+    """Read the accuracy matrix, or None where evaluations after the phases are missing.
+
+    Reference:
+        Lopez-Paz and Ranzato, 2017, arXiv:1706.08840, for ACC, BWT and FWT; Chaudhry et al., 2018,
+        arXiv:1801.10112, for forgetting.
+    """
+    phases = [phase for phase in run.phases if len(phase.active) == 1]
+    if not run.evaluations or len(phases) < 2 or len(phases) != len(run.phases):
+        return None
+    rows: list[dict[str, float]] = []
+    for index, phase in enumerate(phases):
+        end = phases[index + 1].first if index + 1 < len(phases) else run.last
+        row = {name: at(points, phase.first, end) for name, points in run.evaluations.items()}
+        rows.append({name: value for name, value in row.items() if value is not None})
+    names = [phase.active[0] for phase in phases]
+    own = {name: index for index, name in enumerate(names) if name in rows[index]}
+    end_row = rows[-1]
+    if not own or not end_row:
+        return None
+    start = {name: points[0][1] for name, points in run.evaluations.items() if points[0][0] <= phases[0].first}
+    earlier = [name for name in own if own[name] < len(rows) - 1 and name in end_row]
+    changes = [end_row[name] - rows[own[name]][name] for name in earlier]
+    lost = {name: max(row[name] for row in rows[own[name] :] if name in row) - end_row[name] for name in earlier}
+    ahead = [
+        rows[index - 1][name] - start[name]
+        for index, name in enumerate(names)
+        if index and names.index(name) == index and name in start and name in rows[index - 1]
+    ]
+    return Transfer(
+        names,
+        rows,
+        start,
+        sum(end_row.values()) / len(end_row),
+        sum(changes) / max(len(changes), 1),
+        sum(ahead) / len(ahead) if ahead else None,
+        sum(lost.values()) / max(len(lost), 1),
+        lost,
+    )
+
+
+def at(points: Series, first: float, last: float) -> float | None:
+    """The last value in the steps after `first` up to `last`."""
+    inside = [value for step, value in points if first < step <= last]
+    return inside[-1] if inside else None
+
+
+def losses(run: Run) -> dict[str, float]:
+    """What each earlier domain has lost: by evaluations where there are any, else the guard's own figure."""
+    found = transfer(run)
+    if found is not None:
+        return found.by_domain
+    if run.evaluations and run.phases:
+        return {
+            name: max(value for _, value in points) - points[-1][1]
+            for name, points in run.evaluations.items()
+            if name in run.domains
+        }
+    values = {name: run.metric(name, "forgetting") for name in run.domains}
+    return {name: points[-1][1] for name, points in values.items() if points}

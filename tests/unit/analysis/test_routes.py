@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from interference_guard.analysis import active_neurons, compare_routes, open_checkpoint
+from interference_guard.errors import UnsupportedError
+from tests.unit.helpers import Toy
+from tests.unit.runs import save_model
+
+
+def test_active_neurons_are_the_largest_activations():
+    model = Toy().train()
+    ids = torch.tensor([[0, 1, 2, 3]])
+    found = active_neurons(model, [{"input_ids": ids}], share=0.25)
+    with torch.no_grad():
+        size = torch.tanh(model.mlp["up_proj"](model.embed(ids))).abs().sum((0, 1))
+    assert set(found["mlp"].nonzero().flatten().tolist()) == set(size.topk(8).indices.tolist())
+    assert model.training
+    assert not model.mlp["down_proj"]._forward_pre_hooks
+
+
+def test_masked_tokens_do_not_count():
+    model = Toy()
+    padded = torch.tensor([[9, 9, 0, 1]])
+    mask = torch.tensor([[0, 0, 1, 1]])
+    a = active_neurons(model, [{"input_ids": padded, "attention_mask": mask}])
+    b = active_neurons(model, [{"input_ids": padded[:, 2:]}])
+    assert torch.equal(a["mlp"], b["mlp"])
+
+
+def test_hooks_are_removed_after_an_error():
+    model = Toy()
+    with pytest.raises(TypeError):
+        active_neurons(model, [{"nonsense": torch.zeros(1)}])
+    assert not model.mlp["down_proj"]._forward_pre_hooks
+
+
+def test_a_model_without_neurons():
+    with pytest.raises(UnsupportedError, match="no neurons to watch"):
+        active_neurons(nn.Linear(2, 2), [])
+
+
+def test_directions_on_shared_routes(tmp_path):
+    start = Toy()
+    moves = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    paths = [save_model(start, tmp_path / "start")]
+    for sign in (1.0, -1.0):
+        model = Toy()
+        with torch.no_grad():
+            # The first half of the neurons moves alike in both domains, the second half in opposite ways.
+            model.mlp["up_proj"].weight[:16] += moves[:16]
+            model.mlp["up_proj"].weight[16:] += sign * moves[16:]
+        paths.append(save_model(model, tmp_path / str(sign)))
+    before, first, second = map(open_checkpoint, paths)
+    shared = torch.arange(32) < 16
+    found = compare_routes(({"mlp": shared}, before, first), ({"mlp": shared}, before, second))
+    assert found.overlap == 1
+    assert found.shared == 16
+    assert found.shared_cosine == pytest.approx(1, abs=1e-5)
+    assert found.other_cosine == pytest.approx(-1, abs=1e-5)
+    assert found.synergy == 1
+    rest = compare_routes(({"mlp": shared}, before, first), ({"mlp": ~shared}, before, second))
+    assert (rest.overlap, rest.shared, rest.synergy) == (0, 0, 0)
+    assert rest.chance == pytest.approx(8 / 24)

@@ -1,0 +1,214 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from interference_guard.analysis import open_checkpoint
+from interference_guard.cli import main
+from interference_guard.history import HISTORY, History
+from tests.unit.helpers import Toy
+from tests.unit.runs import save_model
+
+COMMANDS = ("inspect", "report", "compare", "rollback", "check", "doctor")
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    return code, captured.out, captured.err
+
+
+def test_help_names_every_command_with_an_example(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert name in out
+        code, own, _ = run(capsys, name, "--help")
+        assert code == 0
+        assert f"interference-guard {name}" in " ".join(own.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["report"], ["nonsense"], ["check", "--max-forgetting", "x", "y"], ["compare", "a"]]
+)
+def test_wrong_usage_exits_with_2(capsys, words):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert err
+
+
+def test_inspect(capsys, toy_run):
+    code, out, _ = run(capsys, "inspect", toy_run[0], "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["steps"] == 90
+    assert set(found["domains"]) == {"math", "code", "qa"}
+    assert found["domains"]["math"]["lost"] > 0
+    assert found["anchors"]["math"] == {
+        "anchored": True,
+        "steps_since": 60,
+        "reward_at_anchor": found["anchors"]["math"]["reward_at_anchor"],
+    }
+    code, out, _ = run(capsys, "inspect", toy_run[0])
+    assert code == 0
+    assert "math" in out
+    # A checkpoint alone will do.
+    code, out, _ = run(capsys, "inspect", toy_run[0] / "phase-2", "--json")
+    assert code == 0
+    assert set(json.loads(out)["anchors"]) == {"math", "code"}
+
+
+def test_inspect_of_nothing(capsys, tmp_path):
+    code, _, err = run(capsys, "inspect", tmp_path)
+    assert code == 2
+    assert "holds neither a guard's history nor a guard's state" in err
+
+
+def test_report(capsys, toy_run, tmp_path):
+    page = tmp_path / "x.html"
+    code, out, _ = run(capsys, "report", toy_run[0], "-o", page)
+    assert code == 0
+    assert str(page) in out.replace("\n", "")
+    code, _, err = run(capsys, "report", toy_run[0], "-o", page)
+    assert code == 2
+    assert "pass --force" in err
+    assert run(capsys, "report", toy_run[0], "-o", page, "--force")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "nonsense"])
+def test_report_of_a_bad_run(capsys, tmp_path, kind):
+    if kind == "empty":
+        History(tmp_path / HISTORY)
+    if kind == "nonsense":
+        (tmp_path / HISTORY).write_text("x\n")
+    code, _, err = run(capsys, "report", tmp_path)
+    assert code == 2
+    expected = {"missing": "has no guard history", "empty": "the run is empty", "nonsense": "could be read"}
+    assert expected[kind] in err
+
+
+def test_compare(capsys, toy_run):
+    folders = [toy_run[0] / f"phase-{index}" for index in range(4)]
+    code, out, _ = run(capsys, "compare", *folders, "--chain", "--json", "--state", folders[3])
+    found = json.loads(out)
+    assert code == 0
+    assert [item["before"] for item in found["edits"]] == [str(path) for path in folders[:3]]
+    assert len(found["top_neurons"]) == 3
+    assert all(0 <= pair["jaccard"] <= 1 for pair in found["top_neurons"])
+    assert {(item["domain"]) for item in found["predictions"]} == {"math", "code"}
+    assert found["edits"][0]["places"]["lm_head"]["norm"] > 0
+    code, out, _ = run(capsys, "compare", *folders, "--places")
+    assert code == 0
+    assert "phase-0 ->" in out.replace("\n", " ")
+    same = json.loads(run(capsys, "compare", folders[0], folders[0], "--json")[1])
+    assert same["edits"][0]["equal"] == same["edits"][0]["under_both"] == 1
+
+
+def test_compare_of_different_models(capsys, tmp_path):
+    a, b = save_model(Toy(), tmp_path / "a"), save_model(Toy(hidden=8), tmp_path / "b")
+    code, _, err = run(capsys, "compare", a, b)
+    assert code == 2
+    assert "are of different architectures" in err
+
+
+def test_compare_of_weights_that_are_not_finite(capsys, tmp_path):
+    model = Toy()
+    a = save_model(model, tmp_path / "a")
+    model.lm_head.weight.data[0, 0] = torch.inf
+    code, _, err = run(capsys, "compare", a, save_model(model, tmp_path / "b"))
+    assert code == 2
+    assert "holds NaN or infinity" in err
+
+
+def test_rollback(capsys, toy_run, tmp_path):
+    before, after = toy_run[0] / "phase-1", toy_run[0] / "phase-3"
+    code, out, _ = run(capsys, "rollback", before, after, "--domain", "math", "--dry-run", "--json")
+    assert code == 0
+    assert len(json.loads(out)["rollback"]) > 5
+    assert list(tmp_path.iterdir()) == []
+    out_folder = tmp_path / "restored"
+    words = ["rollback", before, after, "--domain", "math", "--share", "0.3", "-o", out_folder]
+    assert run(capsys, *words)[0] == 0
+    assert open_checkpoint(out_folder).shapes == open_checkpoint(after).shapes
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "pass --force" in err
+    assert run(capsys, *words, "--force")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--domain", "math"], "Pass --out FOLDER, or --dry-run"),
+        (["--domain", "art", "--dry-run"], "is not in"),
+        (["--domain", "qa", "--dry-run"], "has no anchor"),
+        (["--domain", "math", "--dry-run", "--strength", "3"], "strength=3.0 is not allowed"),
+        (["--domain", "math", "--dry-run", "--mode", "x"], "mode='x' is not allowed"),
+    ],
+)
+def test_rollback_with_wrong_words(capsys, toy_run, words, message):
+    code, _, err = run(capsys, "rollback", toy_run[0] / "phase-1", toy_run[0] / "phase-3", *words)
+    assert code == 2
+    assert message in err
+
+
+def test_check_is_a_gate(capsys, toy_run):
+    code, out, _ = run(capsys, "check", toy_run[0], "--max-forgetting", "0.02", "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert not found["passed"]
+    assert {item["domain"] for item in found["checks"]} == {"math", "code"}
+    assert run(capsys, "check", toy_run[0], "--max-forgetting", "1")[0] == 0
+    assert run(capsys, "check", toy_run[0], "--max-interference", "0.0001")[0] == 1
+    code, _, err = run(capsys, "check", toy_run[0])
+    assert code == 2
+    assert "No limit is given" in err
+
+
+def test_check_of_a_run_without_a_second_domain(capsys, tmp_path):
+    history = History(tmp_path / HISTORY)
+    history.report(1, ["math"], {"guard/math/reward": 0.5})
+    code, _, err = run(capsys, "check", tmp_path, "--max-forgetting", "0.02")
+    assert code == 2
+    assert "has no forgetting of any domain" in err
+
+
+def test_doctor(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["ok"]
+    packages = {item["package"]: item for item in found["packages"]}
+    assert packages["torch"]["state"] == "ok"
+    assert packages["trl"]["allowed"]
+    assert run(capsys, "doctor")[0] == 0
+
+
+def test_doctor_says_what_mends_a_wrong_version(capsys, monkeypatch):
+    # The package's name for it is the command.
+    doctor = sys.modules["interference_guard.commands.doctor"]
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "1.0" if name == "trl" else real(name))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1
+    assert "pip install --upgrade 'interference-guard[trl]'" in out
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    code = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer':\n"
+        "            raise ModuleNotFoundError('no typer', name='typer')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from interference_guard.cli import main\n"
+        "sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "pip install 'interference-guard[report]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,99 @@
+import pytest
+
+from interference_guard.errors import ReportError
+from interference_guard.history import HISTORY, History
+from interference_guard.report.figures import thin
+from interference_guard.report.run import read_run
+from interference_guard.report.transfer import losses, transfer
+
+
+def history(folder, evaluations, phases=(("a", 10), ("b", 20), ("c", 30)), **metrics):
+    made = History(folder / HISTORY, {"budget": 0.02})
+    begin = 0
+    for name, end in phases:
+        for step in range(begin + 2, end + 1, 2):
+            made.report(step, [name], metrics, 0.5 * step)
+            if step in evaluations:
+                made.evaluation(step, evaluations[step])
+        begin = end
+    return read_run(folder)
+
+
+def with_start(folder, start, evaluations):
+    made = History(folder / HISTORY)
+    made.evaluation(0, start)
+    for name, steps in (("a", (5, 10)), ("b", (15, 20)), ("c", (25, 30))):
+        for step in steps:
+            made.report(step, [name], {})
+            if step in evaluations:
+                made.evaluation(step, evaluations[step])
+    return read_run(folder)
+
+
+def test_matrix_and_its_summaries_by_hand(tmp_path):
+    rows = {
+        10: {"a": 0.9, "b": 0.2, "c": 0.3},
+        20: {"a": 0.5, "b": 0.8, "c": 0.1},
+        30: {"a": 0.6, "b": 0.4, "c": 1.0},
+    }
+    found = transfer(with_start(tmp_path, {"a": 0.1, "b": 0.1, "c": 0.2}, rows))
+    assert found.phases == ["a", "b", "c"]
+    assert found.rows == [rows[10], rows[20], rows[30]]
+    assert found.acc == pytest.approx((0.6 + 0.4 + 1.0) / 3)
+    assert found.bwt == pytest.approx(((0.6 - 0.9) + (0.4 - 0.8)) / 2)
+    assert found.fwt == pytest.approx(((0.2 - 0.1) + (0.1 - 0.2)) / 2)
+    assert found.by_domain == pytest.approx({"a": 0.3, "b": 0.4})
+    assert found.forgetting == pytest.approx(0.35)
+
+
+def test_without_evaluations_there_is_no_matrix(tmp_path):
+    run = history(tmp_path, {}, **{"guard/a/forgetting": 0.07})
+    assert transfer(run) is None
+    assert losses(run) == {"a": 0.07}
+
+
+def test_phases_are_those_of_the_reports(tmp_path):
+    run = history(tmp_path, {})
+    assert [(phase.first, phase.last, phase.active) for phase in run.phases] == [
+        (0, 10, ("a",)),
+        (10, 20, ("b",)),
+        (20, 30, ("c",)),
+    ]
+
+
+def test_interleaved_runs_have_no_phases_to_shade(tmp_path):
+    phases = [("ab"[index % 2], 2 * index + 2) for index in range(200)]
+    run = history(tmp_path, {20: {"a": 0.5}, 200: {"a": 0.4}}, phases)
+    assert run.phases == []
+    assert transfer(run) is None
+
+
+def test_recoveries_are_found(tmp_path):
+    made = History(tmp_path / HISTORY)
+    for step in range(1, 11):
+        made.report(step, ["a"], {"guard/recovery/active": float(step in (4, 5, 9))})
+    assert [(item.first, item.last) for item in read_run(tmp_path).recoveries] == [(3, 5), (8, 9)]
+
+
+def test_overhead_is_time_over_time_and_a_resumed_clock_is_left_out(tmp_path):
+    made = History(tmp_path / HISTORY)
+    for step, seconds in ((10, 5.0), (20, 10.0), (30, 2.0), (40, 7.0)):
+        made.report(step, ["a"], {"guard/seconds": 0.05}, seconds)
+    found = read_run(tmp_path).overhead()
+    assert [(step, every) for step, _, every in found] == [(20, 0.5), (40, 0.5)]
+
+
+def test_an_empty_run(tmp_path):
+    History(tmp_path / HISTORY)
+    with pytest.raises(ReportError, match="holds no step yet: the run is empty"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 300, 301, 10_000])
+def test_thinned_lines_keep_their_mean_and_end(count):
+    points = [(float(step), float(step % 7)) for step in range(count)]
+    found = thin(points)
+    assert len(found) <= 300
+    assert found[-1][0] == count - 1
+    means = [sum(value for _, value in item) / len(item) for item in (points, found)]
+    assert means[0] == pytest.approx(means[1], abs=0.1)
