@@ -214,8 +214,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
             result = method(checkpoint, *args, **kwargs)
             if checkpoint is not None:
-                # Prepared, and perhaps sharded, since the callback was attached.
-                self._guard().bind(self._trainer.model)
+                self._bind()
                 self._guard().load(self._folder(checkpoint))
             return result
 
@@ -229,7 +228,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if not self.config.enabled:
             return
         self._step_rows = {}
-        self._guard().bind(self._trainer.model)
+        self._bind()
         self._hooks = attach(self._trainer.optimizer, self._guard())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -276,6 +275,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if self.guard is None:
             raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
         return self.guard
+
+    def _bind(self) -> None:
+        # The trainer may have sharded the model since the callback was attached.
+        self._guard().bind(self._trainer.model)
+        self._guard().policy = trainer_policy(self._trainer)
 
     def _folder(self, directory: str) -> Path:
         # Each rank retains completions of its own.
