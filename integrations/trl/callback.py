@@ -279,8 +279,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
             result = method(checkpoint, *args, **kwargs)
             if checkpoint is not None:
-                # Prepared, and perhaps sharded, since the callback was attached.
-                self._guard().bind(self._trainer.model)
+                self._bind()
                 self._guard().load(self._folder(checkpoint))
             return result
 
@@ -310,7 +309,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._training, self._trainer._buffered_inputs = None, None
             if self._guard().recovery not in (None, *self._recovery.domains):
                 self._guard().abandon_recovery()
-        self._guard().bind(self._trainer.model)
+        self._bind()
         # A resumed run has read them from its checkpoint by now.
         for name, rows in self._reference.items():
             if name not in self._guard().domains:
@@ -370,6 +369,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if self.guard is None:
             raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
         return self.guard
+
+    def _bind(self) -> None:
+        # The trainer may have sharded the model since the callback was attached.
+        self._guard().bind(self._trainer.model)
+        self._guard().policy = trainer_policy(self._trainer)
 
     def _folder(self, directory: str) -> Path:
         # Each rank retains completions of its own.
