@@ -82,7 +82,8 @@ def _merge(guard: Guard, curvature: DomainCurvature) -> None:
     for sums in curvature.sums:
         tensors += [tensor for tensor in (sums.sketch, sums.energy) if tensor is not None]
     flat = guard.ranks.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
