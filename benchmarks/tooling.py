@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -27,13 +28,15 @@ from .provenance import write
 
 HIDDEN, INNER, WORDS = 2048, 6144, 32_000
 SHARD = 400_000_000
-MEASURE = """
-import json, resource, sys, time
+MEASURE = r"""
+import json, re, sys, time
 from interference_guard.cli import main
-started = time.perf_counter()
+started, used = time.perf_counter(), time.process_time()
 code = main(sys.argv[1:])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-sys.stderr.write(json.dumps({"code": code, "seconds": time.perf_counter() - started, "peak_bytes": peak}))
+# Not getrusage: there a child process begins with its parent's peak.
+peak = int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+times = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - used}
+sys.stderr.write(json.dumps({"code": code, **times, "peak_bytes": peak}))
 """
 
 
@@ -97,9 +100,10 @@ def long_history(folder: Path, steps: int, domains: int = 8) -> None:
 
 
 def measured(arguments: list[str]) -> dict[str, Any]:
-    """A command in a process of its own: exit code, seconds after the imports of Python, peak memory."""
+    """A command in a process of its own (Linux): exit code, seconds with the program's imports, peak memory."""
+    load = os.getloadavg()[0]
     run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
-    return dict(json.loads(run.stderr.strip().splitlines()[-1]))
+    return {**json.loads(run.stderr.strip().splitlines()[-1]), "load_before": load}
 
 
 def main() -> None:
