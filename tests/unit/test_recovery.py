@@ -1,5 +1,7 @@
 import dataclasses
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interference_guard import ConfigError, Guard, GuardConfig
+from interference_guard.recovering import _regained
 from interference_guard.recovery import PATIENCE, RecoveryLimits, RecoverySchedule, expected_steps
 from tests.unit.helpers import CONFIG, guarded, pass_rate, policy_gradient, rollout, train
 
@@ -327,3 +330,41 @@ def test_thresholds_follow_the_budget():
     assert GuardConfig(budget=0.02).recovery_threshold == pytest.approx(0.06)
     assert GuardConfig(budget=0.02, project=False).recovery_threshold == 0.02
     assert GuardConfig(budget=0.02, project=False, recovery_budget=0.01).regained_within == 0.005
+
+
+class Together:
+    """A reduction over two threads, each standing for a rank; a rank that is alone in it fails."""
+
+    def __init__(self):
+        self.barrier, self.given = threading.Barrier(2, timeout=30), {}
+
+    def of(self, rank):
+        def reduce(values, kind):
+            self.given[rank] = values.clone()
+            self.barrier.wait()
+            stacked = torch.stack([self.given[0], self.given[1]])
+            self.barrier.wait()
+            return stacked.sum(0) if kind == "sum" else stacked.amax(0)
+
+        return reduce
+
+
+def test_ranks_agree_where_one_alone_has_seen_a_wrong_answer():
+    together, found = Together(), {}
+
+    def judge(rank):
+        _, guard, _, _ = recovering()
+        guard.ranks.reduce = together.of(rank)
+        state = guard.domains["math"]
+        state.low, state.high = (0.0, 1.0) if rank == 0 else (1.0, 1.0)
+        state.target_reward = 1.0
+        state.rollouts.add(20.0 if rank == 0 else 32.0, 32)
+        regained = _regained(guard, state, first=True, policy=None)
+        found[rank] = (regained, state.span, state.region.truth_xy, state.region.truth_xx)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(judge, rank) for rank in (0, 1)]:
+            done.result()
+    assert found[0] == found[1]
+    assert found[0][1] == (0.0, 1.0)
+    assert not found[0][0]
