@@ -23,7 +23,7 @@ from examples.verl import assets
 from examples.verl.on_cpu import run
 
 NAMES = ("products", "gcd")
-PROMPTS, COMPLETIONS, LONGEST = 16, 8, 4
+PROMPTS, COMPLETIONS, LONGEST = 8, 8, 4
 STEPS = 40
 RATE = 7e-4
 SEED = 0

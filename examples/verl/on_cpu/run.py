@@ -30,6 +30,8 @@ def environment(log: Path) -> dict[str, str]:
         "HYDRA_FULL_ERROR": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray makes its workers wait for everything else on the machine.
+        "RAY_worker_niceness": "0",
         "RAY_memory_monitor_refresh_ms": "0",
     }
 
@@ -100,6 +102,8 @@ def overrides(
         "critic.enable=false",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "trainer.device=cpu",
+        "trainer.v1.sampler.custom_sampler.path=pkg://examples.verl.on_cpu.buffer",
+        "trainer.v1.sampler.custom_sampler.name=EagerBuffer",
         f"trainer.n_gpus_per_node={ranks}",
         "trainer.nnodes=1",
         "trainer.logger=[file]",
