@@ -33,7 +33,7 @@ DATA = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("ppo")
-    assets.write_model(made / "model", NAMES, seed=0, hidden=32, warm=150)
+    assets.write_model(made / "model", NAMES, seed=0, hidden=32, warm=800)
     assets.write_rows(made / "train.parquet", NAMES, 40, seed=1)
     assets.write_rows(made / "val.parquet", NAMES, 4, seed=2)
     return made
