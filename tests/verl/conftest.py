@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-collect_ignore_glob = [] if importlib.util.find_spec("verl") else ["test_*.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("verl") else ["*.py"]
 # Read once, when veRL is first imported.
 os.environ |= {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "examples.verl.on_cpu.platform"}
 
