@@ -19,8 +19,8 @@ from .tensorfile import Entry, read_header
 
 SINGLE = ("model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
-# Elements read at once: 64 MiB in fp32.
-PIECE = 1 << 24
+# Elements read at once, 4 MiB in fp32: pieces that fit a processor's cache are also the fastest.
+PIECE = 1 << 20
 # Architectures whose layers compute x W and store (in, out).
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "gpt_oss"))
 

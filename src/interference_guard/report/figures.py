@@ -11,7 +11,9 @@ from .style import INK, MUTED, PAPER, colour, dash
 from .transfer import Transfer
 
 # Points of one line that a figure can show; more would only make the page larger.
-POINTS = 300
+POINTS = 240
+# Points of one domain in a cloud.
+SPOTS = 80
 # Numbers that a coloured table can carry and be read.
 WRITTEN = 200
 WIDE, NARROW = (9.2, 3.7), (4.4, 4.0)
@@ -141,7 +143,7 @@ def agreement(run: Run, narrow: bool) -> Any:
             if step in predicted and value != before:
                 pairs.append((predicted[step], value))
             before = value
-        found[name] = pairs[:: max(1, len(pairs) // 150)]
+        found[name] = pairs[:: max(1, -(-len(pairs) // SPOTS))]
     values = [value for pairs in found.values() for pair in pairs for value in pair]
     if len(values) < 4:
         return None

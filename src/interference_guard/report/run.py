@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Run:
         """The guard's settings."""
         return self.recorded.settings
 
-    @property
+    @cached_property
     def last(self) -> float:
         """The last step that was reported or evaluated."""
         return float(max(line["step"] for line in self.recorded.lines))

@@ -2,7 +2,7 @@ import pytest
 
 from interference_guard.errors import ReportError
 from interference_guard.history import HISTORY, History
-from interference_guard.report.figures import thin
+from interference_guard.report.figures import POINTS, thin
 from interference_guard.report.run import read_run
 from interference_guard.report.transfer import losses, transfer
 
@@ -89,11 +89,11 @@ def test_an_empty_run(tmp_path):
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("count", [1, 300, 301, 10_000])
+@pytest.mark.parametrize("count", [1, POINTS, POINTS + 1, 10_000])
 def test_thinned_lines_keep_their_mean_and_end(count):
     points = [(float(step), float(step % 7)) for step in range(count)]
     found = thin(points)
-    assert len(found) <= 300
+    assert len(found) <= POINTS
     assert found[-1][0] == count - 1
     means = [sum(value for _, value in item) / len(item) for item in (points, found)]
     assert means[0] == pytest.approx(means[1], abs=0.1)
