@@ -97,6 +97,35 @@ def test_another_domain_need_not_wait_for_one_that_failed():
     assert schedule.start({"a": 2.0, "b": 1.0}, step, LIMITS).domain == "b"
 
 
+def phase(schedule, excess, step, *, regained):
+    """One whole phase; the schedule when the next may start, and the domain it had."""
+    schedule = schedule.start(excess, step, LIMITS)
+    name = schedule.domain
+    while schedule.phase != "idle":
+        step += 1
+        schedule = schedule.step(regained, step, LIMITS)
+    # Past every wait, so that only the claims decide.
+    return schedule, name, step + 10 * LIMITS.cooldown
+
+
+def test_domains_that_cannot_be_brought_back_take_turns():
+    excess, had, schedule, step = {"a": 4.0, "b": 3.0, "c": 1.0}, [], RecoverySchedule(), 1000
+    for _ in range(7):
+        schedule, name, step = phase(schedule, excess, step, regained=False)
+        had.append(name)
+    assert had == ["a", "b", "a", "b", "a", "c", "b"]
+
+
+def test_a_domain_that_came_back_has_its_full_claim_again():
+    excess, schedule, step = {"a": 3.0, "b": 2.0}, RecoverySchedule(), 1000
+    schedule, _, step = phase(schedule, excess, step, regained=False)
+    schedule, _, step = phase(schedule, excess, step, regained=False)
+    schedule, name, step = phase(schedule, excess, step, regained=True)
+    assert name == "a"
+    assert schedule.failed == {"b": 1}
+    assert phase(schedule, excess, step, regained=True)[1] == "a"
+
+
 def test_schedules_survive_json():
     schedule = RecoverySchedule().start({"a": 1.0}, 100, LIMITS).step(False, 101, LIMITS)
     again = RecoverySchedule(**schedule.state())
@@ -351,9 +380,11 @@ class Together:
 
 def test_ranks_agree_where_one_alone_has_seen_a_wrong_answer():
     together, found = Together(), {}
+    # One after the other: both draw from the one global generator.
+    guards = [recovering()[1] for _ in range(2)]
 
     def judge(rank):
-        _, guard, _, _ = recovering()
+        guard = guards[rank]
         guard.ranks.reduce = together.of(rank)
         state = guard.domains["math"]
         state.low, state.high = (0.0, 1.0) if rank == 0 else (1.0, 1.0)
