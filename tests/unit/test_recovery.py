@@ -342,7 +342,10 @@ def _saved(optimizer, folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recovery_budget": 0.01}, r"recovery_budget=0.01 is not allowed: .*at least budget=0.02"),
+        (
+            {"recovery_budget": 0.01, "recovery_tolerance": 0.02},
+            r"recovery_tolerance=0.02 .*recovery budget, here 0.01",
+        ),
         ({"recovery_budget": 0.05, "recovery_tolerance": 0.05}, r"recovery_tolerance=0.05 .*under the recovery"),
         ({"recovery_budget": -1.0}, "a number above 0, or None"),
         ({"recovery_steps": 0}, "an integer >= 1"),
@@ -359,6 +362,7 @@ def test_thresholds_follow_the_budget():
     assert GuardConfig(budget=0.02).recovery_threshold == pytest.approx(0.06)
     assert GuardConfig(budget=0.02, project=False).recovery_threshold == 0.02
     assert GuardConfig(budget=0.02, project=False, recovery_budget=0.01).regained_within == 0.005
+    assert GuardConfig(budget=0.1, recovery_budget=0.05).regained_within == 0.025
 
 
 class Together:
