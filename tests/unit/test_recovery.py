@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interference_guard import ConfigError, Guard, GuardConfig
-from interference_guard.recovering import _regained
+from interference_guard.recovering import _regained, follow
 from interference_guard.recovery import PATIENCE, RecoveryLimits, RecoverySchedule, expected_steps
 from tests.unit.helpers import CONFIG, guarded, pass_rate, policy_gradient, rollout, train
 
@@ -255,6 +255,27 @@ def test_every_other_domain_is_protected_meanwhile():
     assert guard.protected == ("code",)
     state = guard.domains["code"]
     assert state.subspace.item() <= state.radius.item() * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_a_domain_that_must_recover_is_held_closer(project):
+    model, guard, optimizer = guarded(0, config=dataclasses.replace(ALONE, project=project))
+    train(model, guard, optimizer, ["math"] * 40 + ["code"] * 5)
+    state = guard.domains["math"]
+    before = state.region.radius
+    follow(guard, {"math": dataclasses.replace(guard.measure("math"), loss=1.0)})
+    assert guard.recovery == "math"
+    if not project:
+        assert state.region.ceiling == math.inf
+        return
+    assert state.region.radius == state.region.ceiling == state.radius.item()
+    assert state.region.radius <= before
+    # A phase's own steps leave it so; the domain's planned ones do not.
+    train(model, guard, optimizer, ["math"], start=45)
+    assert state.region.ceiling < math.inf
+    guard.abandon_recovery()
+    train(model, guard, optimizer, ["math"], start=46)
+    assert state.region.ceiling == math.inf
 
 
 def recovering(config=ALONE):
