@@ -264,7 +264,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def _log(self, method: Any) -> Any:
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
             # The last line of a run sums it up; the guard's means belong to the steps before.
-            if self.guard is None or not self._trainer.model.training or "train_runtime" in logs:
+            last = "train_runtime" in logs
+            if last and self.live is not None:
+                # While the trainer's bar still stands: the panel's lines are counted from there.
+                self.live.close()
+            if self.guard is None or not self._trainer.model.training or last:
                 return method(logs, *args, **kwargs)
             logs = {**logs, **self.guard.metrics()}
             if self.history is not None:

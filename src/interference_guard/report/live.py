@@ -164,10 +164,12 @@ def meter(share: float, unicode: bool = True) -> str:
     if not math.isfinite(share):
         return "-"
     full, empty = ("█", "░") if unicode else ("#", ".")
-    number = f"{min(share, 9.99):>5.0%}"
+    # A gain uses none of the budget.
+    share = min(max(share, 0.0), 9.99)
+    number = f"{share:>5.0%}"
     if share > 1:
         return "over " + full * (CELLS - 5) + " " + number
-    filled = round(max(share, 0.0) * CELLS)
+    filled = round(share * CELLS)
     return full * filled + empty * (CELLS - filled) + " " + number
 
 

@@ -120,6 +120,7 @@ def places(tables: dict[str, dict[str, Places]], narrow: bool) -> Any:
     axes[0].set_xticks([index + 0.5 for index in range(len(names))], names)
     for axis in axes:
         axis.tick_params(axis="x", rotation=90, labelsize=7 if narrow else 8)
+        axis.tick_params(axis="y", labelsize=8)
     return figure
 
 
