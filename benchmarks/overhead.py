@@ -1,6 +1,7 @@
 """The guard's share of the training time on the bed, by part, for 0 to 3 protected domains.
 
     python -m benchmarks.overhead [--seeds 0 1 2]
+    python -m benchmarks.overhead --model qwen3-4b      at a large model's shapes; see `shapes.py`
 
 One guarded run of four domains a seed: phase k trains with k domains protected, so each phase is measured
 against its own steps in the same run. Writes `benchmarks/results/overhead.json`.
@@ -21,11 +22,22 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", help="measure at the shapes of this model instead")
+    parser.add_argument("--layers", type=int, default=2, help="with --model: layers to build, 2 or more")
+    parser.add_argument("--device", default="cpu", help="with --model: where")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     options = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM="false")
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
+    if options.model is not None:
+        from . import shapes
+
+        if options.model not in shapes.MODELS or options.layers < 2:
+            parser.error(f"--model must be one of {sorted(shapes.MODELS)} and --layers 2 or more.")
+        shapes.measure(options.model, options.layers, torch.device(options.device))
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -30,7 +30,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "recovery_cooldown": 3,
     },
     "loose": {"budget": LOOSE},
-    "loose with recovery": {"budget": LOOSE, "recovery": True, "recovery_budget": LOOSE},
+    "loose with recovery": {
+        "budget": LOOSE,
+        "recovery": True,
+        "recovery_budget": 0.05,
+        "recovery_tolerance": 0.02,
+        "recovery_steps": 5,
+        "recovery_cooldown": 3,
+    },
     "default with recovery": {"recovery": True},
 }
 

@@ -21,8 +21,6 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         # Only zero or non-finite gradients so far: there is nothing to protect.
         state.own_steps = 0
         return
-    state.retained = state.latest(guard.config.retain)
-    state.pending = [] if state.retained is None else [state.retained]
     energies = state.curvature.energies()
     chosen = protected_rows(state, guard, energies)
     guard.forget_sets(state.name)
@@ -33,11 +31,10 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     if reuse is None:
         state.since_refresh = 0
     state.slopes = None if state.gradient is None else state.gradient.along(state.model)
-    recovered = state.anchored
     if _scores_are_due(guard, state):
-        _score(guard, state, recovered)
-    else:
-        state.measurable = False
+        state.retained = state.latest(guard.config.retain)
+        state.pending = [] if state.retained is None else [state.retained]
+        _score(guard, state, recovered=state.anchored)
     state.anchored = True
     state.own_steps = state.foreign_steps = 0
     state.true_reward = math.nan
@@ -47,7 +44,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
 
 
 def _scores_are_due(guard: Guard, state: DomainState) -> bool:
-    """Whether this anchor gets a probe.
+    """Whether this anchor gets a probe of its own; without one the domain keeps that of its last scored anchor.
 
     A domain that is left and taken up again every few steps (interleaved training) would otherwise cost a
     forward pass at each of its anchors.

@@ -103,7 +103,7 @@ class GuardConfig:
         default=None,
         metadata={
             "help": "Interference that starts a recovery phase, as a part of the reward range. By default 3 x "
-            "budget, and budget where project is False."
+            "budget, and budget where project is False. Under budget it repairs what a loose budget allows."
         },
     )
     recovery_tolerance: float | None = field(
@@ -161,12 +161,6 @@ class GuardConfig:
         for name in ("recovery_budget", "recovery_tolerance"):
             value = getattr(self, name)
             self._check(name, value is None or (_is_number(value) and value > 0), "a number above 0, or None")
-        if self.project:
-            self._check(
-                "recovery_budget",
-                self.recovery_threshold >= self.budget,
-                f"at least budget={self.budget}: below it the trust region already holds the domain",
-            )
         self._check(
             "recovery_tolerance",
             self.regained_within < self.recovery_threshold,

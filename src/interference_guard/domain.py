@@ -55,9 +55,9 @@ class DomainState:
         since_refresh: Own steps since the directions were computed.
         foreign_steps: Steps of other domains since the anchor.
         pending: Retained batches, newest last.
-        retained: The completions the anchor was measured with.
-        measurable: Whether any rank retained completions for the anchor.
-        anchor_scores: Their token log-probabilities at the anchor, ``(rows, length)`` fp32.
+        retained: The completions the probe is made of.
+        measurable: Whether any rank retained completions for a probe.
+        anchor_scores: Their token log-probabilities at the last scored anchor, ``(rows, length)`` fp32.
         low, high: Reward range shown so far; NaN before the first reward.
         anchor_reward: Mean reward at the anchor: the host's own evaluation if it made one, else the
             retained rows'.
@@ -119,6 +119,10 @@ class DomainState:
     def span(self) -> tuple[float, float] | None:
         """Lowest and highest reward, or None while fewer than two different ones were seen."""
         return (self.low, self.high) if self.high > self.low else None
+
+    def fresh(self, steps: int) -> bool:
+        """Whether the probe is of the present anchor, and not of one a few own steps before it."""
+        return self.scored_at is not None and steps - self.foreign_steps <= self.scored_at
 
     def see_rewards(self, lowest: float, highest: float) -> None:
         """Widen the reward range."""

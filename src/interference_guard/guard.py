@@ -287,7 +287,8 @@ class Guard:
             state = self._domains[name]
             if name == self.recovery:
                 continue
-            due = state.foreign_steps in EARLY_PROBES or state.foreign_steps % self.config.probe_steps == 0
+            early = state.foreign_steps in EARLY_PROBES and state.fresh(self.steps)
+            due = early or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
         if self.config.recovery and self.steps > self._followed:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,22 @@ from .shards import Region, Spread
 
 # Excess over the radius that a sweep after the first leaves alone; the promise for several domains is 1.05.
 SLACK = 1.02
+
+
+class Correction(NamedTuple):
+    """A change of one block, ``coefficients @ directions'``, which is never made whole for a large one.
+
+    Args:
+        coefficients: ``(matrices, units, k)`` fp32, of the units that lie on this rank.
+        directions: ``(matrices, width, k)`` fp32, as far as the units' width lies on this rank.
+    """
+
+    coefficients: Tensor
+    directions: Tensor
+
+    def dense(self) -> Tensor:
+        """The change, ``(matrices, units, width)`` fp32."""
+        return self.coefficients @ self.directions.mT
 
 
 @dataclass
@@ -119,9 +136,9 @@ class LocalBlock:
         """U, as far as it meets the units' width on this rank."""
         return self.U if self.region is None else self.region.across(self.U)
 
-    def change(self, values: Tensor, U: Tensor) -> Tensor:
-        """Coefficients ``(matrices, units, k)`` times U', for what lies on this rank."""
-        return values @ U.mT if self.region is None else self.region.units(values) @ U.mT
+    def correction(self, values: Tensor, U: Tensor) -> Correction:
+        """Coefficients ``(matrices, units, k)`` of directions ``(matrices, width, k)``, for what lies here."""
+        return Correction(values if self.region is None else self.region.units(values), U)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Inverse of `select`: ``(rows, columns)`` into zeros of ``(matrices, units, columns)``."""
@@ -391,7 +408,7 @@ def project(
     sweeps: int,
     early: bool,
     grams: Grams | None = None,
-) -> list[Tensor] | None:
+) -> list[Correction] | None:
     """Bring the displacement of every domain inside its radius, by cyclic passes.
 
     One domain is served exactly by one pass; with several, a later domain's correction can push an
@@ -407,8 +424,8 @@ def project(
         grams: Products of the models' directions by their `id`, kept from call to call; filled in place.
 
     Returns:
-        Per block the change to subtract from the weights (from this rank's part of them),
-        ``(matrices, units, width)`` fp32, or None when nothing is outside (only with `early`).
+        Per block the change to subtract from the weights (from this rank's part of them), or None when
+        nothing is outside (only with `early`).
     """
     grams = {} if grams is None else grams
     for sweep in range(sweeps if len(models) > 1 else 1):
@@ -441,9 +458,9 @@ def project(
         directions = [model.blocks[b].directions() for model, _ in moved]
         block = models[0].blocks[b]
         if len(moved) == 1:
-            changes.append(block.change(coefficients[0], directions[0]))
+            changes.append(block.correction(coefficients[0], directions[0]))
         else:
-            changes.append(block.change(torch.cat(coefficients, -1), torch.cat(directions, -1)))
+            changes.append(block.correction(torch.cat(coefficients, -1), torch.cat(directions, -1)))
     return changes
 
 

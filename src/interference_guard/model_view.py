@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import make_blocks
+from .blocks import STACK_LIMIT, make_blocks
 from .checks import trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
 from .errors import ShapeError, StateError
+from .local_model import Correction
 from .shards import Shards, Spread, local, local_gradient, reshard
 from .units import UnitLayout, canonical_name
 
@@ -122,12 +123,22 @@ class ModelView:
         return [block.gather(table, self.device) for block in self.blocks]
 
     @torch.no_grad()
-    def subtract(self, changes: Sequence[Tensor]) -> None:
-        """Subtract per-block changes, ``(matrices, units, width)`` fp32, from the parameters in place."""
+    def subtract(self, corrections: Sequence[Correction]) -> None:
+        """Subtract a correction of every block from the parameters in place."""
         tensors = self._pieces()
-        for block, change in zip(self.blocks, changes, strict=True):
-            targets = block.targets(tensors)
-            parts = [change.squeeze(0) if targets[0].dim() == 2 else change]
-            if len(targets) > 1:
-                parts = list(change.unbind(0))
-            torch._foreach_sub_(targets, [part.to(targets[0].dtype) for part in parts])
+        for block, correction in zip(self.blocks, corrections, strict=True):
+            _subtract(block.targets(tensors), correction)
+
+
+def _subtract(targets: list[Tensor], correction: Correction) -> None:
+    coefficients, directions = correction
+    if len(targets) == 1 and targets[0].dtype == torch.float32 and targets[0].numel() > STACK_LIMIT:
+        # In place and in one pass: a change of the weights' size would double the memory traffic.
+        whole = targets[0] if targets[0].dim() == 3 else targets[0].unsqueeze(0)
+        whole.baddbmm_(coefficients, directions.mT, alpha=-1)
+        return
+    change = correction.dense()
+    parts = [change.squeeze(0) if targets[0].dim() == 2 else change]
+    if len(targets) > 1:
+        parts = list(change.unbind(0))
+    torch._foreach_sub_(targets, [part.to(targets[0].dtype) for part in parts])

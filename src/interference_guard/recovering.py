@@ -90,6 +90,10 @@ def _begin(guard: Guard, state: DomainState) -> None:
     if state.model is not None:
         state.model.keep_energy()
     state.rollouts.take()
+    if guard.config.project:
+        state.region.tighten()
+        if state.radius is not None and state.region.radius:
+            state.radius.fill_(state.region.radius)
     displaced = guard.interference([state.name])[state.name].quadratic
     loss = state.measurement.loss if state.measurement is not None else math.nan
     guard.schedule = replace(guard.schedule, displaced=displaced, loss=loss)

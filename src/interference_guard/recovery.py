@@ -5,7 +5,9 @@
 A phase ends when the domain's reward is back, after `recovery_steps`, or where one more step would pass the cap
 on the share of all steps. Two thresholds lie apart, as in any hysteresis: a phase starts at the recovery budget
 and ends at the tolerance. After a phase nothing starts for `recovery_cooldown` steps, and a domain that was not
-brought back waits twice as long, so that noise at the threshold cannot start phase after phase.
+brought back waits twice as long, so that noise at the threshold cannot start phase after phase. Each failure in a
+row also halves the claim of a domain against the others: one that cannot be brought back must not take the whole
+share of steps from those that can.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class RecoverySchedule:
         failures: Phases so far that did not bring their domain back.
         rest: Steps until the cool-down ends.
         waits: Domains that must wait, by the number of all steps at which they may recover again.
+        failed: Phases in a row that did not bring a domain back, by domain.
         expected: Steps that the present or last phase was expected to need, NaN where unknown.
         displaced: Quadratic prediction at the start of that phase.
         loss: Measured loss there.
@@ -74,12 +77,13 @@ class RecoverySchedule:
     failures: int = 0
     rest: int = 0
     waits: Mapping[str, int] = field(default_factory=dict)
+    failed: Mapping[str, int] = field(default_factory=dict)
     expected: float = math.nan
     displaced: float = math.nan
     loss: float = math.nan
 
     def start(self, excess: Mapping[str, float], steps: int, limits: RecoveryLimits) -> RecoverySchedule:
-        """Start a phase for the worst domain, if one may start.
+        """Start a phase for the worst domain, if one may start; each failure in a row halves its excess.
 
         Args:
             excess: Each candidate's interference over its recovery budget; from 1 on it needs recovery.
@@ -92,7 +96,7 @@ class RecoverySchedule:
         ready = {name: value for name, value in excess.items() if value >= 1 and self.may(name, steps, limits)}
         if not ready:
             return self
-        worst = max(sorted(ready), key=lambda name: ready[name])
+        worst = max(sorted(ready), key=lambda name: ready[name] / 2 ** self.failed.get(name, 0))
         return replace(
             self,
             phase="recovering",
@@ -141,8 +145,10 @@ class RecoverySchedule:
     def _end(self, regained: bool, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
         assert self.domain is not None
         waits = {name: until for name, until in self.waits.items() if until > steps and name != self.domain}
+        failed = {name: count for name, count in self.failed.items() if name != self.domain}
         if not regained:
             waits[self.domain] = steps + WAIT * limits.cooldown
+            failed[self.domain] = self.failed.get(self.domain, 0) + 1
         return replace(
             self,
             phase="cooling" if limits.cooldown else "idle",
@@ -151,6 +157,7 @@ class RecoverySchedule:
             failures=self.failures + (not regained),
             rest=limits.cooldown,
             waits=waits,
+            failed=failed,
         )
 
     def state(self) -> dict[str, Any]:

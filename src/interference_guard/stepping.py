@@ -57,6 +57,7 @@ def take_gradients(guard: Guard) -> None:
             continue
         state.evaluated = False
         state.anchored = False
+        state.region.loosen()
     guard.clock.add("observe", started)
 
 

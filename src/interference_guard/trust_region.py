@@ -49,6 +49,7 @@ class TrustRegion:
         budget_nats: The same for measurements in nats per token.
         radius: Bound of the raw subspace term; 0 until the first foreign step has set it.
         largest: Largest radius so far.
+        ceiling: Radius above which it does not grow, since the domain needed a recovery there.
         at_floor: The last measurement was over budget while the floor held the radius.
         xy, xx: Running sums of raw x loss and raw^2 (quadratic parts), whose quotient is the calibration.
         ly, ll, lx: Running sums of linear x loss, linear^2 and linear x raw: with a first-order term the
@@ -63,6 +64,7 @@ class TrustRegion:
     budget_nats: float
     radius: float = 0.0
     largest: float = 0.0
+    ceiling: float = math.inf
     at_floor: bool = False
     xy: float = 0.0
     xx: float = 0.0
@@ -149,6 +151,18 @@ class TrustRegion:
             self.truth_xy = MEMORY * self.truth_xy + self.estimate * loss
             self.truth_xx = MEMORY * self.truth_xx + self.estimate**2
 
+    def tighten(self) -> None:
+        """The domain must recover: hold it closer from now on, until its own training resumes.
+
+        A recovery takes steps from others, and what it brings back would be spent again at the same radius.
+        """
+        if self.radius > 0:
+            self.radius = self.ceiling = max(self.radius * SHRINK, self.largest * LEAST)
+
+    def loosen(self) -> None:
+        """The domain is trained again: what it needed before says nothing of where it will stand."""
+        self.ceiling = math.inf
+
     def _adapt(self, loss: float, subspace: float, residual: float) -> None:
         self.at_floor = False
         if self.radius <= 0 or not math.isfinite(loss):
@@ -169,7 +183,7 @@ class TrustRegion:
             self.at_floor = True
         else:
             self.radius *= factor
-        self.radius = max(self.radius, self.largest * LEAST)
+        self.radius = max(min(self.radius, self.ceiling), self.largest * LEAST)
         self.largest = max(self.largest, self.radius)
 
     def state(self) -> dict[str, object]:

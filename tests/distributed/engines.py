@@ -1,14 +1,16 @@
 """What the ranks of the tests under accelerate do. The patches make engines real on the CPU, for tests alone."""
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from interference_guard import GuardConfig
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from tests.distributed.jobs import whole
-from tests.trl.host import COMMON, rows
+from tests.trl.host import COMMON, online, rows
 
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4, probe_steps=2, retain=16)
 PHASES = [("math", 20), ("code", 80)]
@@ -67,6 +69,59 @@ def supervised_run(how, folder, steps=25):
         "foreign": state.foreign_steps,
         "subspace": state.subspace.item(),
         "loss": state.measurement.loss,
+    }
+    callback.detach()
+    return table
+
+
+def load_on_cpu():
+    """A resumed run of DDP on the CPU asks for a device "cpu:0", which torch.load does not know."""
+    before = torch.load
+
+    def load(file, map_location=None, **options):
+        if isinstance(map_location, torch.device) and map_location.type == "cpu":
+            map_location = "cpu"
+        return before(file, map_location=map_location, **options)
+
+    torch.load = load
+
+
+def rollouts_run(folder, name, stop=None, resume=False, **config):
+    """GRPO over all ranks: one prompt a rank and step, two domains, recovery if the settings say so."""
+    load_on_cpu()
+    options = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "save_strategy": "steps",
+        "save_steps": stop or 100,
+        "learning_rate": 3e-3,
+        "ddp_find_unused_parameters": False,
+    }
+    trainer = online("grpo", folder, rows([("math", 10), ("code", 20)]), **options)
+    trainer.args.output_dir = str(folder / name)
+    callback = InterferenceGuardCallback(trainer, dataclasses.replace(CONFIG, **config))
+    trainer.add_callback(callback)
+    taken = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            taken.append(callback.guard.trained)
+            control.should_training_stop = state.global_step == stop
+
+    trainer.add_callback(Watch())
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    guard = callback.guard
+    kept = [log["guard/update_kept"] for log in trainer.state.log_history if "guard/update_kept" in log]
+    table = {
+        "taken": taken,
+        "kept": min(kept, default=1.0),
+        "engine": str(trainer.accelerator.distributed_type),
+        "weights": {name: whole(p) for name, p in trainer.model.named_parameters()},
+        "losses": {name: state.region.loss for name, state in guard.domains.items()},
+        "radii": {name: state.radius.item() for name, state in guard.domains.items() if state.radius is not None},
+        "schedule": guard.schedule.state(),
+        "retained": {name: len(s.retained) for name, s in guard.domains.items() if s.retained is not None},
     }
     callback.detach()
     return table

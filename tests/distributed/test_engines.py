@@ -31,3 +31,44 @@ def test_fsdp2_equals_ddp_after_twenty_guarded_steps(tmp_path):
         torch.testing.assert_close(fsdp2["weights"][name], value, rtol=1e-3, atol=1e-4)
     for name in ("radius", "subspace", "loss"):
         assert fsdp2[name] == pytest.approx(ddp[name], rel=1e-2), name
+
+
+RECOVERING = {
+    "recovery": True,
+    "recovery_budget": 1e-6,
+    "recovery_tolerance": 1e-7,
+    "recovery_steps": 2,
+    "recovery_cooldown": 1,
+    "recovery_share": 0.4,
+}
+
+
+def alike(a, b, *names):
+    """The same weights, bit by bit, and the same of what is named."""
+    for name, value in a["weights"].items():
+        assert torch.equal(b["weights"][name], value), name
+    for name in names:
+        assert repr(a[name]) == repr(b[name]), name
+
+
+@pytest.mark.parametrize("settings", [{}, RECOVERING], ids=["projecting", "recovering"])
+def test_grpo_on_two_ranks_decides_alike_and_resumes_exactly(tmp_path, settings):
+    model_and_words(tmp_path / "model")
+
+    def run(name, label, **how):
+        call = functools.partial(engines.rollouts_run, tmp_path, name, **how, **settings)
+        return run_ranks(2, call, folder=tmp_path / f"ranks_{label}")
+
+    first, second = run("whole", "whole")
+    assert "MULTI_CPU" in first["engine"]
+    assert first["kept"] < 0.999, "the projection must have acted"
+    assert first["retained"] == second["retained"]
+    alike(first, second, "taken", "radii", "losses", "schedule")
+    if settings:
+        assert first["schedule"]["phases"] > 0
+        planned = [("math",)] * 5 + [("code",)] * 7
+        assert first["taken"] != planned, "a recovery must have taken a planned step"
+    run("parts", "stopped", stop=8)
+    for whole, resumed in zip((first, second), run("parts", "resumed", resume=True), strict=True):
+        alike(whole, resumed, "radii", "losses", "schedule")
+        assert resumed["taken"] == whole["taken"][8:]

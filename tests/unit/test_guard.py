@@ -55,6 +55,29 @@ def test_anchors_follow_the_order_of_domains():
     assert guard.domains["code"].foreign_steps == 2
 
 
+def test_a_domain_left_again_after_a_few_steps_keeps_its_probe():
+    model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, probe_steps=6))
+    train(model, guard, optimizer, ["math"] * 30 + ["code"] * 2)
+    state = guard.domains["math"]
+    scores = state.anchor_scores
+    measured = []
+    # As after an interruption: two more own steps, and then none for long.
+    train(
+        model,
+        guard,
+        optimizer,
+        ["math"] * 2 + ["code"] * 7,
+        start=32,
+        after=lambda step: measured.append(state.measurement is not None),
+    )
+    assert state.anchor_scores is scores
+    assert state.measurable
+    # Not after 1, 2 and 4 foreign steps, as after an anchor of its own, but after six.
+    assert measured[2:] == [False] * 5 + [True] * 2
+    assert state.measurement is not None
+    assert math.isfinite(state.measurement.loss)
+
+
 def test_small_shares_stay_protected():
     model, guard, optimizer = guarded()
     train(model, guard, optimizer, ["math"] * 2 + ["code"] * 2)

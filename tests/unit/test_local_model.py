@@ -80,7 +80,8 @@ def test_projected_weights_are_inside_and_move_only_along_the_directions(early, 
     new = weights[0] + move
     seen = displacements([new], [model])
     radius = seen[0].energy() / 10
-    (change,) = project([model], seen, [radius], 3, early)
+    (correction,) = project([model], seen, [radius], 3, early)
+    change = correction.dense()
     after = displacements([new - change], [model])[0]
     assert after.energy().item() == pytest.approx(radius.item(), rel=1e-3)
     torch.testing.assert_close(after.flat, seen[0].flat, rtol=1e-3, atol=1e-4)
@@ -97,8 +98,8 @@ def test_nothing_moves_inside_the_region():
     seen = displacements([weights[0] + 0.01], [model])
     radius = seen[0].energy() * 2
     assert project([model], seen, [radius], 3, True) is None
-    (change,) = project([model], displacements([weights[0] + 0.01], [model]), [radius], 3, False)
-    assert change.abs().max() == 0
+    (correction,) = project([model], displacements([weights[0] + 0.01], [model]), [radius], 3, False)
+    assert correction.coefficients.abs().max() == 0
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -112,8 +113,8 @@ def test_several_domains_end_within_five_percent(early):
     new = anchor + torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(5))
     seen = displacements([new], models)
     radii = [item.energy() / 20 for item in seen]
-    (change,) = project(models, seen, radii, 10, early)
-    for item, radius in zip(displacements([new - change], models), radii, strict=True):
+    (correction,) = project(models, seen, radii, 10, early)
+    for item, radius in zip(displacements([new - correction.dense()], models), radii, strict=True):
         assert item.energy().item() <= radius.item() * 1.05
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interference_guard import ConfigError, Guard, GuardConfig
-from interference_guard.recovering import _regained
+from interference_guard.recovering import _regained, follow
 from interference_guard.recovery import PATIENCE, RecoveryLimits, RecoverySchedule, expected_steps
 from tests.unit.helpers import CONFIG, guarded, pass_rate, policy_gradient, rollout, train
 
@@ -95,6 +95,35 @@ def test_another_domain_need_not_wait_for_one_that_failed():
         schedule = schedule.step(False, step, LIMITS)
     assert schedule.start({"a": 2.0}, step, LIMITS).domain is None
     assert schedule.start({"a": 2.0, "b": 1.0}, step, LIMITS).domain == "b"
+
+
+def phase(schedule, excess, step, *, regained):
+    """One whole phase; the schedule when the next may start, and the domain it had."""
+    schedule = schedule.start(excess, step, LIMITS)
+    name = schedule.domain
+    while schedule.phase != "idle":
+        step += 1
+        schedule = schedule.step(regained, step, LIMITS)
+    # Past every wait, so that only the claims decide.
+    return schedule, name, step + 10 * LIMITS.cooldown
+
+
+def test_domains_that_cannot_be_brought_back_take_turns():
+    excess, had, schedule, step = {"a": 4.0, "b": 3.0, "c": 1.0}, [], RecoverySchedule(), 1000
+    for _ in range(7):
+        schedule, name, step = phase(schedule, excess, step, regained=False)
+        had.append(name)
+    assert had == ["a", "b", "a", "b", "a", "c", "b"]
+
+
+def test_a_domain_that_came_back_has_its_full_claim_again():
+    excess, schedule, step = {"a": 3.0, "b": 2.0}, RecoverySchedule(), 1000
+    schedule, _, step = phase(schedule, excess, step, regained=False)
+    schedule, _, step = phase(schedule, excess, step, regained=False)
+    schedule, name, step = phase(schedule, excess, step, regained=True)
+    assert name == "a"
+    assert schedule.failed == {"b": 1}
+    assert phase(schedule, excess, step, regained=True)[1] == "a"
 
 
 def test_schedules_survive_json():
@@ -228,6 +257,27 @@ def test_every_other_domain_is_protected_meanwhile():
     assert state.subspace.item() <= state.radius.item() * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("project", [True, False])
+def test_a_domain_that_must_recover_is_held_closer(project):
+    model, guard, optimizer = guarded(0, config=dataclasses.replace(ALONE, project=project))
+    train(model, guard, optimizer, ["math"] * 40 + ["code"] * 5)
+    state = guard.domains["math"]
+    before = state.region.radius
+    follow(guard, {"math": dataclasses.replace(guard.measure("math"), loss=1.0)})
+    assert guard.recovery == "math"
+    if not project:
+        assert state.region.ceiling == math.inf
+        return
+    assert state.region.radius == state.region.ceiling == state.radius.item()
+    assert state.region.radius <= before
+    # A phase's own steps leave it so; the domain's planned ones do not.
+    train(model, guard, optimizer, ["math"], start=45)
+    assert state.region.ceiling < math.inf
+    guard.abandon_recovery()
+    train(model, guard, optimizer, ["math"], start=46)
+    assert state.region.ceiling == math.inf
+
+
 def recovering(config=ALONE):
     """The toy in the first step of a phase."""
     model, guard, optimizer = guarded(0, config=config)
@@ -313,7 +363,10 @@ def _saved(optimizer, folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recovery_budget": 0.01}, r"recovery_budget=0.01 is not allowed: .*at least budget=0.02"),
+        (
+            {"recovery_budget": 0.01, "recovery_tolerance": 0.02},
+            r"recovery_tolerance=0.02 .*recovery budget, here 0.01",
+        ),
         ({"recovery_budget": 0.05, "recovery_tolerance": 0.05}, r"recovery_tolerance=0.05 .*under the recovery"),
         ({"recovery_budget": -1.0}, "a number above 0, or None"),
         ({"recovery_steps": 0}, "an integer >= 1"),
@@ -330,6 +383,7 @@ def test_thresholds_follow_the_budget():
     assert GuardConfig(budget=0.02).recovery_threshold == pytest.approx(0.06)
     assert GuardConfig(budget=0.02, project=False).recovery_threshold == 0.02
     assert GuardConfig(budget=0.02, project=False, recovery_budget=0.01).regained_within == 0.005
+    assert GuardConfig(budget=0.1, recovery_budget=0.05).regained_within == 0.025
 
 
 class Together:
@@ -351,9 +405,11 @@ class Together:
 
 def test_ranks_agree_where_one_alone_has_seen_a_wrong_answer():
     together, found = Together(), {}
+    # One after the other: both draw from the one global generator.
+    guards = [recovering()[1] for _ in range(2)]
 
     def judge(rank):
-        _, guard, _, _ = recovering()
+        guard = guards[rank]
         guard.ranks.reduce = together.of(rank)
         state = guard.domains["math"]
         state.low, state.high = (0.0, 1.0) if rank == 0 else (1.0, 1.0)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -90,6 +91,32 @@ def test_a_measurement_that_is_no_number_changes_no_radius():
     control = region()
     control.measured(found(math.nan), Raw(1.0, 0.0))
     assert control.radius == 1.0
+
+
+def test_a_region_that_needed_a_recovery_does_not_grow_back():
+    control = region()
+    control.tighten()
+    assert control.radius == 0.5
+    for _ in range(5):
+        control.measured(found(0.001), Raw(0.5, 0.0))
+    assert control.radius == 0.5
+    control.tighten()
+    control.measured(found(0.001), Raw(0.25, 0.0))
+    assert control.radius == 0.25
+    # Smaller is still possible, and its own training sets it free.
+    control.measured(found(0.03), Raw(0.25, 0.0))
+    assert control.radius < 0.25
+    control.loosen()
+    for _ in range(5):
+        control.measured(found(0.001), Raw(control.radius, 0.0))
+    assert control.radius > 1.0
+
+
+def test_a_region_without_a_radius_cannot_be_tightened():
+    control = dataclasses.replace(region(), radius=0.0, largest=0.0)
+    control.tighten()
+    assert control.radius == 0.0
+    assert control.ceiling == math.inf
 
 
 def test_state_round_trip():

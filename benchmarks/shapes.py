@@ -1,0 +1,211 @@
+"""The guard's cost at the true layer shapes of a large model, as ratios within one run.
+
+    python -m benchmarks.overhead --model qwen3-4b [--layers 2] [--device cuda] [--threads 2]
+
+Observe, predict, project and probe for one to four protected domains, against one streaming read of the same
+weights and against a forward and backward pass over 1,024 tokens. As many layers are built as fit; the cost of a
+layer is the difference between two depths, and the whole model's is scaled up by its number of layers. Writes
+`benchmarks/results/overhead_<model>.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interference_guard import Completions, Guard, GuardConfig
+from interference_guard.stepping import hold
+
+from .provenance import write
+
+# Configurations of published models; from their config.json.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-4b": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+SHARED = {"head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True, "max_position_embeddings": 4096}
+TOKENS, LENGTH = 1024, 256
+DOMAINS = 4
+REPEATS = 3
+
+
+def build(name: str, layers: int, device: torch.device) -> nn.Module:
+    """A randomly initialised model of these shapes with fewer layers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    settings = {**SHARED, **MODELS[name], "num_hidden_layers": layers}
+    with torch.device(device):
+        model: nn.Module = Qwen3ForCausalLM(Qwen3Config(**settings))
+    return model.float()
+
+
+def timed(work: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
+    """Least seconds of several calls; the device has finished at both ends."""
+    best = float("inf")
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+@torch.no_grad()
+def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of every part with so many layers, and bytes of the guard's state."""
+    model = build(name, layers, device)
+    weights = [parameter.detach() for parameter in model.parameters()]
+    count = sum(weight.numel() for weight in weights)
+    ids = torch.randint(0, SHARED["vocab_size"], (TOKENS // LENGTH, LENGTH), device=device)
+
+    @torch.enable_grad()
+    def train_step() -> None:
+        model.zero_grad(set_to_none=False)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    def read() -> list[Tensor]:
+        return [weight.sum() for weight in weights]
+
+    found: dict[str, Any] = {"layers": layers, "parameters": count}
+    train_step()
+    found["forward_backward"] = timed(train_step, device, 1)
+    guard = Guard(model, GuardConfig())
+    domains = [f"domain_{index}" for index in range(DOMAINS)]
+    ones = torch.ones_like(ids)
+    rewards = torch.linspace(0, 1, len(ids), device=device)
+    found["by_domains"] = []
+    for index, domain in enumerate(domains):
+        torch.manual_seed(index)
+        ids.copy_(torch.randint(0, SHARED["vocab_size"], ids.shape, device=device))
+        train_step()
+        guard.begin({domain: 1.0})
+        guard.before_step()
+        # Like the micro-steps of a domain's own training: its sums are there, its directions not yet.
+        observe = timed(guard.before_step, device)
+        guard.retain(domain, Completions(ids.clone(), ones, ones, rewards))
+        guard.after_step()
+        found["by_domains"].append({"protected": index + 1, "observe": observe})
+    guard.begin({"next": 1.0})
+    anchor = timed(guard.before_step, device, 1)
+    found["anchor"] = anchor / DOMAINS
+    states = [guard.domains[domain] for domain in domains]
+    _move(weights, 0)
+    hold(guard, states)
+    for row in found["by_domains"]:
+        chosen = states[: row["protected"]]
+        guard.config = replace(guard.config, project=False)
+        row["predict"] = timed(lambda chosen=chosen: hold(guard, chosen), device)
+        guard.config = replace(guard.config, project=True)
+        # Products of the domains' directions are made once for many steps.
+        _move(weights, 1)
+        hold(guard, chosen)
+        both = []
+        for repeat in range(REPEATS):
+            _move(weights, 2 + repeat)
+            before = [float(state.radius) for state in chosen if state.radius is not None]
+            both.append(timed(lambda chosen=chosen: hold(guard, chosen), device, 1))
+            assert all(
+                float(state.subspace) > 0.9 * radius
+                for state, radius in zip(chosen, before, strict=True)
+                if state.subspace is not None
+            ), "the projection must act"
+        row["predict_and_project"] = min(both)
+    found["probe"] = timed(lambda: guard.measure(domains[0]), device, 1)
+    found["read"] = timed(read, device)
+    found["memory"] = memory(guard, domains[0])
+    return found
+
+
+def _move(weights: list[Tensor], seed: int) -> None:
+    """One step of an optimizer: every weight moves by about 1e-4."""
+    torch.manual_seed(seed)
+    for weight in weights:
+        weight.add_(torch.empty_like(weight).uniform_(-2e-4, 2e-4))
+
+
+def memory(guard: Guard, domain: str) -> dict[str, int]:
+    """Bytes of one protected domain: its local model, and its running sums."""
+    state = guard.domains[domain]
+    assert state.model is not None
+    local = {id(t): t.numel() * 4 for b in state.model.blocks for t in (b.z0, b.q0, b.rho, b.scale, b.lam)}
+    sums: dict[int, int] = {}
+    for item in state.curvature.sums:
+        for tensor in (item.sketch, item.basis, item.eigenvalues, item.energy):
+            if tensor is not None:
+                sums[id(tensor)] = tensor.numel() * 4
+    return {"local_model": sum(local.values()), "running_sums": sum(sums.values())}
+
+
+def scale(low: dict[str, Any], high: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The whole model's figures from two depths: every part is linear in the number of layers."""
+    between = high["layers"] - low["layers"]
+
+    def whole(a: float, b: float) -> float:
+        return b + (b - a) / between * (layers - high["layers"])
+
+    names = ("parameters", "forward_backward", "anchor", "probe", "read")
+    rows = []
+    for a, b in zip(low["by_domains"], high["by_domains"], strict=True):
+        rows.append({key: whole(a[key], b[key]) if key != "protected" else a[key] for key in a})
+    bytes_ = {key: whole(low["memory"][key], high["memory"][key]) for key in low["memory"]}
+    return {**{key: whole(low[key], high[key]) for key in names}, "by_domains": rows, "memory": bytes_}
+
+
+def ratios(whole: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of the guard: its parts over one read of the weights, and over a small training step."""
+    step = whole["forward_backward"]
+    table = []
+    for row in whole["by_domains"]:
+        parts = {key: row[key] / whole["read"] for key in ("observe", "predict", "predict_and_project")}
+        total = row["observe"] + row["predict_and_project"]
+        table.append({"protected": row["protected"], "over_read": parts, "over_forward_backward": total / step})
+    weights = 4 * whole["parameters"]
+    return {
+        "by_domains": table,
+        "anchor_over_read": whole["anchor"] / whole["read"],
+        "probe_of_1024_tokens_over_forward_backward": whole["probe"] / step,
+        "memory_share": {key: value / weights for key, value in whole["memory"].items()},
+    }
+
+
+def measure(name: str, layers: int, device: torch.device) -> None:
+    """Measure at two depths, scale up, print and write."""
+    from rich.console import Console
+    from rich.table import Table
+
+    low, high = depth(name, 1, device), depth(name, layers, device)
+    whole = scale(low, high, MODELS[name]["num_hidden_layers"])
+    found = ratios(whole)
+    path = write(
+        f"overhead_{name}",
+        {"model": name, "device": str(device), "ratios": found, "whole": whole, "depths": [low, high]},
+    )
+    table = Table("protected", "observe", "predict", "predict + project", "of forward + backward")
+    table.title = f"{name} on {device}: times over one read of the weights"
+    for row in found["by_domains"]:
+        parts = [f"{value:.1f}" for value in row["over_read"].values()]
+        table.add_row(str(row["protected"]), *parts, f"{row['over_forward_backward']:.1%}")
+    console = Console()
+    console.print(table)
+    console.print({key: value for key, value in found.items() if key != "by_domains"})
+    print(f"written to {path}")

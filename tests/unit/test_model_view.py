@@ -1,0 +1,41 @@
+import pytest
+import torch
+from torch import nn
+
+from interference_guard import GuardConfig
+from interference_guard.blocks import STACK_LIMIT
+from interference_guard.local_model import Correction
+from interference_guard.model_view import ModelView
+
+
+class Large(nn.Module):
+    """A matrix that reads from the stream, one that writes to it, a stack of experts, and two small ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj = nn.Linear(64, STACK_LIMIT // 64 + 1, bias=False)
+        self.down_proj = nn.Linear(STACK_LIMIT // 64 + 1, 64, bias=False)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.randn(3, STACK_LIMIT // 64, 64))
+        self.q_proj = nn.Linear(64, 64, bias=False)
+        self.k_proj = nn.Linear(64, 64, bias=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_corrections_are_subtracted_where_the_weights_lie(dtype):
+    torch.manual_seed(0)
+    model = Large().to(dtype)
+    view = ModelView(model, GuardConfig())
+    assert max(block.numel for block in view.blocks) > STACK_LIMIT
+    assert min(block.numel for block in view.blocks) < STACK_LIMIT
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    before = view.weights()
+    before = [weights.clone() for weights in before]
+    corrections = [
+        Correction(torch.randn(b.matrices, b.units, 3), torch.randn(b.matrices, b.width, 3)) for b in view.blocks
+    ]
+    view.subtract(corrections)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    for was, now, correction in zip(before, view.weights(), corrections, strict=True):
+        torch.testing.assert_close(was - now, correction.dense(), **tolerance)
+    assert places == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
