@@ -24,6 +24,7 @@ from interference_guard.probe import Completions
 from .card import add_section
 from .completions import generated, labelled, trainer_policy
 from .engines import check_engine
+from .live import LiveDisplay
 from .recovery import RecoveryRows
 from .reference import read
 from .rows import DomainTable, check_dataset
@@ -45,6 +46,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             training set's own rows of the domain. Needed where that is a stream, or no longer holds the domain.
         reference (`dict[str, Dataset]`, *optional*): Rows with a prompt and a completion, by the name of an
             ability that the model has before training and must keep.
+        live (`bool`, *optional*, defaults to `False`): Show the guard's metrics in the terminal at every log: a
+            panel under the progress bar, or a line where there is no terminal.
 
     Raises:
         HostError: If the trainer or its dataset lacks what the guard needs.
@@ -63,6 +66,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         *,
         recovery_datasets: Mapping[str, Any] | None = None,
         reference: Mapping[str, Any] | None = None,
+        live: bool = False,
     ) -> None:
         self.config = config if config is not None else GuardConfig()
         self.guard: Guard | None = None
@@ -71,6 +75,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._recovery: RecoveryRows | None = None
         self._reference: dict[str, Completions] = {}
         self.history: History | None = None
+        self.live = LiveDisplay() if live else None
         self._began = 0.0
         self.domains = DomainTable(self.config.domain_column)
         self._seams: Seams | None = None
@@ -100,6 +105,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def detach(self) -> None:
         """Remove every hook and wrapped method; the trainer is as it was. Works at any time."""
         self._unhook()
+        if self.live is not None:
+            self.live.close()
         if self._seams is not None:
             trainer = self._seams.trainer
             self._seams.restore()
@@ -151,6 +158,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         seams.wrap("_prepare_inputs", self._prepare_inputs)
         seams.wrap("_save_optimizer_and_scheduler", self._save)
         seams.wrap("_load_optimizer_and_scheduler", self._load)
+        if self.live is not None:
+            self.live.bars = not trainer.args.disable_tqdm
+            seams.wrap("train", self._train)
         if hasattr(trainer, "create_model_card"):
             seams.wrap("create_model_card", self._card)
         if seams.generates:
@@ -254,14 +264,33 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def _log(self, method: Any) -> Any:
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
             # The last line of a run sums it up; the guard's means belong to the steps before.
-            if self.guard is not None and self._trainer.model.training and "train_runtime" not in logs:
-                logs = {**logs, **self.guard.metrics()}
-                if self.history is not None:
-                    seconds = perf_counter() - self._began
-                    self.history.report(self.guard.steps, self.guard.active, logs, seconds)
-            return method(logs, *args, **kwargs)
+            last = "train_runtime" in logs
+            if last and self.live is not None:
+                # While the trainer's bar still stands: the panel's lines are counted from there.
+                self.live.close()
+            if self.guard is None or not self._trainer.model.training or last:
+                return method(logs, *args, **kwargs)
+            logs = {**logs, **self.guard.metrics()}
+            if self.history is not None:
+                seconds = perf_counter() - self._began
+                self.history.report(self.guard.steps, self.guard.active, logs, seconds)
+            result = method(logs, *args, **kwargs)
+            if self.live is not None and self._trainer.is_world_process_zero():
+                self.live.show(self.guard, logs)
+            return result
 
         return log
+
+    def _train(self, method: Any) -> Any:
+        def train(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            finally:
+                # Also after an error: the prompt must not appear inside the panel.
+                if self.live is not None:
+                    self.live.close()
+
+        return train
 
     def _save(self, method: Any) -> Any:
         def save(directory: str, *args: Any, **kwargs: Any) -> Any:
@@ -360,8 +389,13 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             raise error
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the step hooks."""
+        """Remove the step hooks, and end the history with the sums by layer and module."""
         self._unhook()
+        if self.config.enabled:
+            # All ranks: energies of a sharded model are sums over them.
+            places = self._guard().places()
+            if self.history is not None:
+                self.history.places(self._guard().steps, places)
 
     # Parts
 

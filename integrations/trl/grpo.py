@@ -82,6 +82,7 @@ class DomainArguments:
         domains (`list[DomainSettings]`): In the order of training.
         order (`str`, *optional*, defaults to `"sequential"`): ``"sequential"``, ``"round_robin"`` or
             ``"weights"``.
+        live (`bool`, *optional*, defaults to `False`): Show the guard's metrics in the terminal while training.
     """
 
     domains: list[DomainSettings] = field(
@@ -89,6 +90,7 @@ class DomainArguments:
         metadata={"help": "Domains, in the order of training: name, path, rewards, batches."},
     )
     order: str = field(default="sequential", metadata={"help": "'sequential', 'round_robin' or 'weights'."})
+    live: bool = field(default=False, metadata={"help": "Show the guard's metrics in the terminal at every log."})
 
     def __post_init__(self) -> None:
         allowed = [item.name for item in fields(DomainSettings)]
@@ -186,7 +188,7 @@ def build(arguments: DomainArguments, guard: GuardConfig, training: Any, model: 
         peft_config=get_peft_config(model),
         **{name: value for name, value in options.items() if value is not None},
     )
-    callback = InterferenceGuardCallback(trainer, guard)
+    callback = InterferenceGuardCallback(trainer, guard, live=arguments.live)
     trainer.add_callback(callback)
     return trainer, callback
 

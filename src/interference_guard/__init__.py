@@ -1,22 +1,25 @@
 """Keeps what a policy learned in earlier domains inside a trust region measured in reward."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from .config import GuardConfig
-from .errors import (
-    ConfigError,
-    GuardError,
-    HostError,
-    MissingDomainError,
-    ShapeError,
-    StateError,
-    StateVersionError,
-    UnknownDomainError,
-    UnsupportedError,
-)
-from .guard import Guard
-from .optimizer import GuardedOptimizer, StepHooks, attach
-from .probe import Completions, Measurement, Policy, model_policy
+if TYPE_CHECKING:
+    from .config import GuardConfig
+    from .errors import (
+        ConfigError,
+        GuardError,
+        HostError,
+        MissingDomainError,
+        ShapeError,
+        StateError,
+        StateVersionError,
+        UnknownDomainError,
+        UnsupportedError,
+    )
+    from .guard import Guard
+    from .optimizer import GuardedOptimizer, StepHooks, attach
+    from .probe import Completions, Measurement, Policy, model_policy
 
 try:
     __version__ = version("interference-guard")
@@ -43,3 +46,24 @@ __all__ = [
     "attach",
     "model_policy",
 ]
+
+# Names are looked up when they are used: torch takes seconds to import, and most commands do without it.
+_HOMES = {
+    "config": ("GuardConfig",),
+    "guard": ("Guard",),
+    "optimizer": ("GuardedOptimizer", "StepHooks", "attach"),
+    "probe": ("Completions", "Measurement", "Policy", "model_policy"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f".{_HOME.get(name, 'errors')}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

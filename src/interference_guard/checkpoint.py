@@ -25,6 +25,7 @@ from torch import Tensor
 from .curvature import BlockSums
 from .domain import DomainState
 from .errors import StateError, StateVersionError
+from .files import DETAILS, TENSORS
 from .first_order import GradientMean
 from .local_model import LocalBlock, LocalModel
 from .probe import Completions, Measurement
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 VERSION = 2
-TENSORS = "interference_guard.safetensors"
-DETAILS = "interference_guard.json"
 # Settings that give the saved tensors their meaning; the others may change between runs.
 BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
 PLAIN = (
@@ -72,6 +71,8 @@ def pack(guard: Guard) -> dict[str, object]:
         "recovery": guard.schedule.state(),
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": _parameters(guard),
+        # For readers without the model: which layers are stored transposed cannot be seen from shapes.
+        "transposed": sorted(guard.view.layout.transposed),
         "shards": _shards(guard),
         "domains": domains,
     }
@@ -258,7 +259,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
         put("gradient/count", state.gradient.count)
         for index, tensor in enumerate(state.gradient.sums):
             put(f"gradient/{index}", tensor)
-    for name in ("anchor_scores", "radius", "subspace"):
+    for name in ("anchor_scores", "radius", "subspace", "moved"):
         put(name, getattr(state, name))
     for name in ("protected_set", "half_set"):
         chosen = getattr(state, name)
@@ -324,7 +325,7 @@ def _unpack_domain(
     if count is not None:
         sums_of_gradient = _listed("gradient", guard, get) or []
         state.gradient = GradientMean(guard.view.omegas, sums_of_gradient, count, guard.view.spread)
-    for key in ("anchor_scores", "radius", "subspace"):
+    for key in ("anchor_scores", "radius", "subspace", "moved"):
         setattr(state, key, get(key))
     for key in ("protected_set", "half_set"):
         masks = {

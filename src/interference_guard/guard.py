@@ -28,6 +28,7 @@ from .local_model import Grams, predict
 from .metering import Clock, TensorMean, collect
 from .model_view import ModelView
 from .observation import Observation
+from .places import Places, curvature_places, projected_places
 from .probe import Completions, Measurement, Policy, model_policy
 from .ranks import Ranks, Reduce
 from .recovery import RecoverySchedule
@@ -391,6 +392,19 @@ class Guard:
         found = collect(self)
         self.clock.add("metrics", started)
         return found
+
+    def places(self) -> dict[str, dict[str, Places]]:
+        """Where each domain's curvature and its projections sit so far, summed by layer and module.
+
+        Over several ranks all of them call it. Reads the device; meant for the end of a run.
+
+        Returns:
+            ``"curvature"``: gradient energy by domain; ``"projected"``: squared length of what projections took
+            from the weights for the domain's sake.
+        """
+        if not self.enabled:
+            return {"curvature": {}, "projected": {}}
+        return {"curvature": curvature_places(self), "projected": projected_places(self)}
 
     # State
 

@@ -1,8 +1,9 @@
 """A run's history: JSON lines beside the checkpoints, of bounded length, that a report is drawn from.
 
-The first line says what the run is. Each further line is one report of metrics (``"step"``) or one
-evaluation (``"evaluation"``). When more than `limit` lines lie in the file, every second step line is
-dropped and from then on only every second one is written, so that the whole run keeps one resolution.
+The first line says what the run is. Each further line is one report of metrics (``"step"``), one evaluation
+(``"evaluation"``), or, once, the sums by layer and module at the end (``"places"``). When more than `limit` lines
+lie in the file, every second step line is dropped and from then on only every second one is written, so that the
+whole run keeps one resolution.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, StateError
+from .files import HISTORY
 
-HISTORY = "interference_guard_history.jsonl"
+if TYPE_CHECKING:
+    from .places import Places
+
 VERSION = 1
+__all__ = ["HISTORY", "History", "RecordedRun", "find_history", "read_history"]
 LIMIT = 4000
 
 
@@ -78,12 +83,29 @@ class History:
         """Add an evaluation: mean reward, or pass rate, by domain."""
         self._append({"kind": "evaluation", "step": step, "rewards": _finite(rewards)})
 
+    def places(self, step: int, places: Mapping[str, Mapping[str, Places]]) -> None:
+        """Add what `Guard.places` returned; a run needs it once, when it ends.
+
+        Args:
+            step: Steps done.
+            places: Tables by domain, by name.
+        """
+        tables = {
+            name: {
+                domain: [[layer, module, _number(value)] for (layer, module), value in table.items()]
+                for domain, table in by_domain.items()
+            }
+            for name, by_domain in places.items()
+        }
+        self._append({"kind": "places", "step": step, "places": tables})
+
     def _earlier(self, step: int) -> list[dict[str, Any]]:
         if step <= 0 or not self.path.is_file():
             return []
         found = read_history(self.path)
         self.stride = found.stride
-        return [line for line in found.lines if line["step"] <= step]
+        # The sums will be written again when the run ends.
+        return [line for line in found.lines if line["step"] <= step and line["kind"] != "places"]
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.failed:
@@ -100,14 +122,15 @@ class History:
     def _thin(self) -> None:
         lines = read_history(self.path).lines
         steps = [line for line in lines if line["kind"] == "step"]
-        others = [line for line in lines if line["kind"] != "step"]
+        others = [line for line in lines if line["kind"] == "evaluation"]
+        last = [line for line in lines if line["kind"] == "places"][-1:]
         # The newest of both kinds stay; a run of evaluations alone must be bounded too.
         if len(steps) >= len(others):
             self.stride *= 2
             steps = steps[::-1][::2][::-1]
         else:
             others = others[::-1][::2][::-1]
-        self._rewrite(sorted([*steps, *others], key=lambda line: int(line["step"])))
+        self._rewrite(sorted([*steps, *others, *last], key=lambda line: int(line["step"])))
         # The last report was kept: the next one kept is a whole stride later.
         self._reports = 1
 
@@ -157,6 +180,21 @@ class RecordedRun:
     def evaluations(self) -> list[dict[str, Any]]:
         """Lines with an evaluation."""
         return [line for line in self.lines if line["kind"] == "evaluation"]
+
+    @property
+    def places(self) -> dict[str, dict[str, Places]]:
+        """The sums by layer and module, as `Guard.places` returned them; empty where the run has not ended."""
+        found: dict[str, dict[str, Places]] = {}
+        for line in self.lines:
+            if line["kind"] == "places":
+                found = {
+                    name: {
+                        domain: {(layer, module): float(value or 0.0) for layer, module, value in rows}
+                        for domain, rows in table.items()
+                    }
+                    for name, table in line["places"].items()
+                }
+        return found
 
 
 def find_history(run: Path) -> Path:
@@ -216,6 +254,8 @@ def _parsed(raw: str) -> dict[str, Any] | None:
     if kind == "run":
         settings, stride = line.get("settings"), line.get("stride")
         return line if isinstance(settings, dict) and isinstance(stride, int) and stride > 0 else None
+    if kind == "places":
+        return line if isinstance(step, int) and _are_places(line.get("places")) else None
     table = line.get({"step": "metrics", "evaluation": "rewards"}.get(str(kind), ""))
     if not isinstance(step, int) or isinstance(step, bool) or not isinstance(table, dict):
         return None
@@ -225,13 +265,24 @@ def _parsed(raw: str) -> dict[str, Any] | None:
     return line
 
 
+def _are_places(tables: Any) -> bool:
+    try:
+        rows = [row for table in tables.values() for rows in table.values() for row in rows]
+        return all(
+            isinstance(layer, int | None) and isinstance(module, str) and isinstance(value, int | float | None)
+            for layer, module, value in rows
+        )
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """JSON knows neither NaN nor infinity; six digits are more than a figure shows."""
-    return {
-        name: float(f"{value:.6g}") if math.isfinite(value) else None
-        for name, value in values.items()
-        if isinstance(value, int | float)
-    }
+    return {name: _number(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _dumped(line: Mapping[str, Any]) -> str:

@@ -219,6 +219,23 @@ class LocalModel:
         self.spread.add(full)
         self.noise = self._rounding(full)
 
+    def lengths(self, parts: Sequence[Tensor], early: bool) -> Tensor:
+        """Squared length of a change of the weights along the directions, by matrix; the same on all ranks.
+
+        The directions are orthonormal, so the coefficients tell it and the weights need not be read again.
+
+        Args:
+            parts: Its coefficients per block, ``(rows, rank)``.
+            early: As in `project`: whether a call for each block is cheaper than one for all, as on the CPU.
+
+        Returns:
+            ``(matrices of all blocks,)`` fp32.
+        """
+        full = [block.scatter(part) for block, part in zip(self.blocks, parts, strict=True)]
+        if early:
+            return torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in full]).square()
+        return torch.stack(torch._foreach_norm([matrix for part in full for matrix in part])).square()
+
     def _rounding(self, anchors: Sequence[Tensor]) -> Tensor:
         eps = torch.finfo(torch.float32).eps
         parts = [
@@ -265,11 +282,13 @@ class Displacement:
         flat: z of all blocks, ``(n,)`` fp32; changed in place by `project`.
         views: The same memory by block, each ``(rows, rank)``.
         weights: w, ``(n,)`` fp32.
+        taken: What `project` took from `flat`, ``(n,)`` fp32; None where it took nothing.
     """
 
     flat: Tensor
     views: list[Tensor]
     weights: Tensor
+    taken: Tensor | None = None
 
     def energy(self) -> Tensor:
         """Sum of w z^2 / 2, a 0-d tensor: the subspace term of the prediction."""
@@ -397,7 +416,8 @@ def project(
 
     Args:
         models: The protected domains' local models.
-        displacements: Their displacements; `flat` is changed in place to what the correction leaves.
+        displacements: Their displacements; `flat` is changed in place to what the correction leaves, and what
+            was removed for the domain's own sake becomes `taken`.
         radii: 0-d fp32 tensors.
         sweeps: Most passes over the domains.
         early: Stop as soon as all are inside; reads the device, so only for the CPU.
@@ -408,7 +428,6 @@ def project(
         nothing is outside (only with `early`).
     """
     grams = {} if grams is None else grams
-    removed: list[Tensor | None] = [None for _ in models]
     for sweep in range(sweeps if len(models) > 1 else 1):
         # A later sweep need only mend what other corrections pushed out noticeably.
         slack = 1.0 if sweep == 0 else SLACK
@@ -419,8 +438,7 @@ def project(
             still = False
             change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, early))
             seen.flat.sub_(change)
-            before = removed[i]
-            removed[i] = change if before is None else before.add_(change)
+            seen.taken = change if seen.taken is None else seen.taken.add_(change)
             parts = seen.split(change)
             for j, other in enumerate(displacements):
                 if j != i:
@@ -428,9 +446,9 @@ def project(
         if early and still:
             break
     moved = [
-        (model, seen.split(part))
-        for model, seen, part in zip(models, displacements, removed, strict=True)
-        if part is not None
+        (model, seen.split(seen.taken))
+        for model, seen in zip(models, displacements, strict=True)
+        if seen.taken is not None
     ]
     if not moved:
         return None

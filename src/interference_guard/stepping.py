@@ -106,6 +106,9 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         guard.view.subtract(changes)
         for state, displacement in zip(states, seen, strict=True):
             state.subspace = displacement.energy()
+            if displacement.taken is not None and state.model is not None:
+                moved = state.model.lengths(displacement.split(displacement.taken), guard.reads_back)
+                state.moved = moved if state.moved is None else state.moved + moved
     guard.kept.add((_subspaces(states).sum() / before.sum().clamp(min=1e-37)).clamp(max=1.0).sqrt())
     guard.clock.add("project", started)
 

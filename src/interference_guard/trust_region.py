@@ -78,6 +78,11 @@ class TrustRegion:
     estimate: float = math.nan
 
     @property
+    def allowed(self) -> float:
+        """The budget in the unit of the measurements."""
+        return self.budget_nats if self.unit == "nats" else self.budget
+
+    @property
     def slopes(self) -> tuple[float, float]:
         """Loss per unit of the quadratic and of the linear part, neither negative.
 
@@ -162,7 +167,7 @@ class TrustRegion:
         self.at_floor = False
         if self.radius <= 0 or not math.isfinite(loss):
             return
-        budget = self.budget_nats if self.unit == "nats" else self.budget
+        budget = self.allowed
         if loss <= 0.5 * budget:
             factor = GROW
         elif loss > 2 * budget:

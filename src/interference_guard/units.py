@@ -46,6 +46,18 @@ CHANNELS_OUT = frozenset(
     )
 )
 FUSED = frozenset(("gate_up_proj",))
+# Saved models whose layers compute x W and are stored (in, out), by the `model_type` of their config.json: names
+# of the layers, or of the modules that hold stacks of experts.
+CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
+TRANSPOSED: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "gpt2": CONV1D,
+        "openai-gpt": CONV1D,
+        "imagegpt": CONV1D,
+        "decision_transformer": CONV1D,
+        "gpt_oss": frozenset(("experts",)),
+    }
+)
 CHANNELS_IN = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h"))
 
 
@@ -142,6 +154,7 @@ class UnitLayout:
         overrides: Kind by name pattern (`fnmatch`, on canonical names); the first match wins over the
             built-in rules.
         module: The model, read to find layers that store their weights transposed.
+        transposed: Names of such layers where there is no model, as `stored_transposed` gives them.
 
     Raises:
         ConfigError: If a pattern matches no parameter, or asks for columns of a 1-D weight.
@@ -153,9 +166,13 @@ class UnitLayout:
         overrides: Mapping[str, str] = MappingProxyType({}),
         *,
         module: nn.Module | None = None,
+        transposed: Iterable[str] = (),
     ) -> None:
         shapes = {canonical_name(name): tuple(tensor.shape) for name, tensor in parameters}
-        flipped = _transposed_layers(module)
+        flipped = _transposed_layers(module) | frozenset(transposed)
+        owners = {name.rpartition(".")[0] for name in shapes}
+        self.transposed = frozenset(name for name in flipped if name in owners)
+        """Layers with a parameter here that store it transposed."""
         unused = set(overrides)
         kinds: dict[str, Kind] = {}
         for name, shape in shapes.items():
@@ -197,6 +214,21 @@ def _layer(name: str) -> tuple[str, str, bool]:
 
 def _is_stack(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and "experts" in name.split(".")
+
+
+def stored_transposed(model_type: str | None, names: Iterable[str]) -> frozenset[str]:
+    """Layers of a saved model that store their weights transposed.
+
+    Args:
+        model_type: From its config.json.
+        names: Canonical names of its parameters.
+
+    >>> sorted(stored_transposed("gpt2", ["h.0.mlp.c_fc.weight", "h.0.ln_1.weight"]))
+    ['h.0.mlp.c_fc']
+    """
+    layers = TRANSPOSED.get(model_type or "", frozenset())
+    owners = {name.rpartition(".")[0] for name in names}
+    return frozenset(owner for owner in owners if owner.rpartition(".")[2] in layers)
 
 
 def _transposed_layers(module: nn.Module | None) -> frozenset[str]:

@@ -58,6 +58,7 @@ def outcome(model, guard):
         "metrics": {k: v for k, v in guard.metrics().items() if not k.endswith("seconds")},
         "sets": {name: dict(s.half_set.masks) for name, s in guard.domains.items() if s.half_set is not None},
         "counts": {name: s.curvature.count.item() for name, s in guard.domains.items()},
+        "places": guard.places(),
         "foreign": {name: s.foreign_steps for name, s in guard.domains.items()},
     }
 

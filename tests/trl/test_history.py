@@ -32,6 +32,10 @@ def test_a_run_writes_its_history_beside_its_checkpoints(tmp_path):
     assert {step for step, _ in run.evaluations["code"]} == {3, 6}
     assert "loss" in run.series
     assert run.overhead()
+    assert set(run.recorded.places["curvature"]) == {"math", "code"}
+    projected = run.recorded.places["projected"]["math"]
+    assert (0, "q_proj") in projected
+    assert sum(projected.values()) > 0
 
 
 def test_resumption_writes_each_step_once(tmp_path):

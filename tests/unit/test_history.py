@@ -103,3 +103,37 @@ def test_no_history_and_no_readable_line(tmp_path):
 def test_a_bound_too_small(tmp_path):
     with pytest.raises(ConfigError, match="needs 8 lines or more"):
         History(tmp_path / HISTORY, limit=7)
+
+
+PLACES = {
+    "curvature": {"math": {(0, "q_proj"): 1.5, (None, "lm_head"): 0.25}},
+    "projected": {"math": {(0, "q_proj"): 0.5}},
+}
+
+
+def test_sums_by_place_are_read_back_and_bounded(tmp_path):
+    history = History(tmp_path / HISTORY, limit=8)
+    history.report(1, ["math"], {"a": 1})
+    history.places(1, PLACES)
+    found = read_history(tmp_path / HISTORY)
+    assert found.places == PLACES
+    assert [line["kind"] for line in found.lines] == ["step", "places"]
+    for step in range(2, 40):
+        history.places(step, {**PLACES, "projected": {}})
+        history.report(step, ["math"], {"a": 1})
+    assert len((tmp_path / HISTORY).read_text().splitlines()) <= 8
+    assert read_history(tmp_path / HISTORY).places["projected"] == {}
+    # A run that goes on writes them again when it ends.
+    History(tmp_path / HISTORY, step=39)
+    assert read_history(tmp_path / HISTORY).places == {}
+
+
+@pytest.mark.parametrize(
+    "places", ["3", "[]", '{"curvature": [1]}', '{"a": {"math": [[0, 1, 2]]}}', '{"a": {"math": [[0]]}}']
+)
+def test_damaged_sums_are_skipped_and_counted(tmp_path, places):
+    (tmp_path / HISTORY).write_text(
+        '{"kind":"places","step":1,"places":' + places + '}\n{"kind":"evaluation","step":1,"rewards":{}}\n'
+    )
+    found = read_history(tmp_path / HISTORY)
+    assert (found.skipped, found.places) == (1, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interference_guard.errors import CheckpointError
-from interference_guard.units import UnitLayout, canonical_name
+from interference_guard.units import UnitLayout, canonical_name, stored_transposed
 
 from .tensorfile import Entry, read_header
 
@@ -21,8 +22,6 @@ SINGLE = ("model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
 # Elements read at once, 4 MiB in fp32: pieces that fit a processor's cache are also the fastest.
 PIECE = 1 << 20
-# Architectures whose layers compute x W and store (in, out).
-TRANSPOSED = frozenset(("gpt2", "openai-gpt", "gpt_oss"))
 
 
 class Weights(Protocol):
@@ -36,6 +35,11 @@ class Weights(Protocol):
     @property
     def label(self) -> str:
         """What a message calls them."""
+        ...
+
+    @property
+    def model_type(self) -> str | None:
+        """The architecture's name in config.json, None where there is none."""
         ...
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
@@ -83,6 +87,11 @@ class Checkpoint:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape by canonical name."""
         return MappingProxyType(self._shapes)
+
+    @cached_property
+    def model_type(self) -> str | None:
+        """The architecture's name in the config.json beside the weights, None where there is none."""
+        return _model_type(self.path)
 
     @property
     def adapter(self) -> bool:
@@ -134,6 +143,11 @@ def _files(path: Path) -> dict[Path, set[str]]:
     for name in SINGLE:
         if (path / name).is_file():
             return {path / name: set()}
+    inner = sorted(file.parent.name for file in path.glob(f"*/{SINGLE[1]}"))
+    if inner:
+        raise CheckpointError(
+            f"{path} holds no checkpoint itself, but adapters in the folders {inner}. Give one of these."
+        )
     raise CheckpointError(
         f"{path} holds no checkpoint: expected one of {[*SINGLE, INDEX]}. Give the folder that save_pretrained "
         "or the trainer wrote; files named .bin must be saved as safetensors first."
@@ -158,27 +172,18 @@ def check_same(first: Weights, second: Weights) -> None:
 
 
 def unit_layout(weights: Weights, overrides: Mapping[str, str] = MappingProxyType({})) -> UnitLayout:
-    """Unit views of a checkpoint's tensors.
-
-    Raises:
-        CheckpointError: If its architecture stores layers transposed, which only a model in memory shows.
-    """
-    kind = _model_type(Path(weights.label))
-    if kind in TRANSPOSED and not overrides:
-        raise CheckpointError(
-            f"{weights.label} is a {kind} model, whose layers are stored transposed. Give unit_overrides for "
-            "its layers, for instance '*.c_attn.weight=column'."
-        )
+    """Unit views of a checkpoint's tensors; its config.json tells which layers are stored transposed."""
     empty = ((name, torch.empty(shape, device="meta")) for name, shape in weights.shapes.items())
-    return UnitLayout(empty, overrides)
+    return UnitLayout(empty, overrides, transposed=stored_transposed(weights.model_type, weights.shapes))
 
 
 def _model_type(path: Path) -> str | None:
+    folder = path if path.is_dir() else path.parent
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
-    return str(found)
+    return None if found is None else str(found)
 
 
 def pieces(shape: tuple[int, ...], limit: int = PIECE) -> Iterator[tuple[int, int]]:
@@ -190,23 +195,6 @@ def pieces(shape: tuple[int, ...], limit: int = PIECE) -> Iterator[tuple[int, in
     step = max(1, limit // max(row, 1))
     for first in range(0, count, step):
         yield first, min(first + step, count)
-
-
-_NUMBER = re.compile(r"\.(\d+)(?=\.)")
-_SKIPPED = re.compile(r"^(lora_\w+|default|base_layer|modules_to_save|weight|bias|\d+)$")
-
-
-def place(name: str) -> tuple[int | None, str]:
-    """Layer number and module of a parameter; None outside the numbered layers.
-
-    >>> place("model.layers.11.self_attn.q_proj.weight")
-    (11, 'q_proj')
-    >>> place("model.embed_tokens.weight")
-    (None, 'embed_tokens')
-    """
-    found = _NUMBER.search(name)
-    parts = [part for part in name.split(".") if not _SKIPPED.match(part)]
-    return (int(found[1]) if found else None), parts[-1] if parts else name
 
 
 def resolve(name: str, names: Iterable[str]) -> str | None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from interference_guard.places import place
 from interference_guard.units import UnitView
 
-from .checkpoints import Weights, check_same, pieces, place, unit_layout
+from .checkpoints import Weights, check_same, pieces, unit_layout
 
 # The paper's two bounds.
 ABSOLUTE, RELATIVE = 1e-7, 1e-3

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from interference_guard.errors import StateError
+from interference_guard.places import place
 
-from .checkpoints import place
 from .state import DomainRecord
 
 

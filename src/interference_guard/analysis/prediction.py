@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from interference_guard.places import place
 from interference_guard.trust_region import Raw
 from interference_guard.units import UnitView
 
-from .checkpoints import Weights, place
+from .checkpoints import Weights
 from .edits import neuron_sums
 from .state import DomainRecord
 

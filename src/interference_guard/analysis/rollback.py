@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from interference_guard.checkpoint import DETAILS, TENSORS
 from interference_guard.errors import CheckpointError, ConfigError, ReportError
+from interference_guard.files import DETAILS, TENSORS
 
 from .checkpoints import Checkpoint, Weights
 from .state import DomainRecord, Part

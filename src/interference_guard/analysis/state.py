@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interference_guard.checkpoint import DETAILS, TENSORS, VERSION
+from interference_guard.checkpoint import VERSION
 from interference_guard.config import GuardConfig
 from interference_guard.curvature import nystrom, residual_matrix, sketch_matrix
 from interference_guard.errors import CheckpointError, StateError, StateVersionError, UnknownDomainError
+from interference_guard.files import DETAILS, TENSORS
 from interference_guard.local_model import LocalBlock
+from interference_guard.places import Places, by_place
 from interference_guard.trust_region import TrustRegion
 from interference_guard.units import UnitLayout, UnitView
 
@@ -160,8 +162,9 @@ class DomainRecord:
             if views[0].units * len(views) != energy.numel():
                 raise StateError(
                     f"{self.state.folder}: the block of {first.name!r} has {energy.numel()} units, its shape "
-                    f"gives {views[0].units * len(views)}. Layers stored transposed (Conv1D) cannot be read "
-                    "without the model; give unit_overrides in the run."
+                    f"gives {views[0].units * len(views)}. A sharded model's state holds a part for each rank, "
+                    "and one of an earlier version does not say which layers are stored transposed (Conv1D): "
+                    "save it anew, whole, or give unit_overrides in the run."
                 )
             yield index, energy, views
 
@@ -172,6 +175,21 @@ class DomainRecord:
             for view, piece in zip(views, energy.chunk(len(views)), strict=True):
                 found[view.name] = piece.flatten()
         return found
+
+    def curvature_places(self) -> Places:
+        """Gradient energy by layer and module."""
+        return by_place((name, float(energy.double().sum())) for name, energy in self.energies().items())
+
+    def projected_places(self) -> Places:
+        """Squared length of what projections took for this domain, by layer and module; maybe empty."""
+        moved, start, found = self.tensor("moved"), 0, []
+        if moved is None:
+            return {}
+        for _, energy, views in self.members():
+            pieces = moved[start : start + energy.shape[0]].chunk(len(views))
+            found += [(view.name, float(piece.sum())) for view, piece in zip(views, pieces, strict=True)]
+            start += energy.shape[0]
+        return by_place(found)
 
     def directions(self) -> dict[str, Tensor]:
         """Leading directions by parameter, ``(matrices, width, rank)``, of domains without an anchor too."""
@@ -214,6 +232,7 @@ class StateFile:
             self.settings: dict[str, Any] = details["settings"]
             self.steps = int(details["steps"])
             shapes = {name: tuple(shape) for name, shape in details["parameters"].items()}
+            transposed = [str(name) for name in details.get("transposed", ())]
             domains = dict(details["domains"])
         except FileNotFoundError as error:
             raise StateError(
@@ -233,10 +252,15 @@ class StateFile:
             )
         config = GuardConfig(unit_overrides=self.settings.get("unit_overrides"))
         empty = ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
-        self.views: dict[str, UnitView] = UnitLayout(empty, config.overrides()).views
+        self.views: dict[str, UnitView] = UnitLayout(empty, config.overrides(), transposed=transposed).views
         self.domains: dict[str, DomainRecord] = {
             name: DomainRecord(self, name, number, item) for number, (name, item) in enumerate(domains.items())
         }
+
+    @property
+    def adapter(self) -> bool:
+        """Whether it is of a guard that watched LoRA factors."""
+        return any(".lora_" in name for name in self.views)
 
     def domain(self, name: str) -> DomainRecord:
         """One domain.

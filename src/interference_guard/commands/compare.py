@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interference_guard.analysis import (
-    Checkpoint,
-    MergedCheckpoint,
-    StateFile,
-    jaccard,
-    measure_edits,
-    open_checkpoint,
-    predict_damage,
-    top_neurons,
-)
-from interference_guard.analysis.checkpoints import Weights
 from interference_guard.errors import ConfigError
 
 from . import output
+
+if TYPE_CHECKING:
+    from interference_guard.analysis.checkpoints import Checkpoint, Weights
 
 # Rows of the table by layer and module that are printed; --json gives all.
 PLACES = 20
@@ -35,6 +27,13 @@ def compare(
     state: Annotated[
         Path | None, typer.Option(help="A folder with a guard's state: predict each domain's interference.")
     ] = None,
+    unit_override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'PATTERN=row', '=column' or '=vector', as in the run's unit_overrides; may be repeated. For "
+            "layers stored transposed where no config.json tells so."
+        ),
+    ] = None,
     places: Annotated[bool, typer.Option("--places", help="Show layers and modules too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -44,14 +43,20 @@ def compare(
 
     Example: interference-guard compare base after-math after-code --chain
     """
+    # Here, because the program is asked for its help more often than for this.
+    from interference_guard import GuardConfig
+    from interference_guard.analysis import jaccard, measure_edits, open_checkpoint, top_neurons
+
+    overrides = GuardConfig(unit_overrides=unit_override).overrides()
     start = open_checkpoint(base)
-    weights = [_fitting(start, open_checkpoint(path)) for path in checkpoints]
+    opened = [open_checkpoint(path) for path in checkpoints]
+    weights = [_fitting(start, item) for item in opened]
     found: list[dict[str, Any]] = []
     tops = []
     for index, after in enumerate(weights):
         before = weights[index - 1] if chain and index else start
         with output.progress(f"{before.label} -> {after.label}", len(after.shapes)) as advance:
-            edits = measure_edits(before, after, advance=advance)
+            edits = measure_edits(before, after, overrides, advance=advance)
         tops.append(top_neurons(edits.neurons()))
         found.append(
             {"before": before.label, "after": after.label, **edits.summary(), "places": edits.by_place()}
@@ -62,7 +67,7 @@ def compare(
         for j in range(i + 1, len(tops))
         if tops[i] and tops[j]
     ]
-    predictions = _predictions(state, weights)
+    predictions = _predictions(state, opened, weights)
     if json:
         output.as_json({"edits": found, "top_neurons": pairs, "predictions": predictions})
         return
@@ -70,20 +75,25 @@ def compare(
 
 
 def _fitting(base: Checkpoint, other: Checkpoint) -> Weights:
+    from interference_guard.analysis import MergedCheckpoint
+
     return MergedCheckpoint(base, other) if other.adapter and not base.adapter else other
 
 
-def _predictions(state: Path | None, weights: list[Weights]) -> list[dict[str, Any]]:
+def _predictions(state: Path | None, opened: list[Checkpoint], weights: list[Weights]) -> list[dict[str, Any]]:
     if state is None:
         return []
+    from interference_guard.analysis import StateFile, predict_damage
+
     records = [record for record in StateFile(state).domains.values() if record.modelled]
     if not records:
         raise ConfigError(f"{state} has no anchored domain, so nothing can be predicted. Leave out --state.")
     return [
         {"after": after.label, "domain": record.name, "raw": found.raw, "predicted": found.calibrated}
-        for after in weights
+        for alone, after in zip(opened, weights, strict=True)
         for record in records
-        for found in [predict_damage(record, after)]
+        # A guard of LoRA factors knows these, and not the merged weights.
+        for found in [predict_damage(record, alone if record.state.adapter else after)]
     ]
 
 

@@ -15,7 +15,10 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; RUN/report.html by default.")] = None,
     state: Annotated[
         Path | None,
-        typer.Option(help="A checkpoint with the guard's state; the newest one under RUN by default."),
+        typer.Option(
+            help="A checkpoint with the guard's state, for the maps by layer and module; by default the "
+            "history's own, else the newest state under RUN."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
 ) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from interference_guard.analysis import StateFile, open_checkpoint, plan_rollback, write_rollback
 from interference_guard.errors import ConfigError
 
 from . import output
@@ -43,6 +42,8 @@ def rollback(
     """
     if out is None and not dry_run:
         raise ConfigError("Nothing says where the result goes. Pass --out FOLDER, or --dry-run to see the curve.")
+    from interference_guard.analysis import StateFile, open_checkpoint, plan_rollback, write_rollback
+
     record = StateFile(state if state is not None else checkpoint).domain(domain)
     before, after = open_checkpoint(base), open_checkpoint(checkpoint)
     with output.progress("scoring", len(record.state.views)) as advance:

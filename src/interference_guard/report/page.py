@@ -9,17 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interference_guard.errors import ReportError
 
-from . import figures
-from .run import Run, curvature_map, find_state, read_run
+from . import figures, tables
+from .run import Run, read_places, read_run
 from .style import DOMAINS, drawing, freeze, png, standalone, svg
 from .transfer import Transfer, losses, transfer
 
-# Maps of more domains than this would make the page long and large.
-MAPS = 12
+if TYPE_CHECKING:
+    from interference_guard.places import Places
 
 
 @dataclass
@@ -49,8 +49,8 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
         run: The run's folder, or its history file.
         out: The HTML file; `report.html` in the run's folder by default. The figures go into a folder of
             the same name without `.html`.
-        state: A folder with the guard's state, for the maps of curvature; the newest one under the run by
-            default.
+        state: A folder with the guard's state, for the maps by layer and module; by default the history's own
+            from the end of the run, else the newest state under the run.
         force: Replace an existing report.
 
     Raises:
@@ -72,9 +72,8 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
     for path in (page, folder):
         if path.exists() and not force:
             raise ReportError(f"{path} exists already. Choose another name with --out, or pass --force.")
-    state = state if state is not None else find_state(run)
     made = Made(page, skipped=found.recorded.skipped)
-    maps, trouble = curvature_map(state) if state is not None else ({}, None)
+    maps, trouble = read_places(found, state)
     moved = transfer(found)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +101,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
 Plan = tuple[str, str, str, Callable[[bool], Any]]
 
 
-def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[tuple[int, str], float]]) -> list[Plan]:
+def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[str, Places]]) -> list[Plan]:
     """Key, title, note and drawing of each figure."""
     plans: list[Plan] = [
         (
@@ -118,7 +117,7 @@ def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[tuple[int, str]
                 "accuracy",
                 "Reward after each phase",
                 "A row is a phase, a column a domain. Framed: a domain right after its own phase.",
-                lambda narrow: _once(narrow, lambda: figures.accuracy(moved, run)),
+                lambda narrow: _once(narrow, lambda: tables.accuracy(moved, run)),
             )
         )
     plans += [
@@ -145,16 +144,17 @@ def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[tuple[int, str]
             "overlap",
             "Overlap of protected sets",
             "Jaccard index of the units that carry half of each domain's curvature energy.",
-            lambda narrow: _once(narrow, lambda: figures.overlap(run)),
+            lambda narrow: _once(narrow, lambda: tables.overlap(run)),
         ),
     ]
     plans.append(
         (
-            "curvature",
-            "Where the curvature sits",
-            "Each domain's gradient energy by layer (the first on top) and module, from the guard's saved state. "
-            "Columns right of the layers' modules lie outside the layers and fill a domain's whole block.",
-            lambda narrow: figures.curvature(dict(list(maps.items())[:MAPS]), narrow),
+            "places",
+            "Where curvature and projections sit",
+            "By layer (the first on top) and module: each domain's gradient energy, and the squared length of "
+            "what projections took back from the weights for its sake, over the whole run. Columns right of the "
+            "layers' modules lie outside the layers and fill a domain's whole block.",
+            lambda narrow: tables.places(maps, narrow),
         )
     )
     plans.append(

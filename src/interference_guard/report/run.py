@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from interference_guard.checkpoint import DETAILS
 from interference_guard.errors import GuardError, ReportError
+from interference_guard.files import DETAILS
 from interference_guard.history import RecordedRun, find_history, read_history
 
+if TYPE_CHECKING:
+    from interference_guard.places import Places
+
+Made = TypeVar("Made")
 # More changes of domain than this are an interleaved run: shading them would be a blur.
 PHASE_LIMIT = 60
 # What a domain's metrics are called after "guard/<domain>/".
@@ -20,12 +25,11 @@ Series = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps that trained the same domains; `recovery` where the guard asked for it."""
+    """A stretch of steps that trained the same domains."""
 
     first: float
     last: float
     active: tuple[str, ...]
-    recovery: bool = False
 
     @property
     def name(self) -> str:
@@ -46,6 +50,7 @@ class Run:
     recorded: RecordedRun
 
     def __post_init__(self) -> None:
+        self._made: dict[str, Any] = {}
         self.series: dict[str, Series] = {}
         for line in self.recorded.steps:
             for name, value in line["metrics"].items():
@@ -62,12 +67,19 @@ class Run:
         # Evaluated domains that were never trained come last.
         names += [name for name in self.evaluations if name not in names]
         self.domains = names
-        self.phases = _phases(self.recorded.steps)
-        self.recoveries = [
-            Phase(phase.first, phase.last, phase.active, True)
-            for phase in _stretches(self.recorded.steps, lambda line: bool(_recovers(line)))
-            if phase.recovery
-        ]
+        steps = self.recorded.steps
+        recovering = _recovering(steps)
+        self.phases = _phases(steps, recovering)
+        trained = [_active(line) for line in steps]
+        found = _stretches(steps, list(zip(recovering, trained, strict=True)))
+        self.recoveries = [Phase(first, last, active) for first, last, (recovers, active) in found if recovers]
+
+    def once(self, key: str, make: Callable[[], Made]) -> Made:
+        """What `make` returns, computed at the first call with this key: figures are drawn in two widths."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: Made = self._made[key]
+        return found
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -136,51 +148,74 @@ def find_state(run: Path) -> Path | None:
     return max(found, key=lambda path: (path / DETAILS).stat().st_mtime, default=None)
 
 
-def curvature_map(state: Path) -> tuple[dict[str, dict[tuple[int, str], float]], str | None]:
-    """Share of each domain's curvature energy by layer and module; layer -1 is outside the layers.
+def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Places]], str | None]:
+    """Where curvature and projections sit: from a saved state, or as the run's history has it from its end.
+
+    Args:
+        run: The run.
+        state: A folder with the guard's state, which goes first; None to look in the history, then for the
+            newest state under the run.
 
     Returns:
-        The shares by domain, and what was wrong where the state could not be read.
+        Tables by domain, ``"curvature"`` and ``"projected"``, and what was wrong with a state that could not be
+        read.
     """
-    from interference_guard.analysis.checkpoints import place
+    if state is None and run.recorded.places:
+        return run.recorded.places, None
+    state = state if state is not None else find_state(run.path)
+    if state is None:
+        return {}, None
+    # Here, because it imports torch.
     from interference_guard.analysis.state import StateFile
 
     try:
-        found: dict[str, dict[tuple[int, str], float]] = {}
-        for name, record in StateFile(state).domains.items():
-            table: dict[tuple[int, str], float] = {}
-            for parameter, energy in record.energies().items():
-                layer, module = place(parameter)
-                key = (-1 if layer is None else layer, module)
-                table[key] = table.get(key, 0.0) + float(energy.double().sum())
-            total = sum(table.values())
-            if total > 0:
-                found[name] = {key: value / total for key, value in table.items()}
+        records = StateFile(state).domains
+        curvature = {name: record.curvature_places() for name, record in records.items()}
+        projected = {name: record.projected_places() for name, record in records.items()}
+        tables = {"curvature": curvature, "projected": {name: item for name, item in projected.items() if item}}
     except GuardError as error:
         return {}, str(error)
-    return found, None
+    return tables, None
 
 
-def _recovers(line: dict[str, Any]) -> float:
-    return float(line["metrics"].get("guard/recovery/active") or 0.0)
+def _active(line: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(map(str, line.get("active", ())))
 
 
-def _phases(lines: list[dict[str, Any]]) -> list[Phase]:
-    found = _stretches(lines, lambda line: tuple(line.get("active", ())))
+def _recovering(lines: list[dict[str, Any]]) -> list[bool]:
+    """Whether each report holds recovery steps: their count has grown.
+
+    The flag ``guard/recovery/active`` says what comes next: the step before a phase has it, its last step not.
+    """
+    found: list[bool] = []
+    before = 0.0
+    for line in lines:
+        total = float(line["metrics"].get("guard/recovery/steps") or 0.0)
+        # A history may begin in the middle of a run.
+        found.append(bool(found) and total > before)
+        before = total
+    return found
+
+
+def _phases(lines: list[dict[str, Any]], recovering: list[bool]) -> list[Phase]:
+    """The planned phases; a recovery interrupts one and does not end it."""
+    planned: list[tuple[str, ...]] = []
+    for line, recovers in zip(lines, recovering, strict=True):
+        active = _active(line)
+        planned.append(planned[-1] if recovers and active in planned else active)
+    found = [Phase(*item) for item in _stretches(lines, planned)]
     return found if len(found) <= PHASE_LIMIT else []
 
 
-def _stretches(lines: list[dict[str, Any]], key: Any) -> list[Phase]:
-    """Neighbouring reports of one key; a report stands for the steps since the one before."""
-    found: list[Phase] = []
+def _stretches(lines: list[dict[str, Any]], keys: list[Any]) -> list[tuple[float, float, Any]]:
+    """First step, last step and key of neighbouring reports of one key; a report is of the steps before it."""
+    found: list[tuple[float, float, Any]] = []
     current, begin, last = None, 0.0, 0.0
-    active: tuple[str, ...] = ()
-    for line in lines:
-        here = key(line)
+    for line, here in zip(lines, keys, strict=True):
         if here != current and last > begin:
-            found.append(Phase(begin, last, active, current is True))
+            found.append((begin, last, current))
             begin = last
-        current, active, last = here, tuple(map(str, line.get("active", ()))), float(line["step"])
+        current, last = here, float(line["step"])
     if last > begin:
-        found.append(Phase(begin, last, active, current is True))
+        found.append((begin, last, current))
     return found

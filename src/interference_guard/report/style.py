@@ -33,6 +33,7 @@ DASHES: tuple[Any, ...] = (
     (0, (8, 2, 3, 2)),
     (0, (2, 3)),
 )
+NUMBER = re.compile(r"-?\d+\.\d{3,}")
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6570", "#d3d9de", "#ffffff"
 # Colour in a drawing to the page's variable.
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
@@ -101,11 +102,16 @@ def svg(figure: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
+    # Inside tags alone: a label that says 0.005 must not become 0.01.
+    text = re.sub(r"<[^>]+>", lambda tag: NUMBER.sub(_shorter, tag[0]), text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     for plain, variable in VARIABLES.items():
         text = text.replace(plain, f"var({variable})")
     return text
+
+
+def _shorter(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}"
 
 
 def standalone(text: str) -> str:

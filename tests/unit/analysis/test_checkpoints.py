@@ -2,11 +2,15 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from interference_guard.analysis import MergedCheckpoint, check_same, open_checkpoint
-from interference_guard.analysis.checkpoints import pieces, place, resolve, unit_layout
+from interference_guard.analysis.checkpoints import pieces, resolve, unit_layout
 from interference_guard.errors import CheckpointError
+from interference_guard.places import place
+from interference_guard.units import UnitLayout
 from tests.unit.helpers import Toy
 from tests.unit.runs import save_model
 
@@ -87,12 +91,30 @@ def test_different_architectures(tmp_path):
         check_same(a, b)
 
 
-def test_transposed_layers_are_refused(tmp_path):
-    folder = save_model(Toy(), tmp_path)
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(CheckpointError, match="is a gpt2 model, whose layers are stored transposed"):
-        unit_layout(open_checkpoint(folder))
-    assert unit_layout(open_checkpoint(folder), {"lm_head.weight": "column"}).views["lm_head.weight"].units == 16
+# peft and transformers warn about what a toy does not have.
+quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@quiet
+@pytest.mark.parametrize("kind", [GPT2Config, Qwen3Config])
+def test_files_are_laid_out_as_the_model_is(tmp_path, kind):
+    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 2} if kind is GPT2Config else {
+        "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
+        "intermediate_size": 24, "head_dim": 4,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=16, **sizes))
+    model.save_pretrained(tmp_path)
+    expected = UnitLayout(model.named_parameters(), module=model).views
+    assert any(view.neuron for view in expected.values())
+    found = unit_layout(open_checkpoint(tmp_path)).views
+    assert found == expected
+    # Without the configuration, an override says it.
+    if kind is GPT2Config:
+        (tmp_path / "config.json").unlink()
+        plain = unit_layout(open_checkpoint(tmp_path)).views
+        name = "transformer.h.0.attn.c_attn.weight"
+        assert plain[name] != expected[name]
+        assert unit_layout(open_checkpoint(tmp_path), {"*.c_attn.weight": "column"}).views[name] == expected[name]
 
 
 def test_places_and_names():
@@ -101,39 +123,120 @@ def test_places_and_names():
     assert resolve("a.weight", {"b.weight"}) is None
 
 
-def adapter(folder, base, rank=2, **settings):
-    generator = torch.Generator().manual_seed(1)
+def trained_adapter(model, folder, **settings):
+    """A LoRA adapter with random factors; its file, and the model with it merged by peft."""
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, **settings))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload().state_dict()
+
+
+def assert_merged(base, folder, expected, changed):
+    merged = MergedCheckpoint(base, open_checkpoint(folder))
+    assert merged.shapes == base.shapes
+    for name in base.shapes:
+        torch.testing.assert_close(merged.rows(name), expected[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merged.rows(name, 2, 5), expected[name][2:5], rtol=1e-5, atol=1e-5)
+    moved = {name for name in base.shapes if not torch.equal(merged.rows(name), base.rows(name))}
+    assert {name.removesuffix(".weight") for name in moved} == set(changed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"mlp.down_proj": 1}},
+        {"rank_pattern": {"mlp.*": 4}, "alpha_pattern": {"^mlp.up_proj": 2}, "use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed", "up_proj"]},
+    ],
+    ids=str,
+)
+@quiet
+def test_adapter_reads_as_peft_merges_it(tmp_path, settings):
+    model = Toy()
+    base = open_checkpoint(save_model(model, tmp_path / "base"))
+    settings = {"target_modules": ["up_proj", "down_proj"], **settings}
+    if "modules_to_save" in settings:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+    expected = trained_adapter(model, tmp_path / "lora", **settings)
+    names = {"embed": "embed", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj"}
+    changed = [names[name] for name in settings["target_modules"]] + settings.get("modules_to_save", [])
+    assert_merged(base, tmp_path / "lora", expected, changed)
+
+
+@quiet
+def test_adapter_of_a_model_that_is_stored_transposed(tmp_path):
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_head=2, n_layer=1))
+    model.save_pretrained(tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    # c_proj of the attention is square: its shape does not tell how it is stored.
+    layers = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+    expected = trained_adapter(model, tmp_path / "lora", **layers)
+    block = "transformer.h.0"
+    changed = [f"{block}.attn.c_attn", f"{block}.attn.c_proj", f"{block}.mlp.c_fc", f"{block}.mlp.c_proj"]
+    assert_merged(base, tmp_path / "lora", expected, changed)
+    # Nor is the configuration of the base needed.
+    (tmp_path / "base/config.json").unlink()
+    assert_merged(open_checkpoint(tmp_path / "base"), tmp_path / "lora", expected, changed)
+
+
+@quiet
+def test_several_adapters_in_one_folder(tmp_path):
+    wrapped = get_peft_model(Toy(), LoraConfig(r=2, target_modules=["up_proj"]), adapter_name="first")
+    wrapped.add_adapter("second", LoraConfig(r=3, target_modules=["down_proj"]))
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"adapters in the folders \['first', 'second'\]. Give one"):
+        open_checkpoint(tmp_path)
+    base = open_checkpoint(save_model(Toy(), tmp_path / "base"))
+    assert MergedCheckpoint(base, open_checkpoint(tmp_path / "second")).shapes == base.shapes
+
+
+def adapter(folder, rank=2, **settings):
+    """Factors for up_proj, and a configuration."""
     prefix = "base_model.model.mlp.up_proj"
-    tensors = {
-        f"{prefix}.lora_A.weight": torch.randn(rank, 16, generator=generator),
-        f"{prefix}.lora_B.weight": torch.randn(32, rank, generator=generator),
-    }
+    tensors = {f"{prefix}.lora_A.weight": torch.randn(rank, 16), f"{prefix}.lora_B.weight": torch.randn(32, rank)}
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": 8, **settings}))
-    return tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
 
 
-@pytest.mark.parametrize(("settings", "scale"), [({}, 4.0), ({"use_rslora": True}, 8 / 2**0.5)])
-def test_adapter_reads_as_merged(tmp_path, settings, scale):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA"}, "the adapter is of the kind LOHA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' has changed the base"),
+        ({"lora_bias": True}, "lora_bias is set and its factors have biases"),
+        ({"target_parameters": ["x"]}, "target_parameters is set"),
+        ({"rank_pattern": {"up_proj": 5}}, "have rank 2 and 2, adapter_config.json says 5"),
+        ({"lora_alpha": "much"}, r"adapter_config\.json cannot be read: ValueError"),
+        ({"rank_pattern": [1]}, r"adapter_config\.json cannot be read: AttributeError"),
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_be_merged(tmp_path, settings, message):
     base = open_checkpoint(save_model(Toy(), tmp_path / "base"))
-    product = adapter(tmp_path / "lora", base, **settings)
-    merged = MergedCheckpoint(base, open_checkpoint(tmp_path / "lora"))
-    expected = base.rows("mlp.up_proj.weight") + scale * product
-    torch.testing.assert_close(merged.rows("mlp.up_proj.weight", 3, 9), expected[3:9])
-    assert torch.equal(merged.rows("lm_head.weight"), base.rows("lm_head.weight"))
-    assert merged.shapes == base.shapes
+    adapter(tmp_path / "lora", **settings)
+    with pytest.raises(CheckpointError, match=message):
+        MergedCheckpoint(base, open_checkpoint(tmp_path / "lora"))
 
 
-def test_adapters_that_cannot_be_merged(tmp_path):
+def test_adapters_that_do_not_fit(tmp_path):
     base = open_checkpoint(save_model(Toy(), tmp_path / "base"))
-    adapter(tmp_path / "dora", base, use_dora=True)
-    with pytest.raises(CheckpointError, match="sets use_dora; only plain LoRA"):
-        MergedCheckpoint(base, open_checkpoint(tmp_path / "dora"))
-    adapter(tmp_path / "lora", base)
+    adapter(tmp_path / "lora")
     other = open_checkpoint(save_model(Toy(hidden=8), tmp_path / "other"))
     with pytest.raises(CheckpointError, match="different architectures"):
         MergedCheckpoint(other, open_checkpoint(tmp_path / "lora"))
+    save_file({"else.weight": torch.ones(2, 2)}, tmp_path / "alien.safetensors")
+    with pytest.raises(CheckpointError, match=r"changes 'mlp\.up_proj\.weight', which"):
+        MergedCheckpoint(open_checkpoint(tmp_path / "alien.safetensors"), open_checkpoint(tmp_path / "lora"))
     (tmp_path / "lora/adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
         MergedCheckpoint(base, open_checkpoint(tmp_path / "lora"))

@@ -7,17 +7,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from interference_guard.errors import ReportError
-from interference_guard.history import HISTORY
+from interference_guard.history import HISTORY, History
 from interference_guard.report.page import build_report
-from interference_guard.report.style import DOMAINS, colour, dash
+from interference_guard.report.style import DOMAINS, colour, dash, drawing, svg
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here; Debian's package chromium brings it"
 )
-KEYS = ("rewards", "accuracy", "interference", "agreement", "overlap", "curvature", "overhead")
+KEYS = ("rewards", "accuracy", "interference", "agreement", "overlap", "places", "overhead")
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,33 @@ def test_a_damaged_state_is_said_and_the_rest_is_drawn(toy_run, tmp_path):
     (tmp_path / "phase").mkdir()
     (tmp_path / "phase" / "interference_guard.json").write_text("{")
     text = build_report(tmp_path).page.read_text()
-    assert "No maps of curvature" in text
-    assert 'id="curvature"' not in text
+    assert "No maps by layer and module" in text
+    assert 'id="places"' not in text
     assert 'id="rewards"' in text
+
+
+def test_the_history_s_own_maps_need_no_state(tmp_path):
+    history = History(tmp_path / HISTORY)
+    history.report(1, ["math"], {"guard/math/reward": 0.5})
+    table = {(layer, module): 1.0 + layer for layer in range(3) for module in ("q_proj", "down_proj")}
+    history.places(1, {"curvature": {"math": table, "code": {}}, "projected": {"math": {(None, "lm_head"): 1.0}}})
+    made = build_report(tmp_path)
+    text = made.page.read_text()
+    assert '<section id="places">' in text
+    assert "taken back by projections" in text
+    for width in ("w", "n"):
+        assert f'id="places-{width}-' in text
+
+
+def test_labels_keep_their_digits():
+    with drawing("digits"):
+        figure = Figure()
+        axis = figure.subplots()
+        axis.plot([0, 0.02], [0, 1])
+        axis.set_xticks([0.0, 0.005, 0.0125])
+        text = svg(figure)
+    assert re.findall(r">(0\.\d+)<", text)[:3] == ["0.0000", "0.0050", "0.0125"]
+    assert not re.search(r'd="[^"]*\.\d{3}', text)
 
 
 def seen(hexadecimal, kind):

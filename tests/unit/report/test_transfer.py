@@ -68,13 +68,6 @@ def test_interleaved_runs_have_no_phases_to_shade(tmp_path):
     assert transfer(run) is None
 
 
-def test_recoveries_are_found(tmp_path):
-    made = History(tmp_path / HISTORY)
-    for step in range(1, 11):
-        made.report(step, ["a"], {"guard/recovery/active": float(step in (4, 5, 9))})
-    assert [(item.first, item.last) for item in read_run(tmp_path).recoveries] == [(3, 5), (8, 9)]
-
-
 def test_overhead_is_time_over_time_and_a_resumed_clock_is_left_out(tmp_path):
     made = History(tmp_path / HISTORY)
     for step, seconds in ((10, 5.0), (20, 10.0), (30, 2.0), (40, 7.0)):

@@ -1,0 +1,32 @@
+"""Numbers and verdicts of the pages on the commands and on the paper follow from the results."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def results(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def test_cost_of_the_commands():
+    page, found = (ROOT / "docs/cli.md").read_text(), results("tooling")
+    for name in ("compare", "report"):
+        item = found[name]
+        numbers = (
+            f"| {item['seconds']:.1f} s | {item['processor_seconds']:.1f} s | {item['peak_bytes'] / 1e9:.2f} GB"
+        )
+        assert numbers in page
+    assert found["compare"]["parameters"] >= 1e9
+    assert found["compare"]["peak_bytes"] < 2 * 2**30
+    assert found["report"]["steps"] == 10_000
+    assert found["report"]["seconds"] < 5
+    assert f"page of {found['report']['page_bytes'] / 1e6:.1f} MB" in page
+
+
+def test_verdict_on_short_refreshes():
+    phases = results("recovery")["summary"]["phases"]
+    # The page says that some phases brought their domain back and others did not.
+    assert 0 < phases["regained"] < phases["all"]
+    assert "holds in part" in (ROOT / "docs/paper.md").read_text()
