@@ -113,9 +113,9 @@ class GuardConfig:
             "the budget, or of recovery_budget where that is smaller."
         },
     )
-    recovery_steps: int = field(default=4, metadata={"help": "Most own steps of one recovery phase."})
+    recovery_steps: int = field(default=2, metadata={"help": "Most own steps of one recovery phase."})
     recovery_cooldown: int = field(
-        default=10, metadata={"help": "Steps after a recovery phase in which none starts."}
+        default=4, metadata={"help": "Steps after a recovery phase in which none starts."}
     )
     recovery_share: float = field(
         default=0.15, metadata={"help": "Most recovery steps, as a part of all steps at any time."}
