@@ -30,6 +30,13 @@ def rollback(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the curve over shares; write nothing.")
     ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE with a prompt and a completion a line (JSON): measure them before, after and rolled "
+            "back. Once for each domain, also for those that the edit was for."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -39,11 +46,17 @@ def rollback(
 
     Examples: interference-guard rollback after-math final --domain math --dry-run;
     interference-guard rollback after-math final --domain math --share 0.05 -o restored
+    --data math=math.jsonl --data code=code.jsonl
     """
+    given = _files(data or [])
+    if given and (dry_run or out is None):
+        raise ConfigError("--data measures the checkpoint that is written. Pass --out FOLDER and not --dry-run.")
     if out is None and not dry_run:
         raise ConfigError("Nothing says where the result goes. Pass --out FOLDER, or --dry-run to see the curve.")
     from interference_guard.analysis import StateFile, open_checkpoint, plan_rollback, write_rollback
+    from interference_guard.analysis.measured import nats_per_token, read_rows
 
+    texts = {name: read_rows(path) for name, path in given.items()}
     record = StateFile(state if state is not None else checkpoint).domain(domain)
     before, after = open_checkpoint(base), open_checkpoint(checkpoint)
     with output.progress("scoring", len(record.state.views)) as advance:
@@ -53,8 +66,14 @@ def rollback(
     else:
         with output.progress("writing", len(record.state.views)) as advance:
             rows = [write_rollback(plan, share, strength, out, force=force, advance=advance)]
+    places = _places(base, checkpoint, out)
+    measured = {
+        name: {label: nats_per_token(folder, lines, checkpoint) for label, folder in places}
+        for name, lines in texts.items()
+    }
     if json:
-        output.as_json({"domain": domain, "mode": mode, "out": None if dry_run else str(out), "rollback": rows})
+        table = {"domain": domain, "mode": mode, "out": None if dry_run else str(out), "rollback": rows}
+        output.as_json(table | ({"nats_per_token": measured} if measured else {}))
         return
     cells = [
         [
@@ -67,5 +86,22 @@ def rollback(
     ]
     columns = ["share of units", "units", "predicted interference left", "squared edit left"]
     output.table(f"Rollback for {domain}, strength {strength:g}, {mode}", columns, cells)
+    if measured:
+        cells = [[name, *(f"{value:.4f}" for value in found.values())] for name, found in measured.items()]
+        output.table("Measured, nats per token", ["domain", "before", "after", "rolled back"], cells)
     if out is not None and not dry_run:
         output.line(f"Written to {out}")
+
+
+def _files(data: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for entry in data:
+        name, _, path = entry.partition("=")
+        if not name or not path:
+            raise ConfigError(f"--data {entry!r} is not NAME=FILE, for instance --data math=math.jsonl.")
+        found[name] = Path(path)
+    return found
+
+
+def _places(base: Path, checkpoint: Path, out: Path | None) -> list[tuple[str, Path]]:
+    return [("before", base), ("after", checkpoint), *([] if out is None else [("rolled back", out)])]

@@ -1,0 +1,100 @@
+"""What a checkpoint says of given rows: nats per token, for the measured side of a rollback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from interference_guard.errors import CheckpointError, ReportError
+from interference_guard.probe import Completions, model_policy
+
+Row = tuple[str, str]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Prompts and completions of a JSON-lines file.
+
+    Raises:
+        ReportError: If the file or a line cannot be used; the message names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ReportError(
+            f"{path} cannot be read: {error.strerror}. Give a JSON-lines file, a prompt and a completion a line."
+        ) from error
+    rows: list[Row] = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            prompt, completion = line["prompt"], line["completion"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(
+                f"{path}, line {number}, is not an object with 'prompt' and 'completion'. Mend or drop the line."
+            ) from error
+        if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+            raise ReportError(
+                f"{path}, line {number}: prompt and completion must be texts, and the completion not empty. "
+                "Apply the chat template first where the rows are messages."
+            )
+        rows.append((prompt, completion))
+    if not rows:
+        raise ReportError(f"{path} has no rows. Give at least one.")
+    return rows
+
+
+def nats_per_token(folder: Path, rows: Sequence[Row], tokenizer: Path | None = None, batch: int = 8) -> float:
+    """Mean negative log-probability of the completions' tokens under a saved model.
+
+    Args:
+        folder: A model's folder, as `save_pretrained` writes it; nothing is downloaded.
+        rows: Prompts and completions.
+        tokenizer: Folder of the tokenizer; `folder` by default.
+        batch: Rows of one forward pass.
+
+    Raises:
+        ReportError: If transformers is not installed.
+        CheckpointError: If the folder holds no causal language model, or no tokenizer.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ReportError('Measuring needs transformers: pip install "interference-guard[trl]".') from error
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer or folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be run as a causal language model with a tokenizer: {error} Measure on folders "
+            "that save_pretrained wrote (merge an adapter first), with the tokenizer beside the edited one."
+        ) from error
+    policy = model_policy(model)
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch):
+        chosen = _completions(words, rows[start : start + batch])
+        with torch.no_grad():
+            total -= float(policy(chosen).double().sum())
+        count += int(chosen.completion_mask.sum())
+    return total / max(count, 1)
+
+
+def _completions(words: object, rows: Sequence[Row]) -> Completions:
+    pieces = []
+    for prompt, completion in rows:
+        before = words(prompt)["input_ids"]  # type: ignore[operator]
+        after = words(completion, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        pieces.append((before, after))
+    length = max(len(before) + len(after) for before, after in pieces)
+    ids = torch.zeros(len(pieces), length, dtype=torch.int64)
+    attention, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+    for index, (before, after) in enumerate(pieces):
+        end = len(before) + len(after)
+        ids[index, :end] = torch.tensor([*before, *after])
+        attention[index, :end] = 1
+        scored[index, len(before) : end] = 1
+    return Completions(ids, attention, scored)

@@ -1,0 +1,110 @@
+"""`rollback --data` measures what it did, on a real model and its own tokenizer."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from interference_guard import Guard, GuardConfig
+from interference_guard.analysis.measured import nats_per_token, read_rows
+from interference_guard.cli import main
+from tests.trl.host import model_and_words
+
+DATA = {
+    "math": [("1 + 1 =", " 2"), ("2 + 2 =", " 4")],
+    "code": [("reverse a b", " b a"), ("reverse b a", " a b")],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A model after its first and after its second domain, unguarded but watched, and the rows as files."""
+    folder = tmp_path_factory.mktemp("run")
+    model, words = model_and_words(folder / "start")
+    guard = Guard(model, GuardConfig(rank=4, sketch=8, residual=4, project=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for domain, rows in DATA.items():
+        file = folder / f"{domain}.jsonl"
+        file.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in rows))
+        for step in range(12):
+            prompt, completion = rows[step % 2]
+            ids = words(prompt + completion, return_tensors="pt")["input_ids"]
+            with guard.domain(domain), pytest.MonkeyPatch.context() as patch:
+                patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+                model(input_ids=ids, labels=ids).loss.backward()
+                guard.before_step()
+                optimizer.step()
+                guard.after_step()
+                optimizer.zero_grad()
+        model.save_pretrained(folder / domain)
+        words.save_pretrained(folder / domain)
+        guard.save(folder / domain)
+    return folder
+
+
+def call(capsys, *arguments):
+    code = main(["rollback", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, " ".join(captured.err.split())
+
+
+def test_nats_per_token_is_the_models_own_loss(run):
+    model = AutoModelForCausalLM.from_pretrained(run / "math", dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(run / "math")
+    total, count = 0.0, 0
+    for prompt, completion in DATA["code"]:
+        before = words(prompt)["input_ids"]
+        after = words(completion, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([before + after])
+        labels = torch.tensor([[-100] * len(before) + after])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * len(after)
+        count += len(after)
+    rows = read_rows(run / "code.jsonl")
+    assert nats_per_token(run / "math", rows, batch=2) == pytest.approx(total / count, rel=1e-4)
+    # Batches pad; padding must not count.
+    assert nats_per_token(run / "math", rows, batch=1) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_effect_on_both_domains_is_measured(run, tmp_path, capsys):
+    files = [item for name in DATA for item in ("--data", f"{name}={run / name}.jsonl")]
+    options = ["--domain", "math", "--share", 1.0, "--mode", "units", "-o", tmp_path / "back", *files]
+    code, out, err = call(capsys, run / "math", run / "code", *options, "--json")
+    assert code == 0, err
+    found = json.loads(out)["nats_per_token"]
+    assert found["math"]["after"] > found["math"]["before"], "the second domain must harm the first"
+    assert found["code"]["after"] < found["code"]["before"], "and serve itself"
+    # All of the edit that the state can tell of is taken back.
+    assert found["math"]["rolled back"] < found["math"]["after"]
+    assert found["code"]["rolled back"] > found["code"]["after"]
+    _, shown, _ = call(capsys, run / "math", run / "code", *options, "--force")
+    assert "Measured, nats per token" in shown
+    assert f"{found['math']['rolled back']:.4f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1, is not an object"),
+        ('{"prompt": "a"}', "line 1, is not an object"),
+        ('{"prompt": "a", "completion": ""}', "must be texts, and the completion not empty"),
+        ("", "has no rows"),
+    ],
+)
+def test_rows_that_cannot_be_used(run, tmp_path, capsys, line, message):
+    (tmp_path / "bad.jsonl").write_text(line)
+    out = tmp_path / "out"
+    data = f"math={tmp_path}/bad.jsonl"
+    code, _, err = call(capsys, run / "math", run / "code", "--domain", "math", "-o", out, "--data", data)
+    assert code == 2
+    assert message in err
+    assert not out.exists(), "nothing is written before the rows are read"
+
+
+def test_data_needs_a_name_and_a_checkpoint(run, capsys):
+    words = [run / "math", run / "code", "--domain", "math"]
+    code, _, err = call(capsys, *words, "-o", "x", "--data", "rows.jsonl")
+    assert (code, "is not NAME=FILE" in err) == (2, True)
+    code, _, err = call(capsys, *words, "--dry-run", "--data", "math=rows.jsonl")
+    assert (code, "measures the checkpoint that is written" in err) == (2, True)
