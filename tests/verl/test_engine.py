@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from interference_guard import GuardError
-from interference_guard.errors import MissingDomainError, UnsupportedError
+from interference_guard.errors import HostError, MissingDomainError, UnsupportedError
+from interference_guard.integrations.verl import batch
 from tests.verl import host
 
 PLAN = ["math"] * 3 + ["code"] * 5
@@ -62,6 +63,22 @@ def test_completions_and_rewards_come_from_the_batch(guarded):
         assert torch.equal(rows.input_ids[row][real], ids[row])
         assert torch.equal(rows.input_ids[row][rows.completion_mask[row].bool()], answers[row])
         assert rows.rewards[row] == data["rm_scores"].unbind()[row].sum()
+
+
+def test_the_older_trainers_padded_batches_are_read_alike(guarded, model):
+    made = host.worker(model, host.SMALL)
+    found = host.losses(host.train(made, PLAN, padded=True))
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in host.losses(guarded[1])], abs=2e-4)
+    rows, expected = (worker.engine.interference.guard.domains["math"].retained for worker in (made, guarded[0]))
+    for name in ("input_ids", "attention_mask", "completion_mask", "rewards"):
+        assert torch.equal(getattr(rows, name), getattr(expected, name))
+
+
+def test_a_batch_in_another_layout_is_refused(guarded):
+    data = host.batch(0, ("math",))
+    del data["rm_scores"]
+    with pytest.raises(HostError, match=r"no response_mask and rm_scores.*it has \['advantages'"):
+        batch.completions(data, [0])
 
 
 def test_scores_are_those_of_the_model_itself(guarded, model):
