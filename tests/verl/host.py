@@ -24,8 +24,8 @@ from verl.workers.config import (
 )
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils import padding
 from verl.workers.utils.losses import ppo_loss
-from verl.workers.utils.padding import left_right_2_no_padding
 
 import examples.verl.on_cpu.engine
 from examples.verl import assets
@@ -110,6 +110,17 @@ def worker(model, guard=None, *, loaded=True, strategy="fsdp2", lora=0, micro=8,
     return made
 
 
+def unpad_input(values, mask):
+    """What veRL before 0.9 takes from flash-attn, which needs a GPU."""
+    places, lengths = mask.flatten().nonzero().flatten(), mask.sum(1)
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return values.flatten(0, 1)[places], places, starts, int(lengths.max())
+
+
+if platform.VERSION < (0, 9):
+    padding.unpad_input = unpad_input
+
+
 def unguarded_engines():
     """Take the guard out of the registry, as in a process that never loaded it."""
     for table in EngineRegistry._engines["language_model"].values():
@@ -118,11 +129,11 @@ def unguarded_engines():
                 table[key] = engine.__mro__[2]
 
 
-def batch(seed, domains, *, rows=16, rank=0, world=1, mini=None, epochs=1, padded=False, **changes):
+def batch(seed, domains, *, rows=16, rank=0, world=1, mini=None, epochs=1, padded=None, **changes):
     """One update's rows as veRL's V1 trainer hands them to a rank; domains are given in turn to prompts.
 
     Args:
-        padded: As its V0 trainer does.
+        padded: As its V0 trainer does, the only one that veRL 0.7 has.
     """
     draw = torch.Generator().manual_seed(seed)
     prompts, answers = [], []
@@ -160,7 +171,8 @@ def batch(seed, domains, *, rows=16, rank=0, world=1, mini=None, epochs=1, padde
         }
         | {key: value for key, value in changes.items() if isinstance(value, list)}
     )
-    data = padded_rows(data) if padded else data
+    if platform.VERSION < (0, 8) if padded is None else padded:
+        data = padded_rows(data)
     whole = rows if mini is None else mini
     tu.assign_non_tensor(
         data,
@@ -198,7 +210,7 @@ def padded_rows(data):
         **{name: pad(name) for name in ("response_mask", "old_log_probs", "advantages")},
         **{name: list(tu.get(data, name)) for name in ("data_source", "uid")},
     }
-    return left_right_2_no_padding(tu.get_tensordict(table))
+    return padding.left_right_2_no_padding(tu.get_tensordict(table))
 
 
 def train(made, plan, start=0, **how):
