@@ -27,7 +27,7 @@ export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-verl demo demo-reference demo-verl test test-verl lint format typing unit bench docs wheel clean distclean
+.PHONY: help env env-verl demo demo-reference demo-verl test test-verl test-verl-versions lint format typing unit bench docs wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,16 @@ unit: env  ## pytest alone; PYTEST_ARGS="-k name" chooses
 
 test-verl: env-verl  ## the tests of veRL in their own environment
 	$(VERL_BIN)/python -m pytest tests/verl $(PYTEST_ARGS)
+
+# Beside what veRL 0.9 needs; a folder earlier on the path replaces veRL alone.
+VERL_OLDER := 0.7.1 0.8.0
+test-verl-versions: env-verl  ## the guard's engine in earlier releases of veRL
+	@set -e; for version in $(VERL_OLDER); do \
+	    folder="$(CURDIR)/build/verl-$$version"; \
+	    test -d "$$folder" || $(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	        --no-deps --target "$$folder" "verl==$$version"; \
+	    PYTHONPATH="$$folder" $(VERL_BIN)/python -m pytest tests/verl/test_engine.py $(PYTEST_ARGS); \
+	done
 
 demo-reference: env  ## an ability known from before training, plain and protected, one seed
 	$(BIN)/python -m benchmarks.reference --seeds 0 --out demo

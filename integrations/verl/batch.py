@@ -57,29 +57,55 @@ def completions(data: Any, rows: Sequence[int]) -> Completions:
     """The chosen rows; prompt and completion lie side by side, padded on the right.
 
     Args:
-        data: A mini-batch in veRL's layout without padding: nested ids, masks and rewards.
+        data: A mini-batch as the engine gets it: nested ids, and masks and rewards of the answers, nested
+            (trainer V1) or padded on the right (trainer V0).
         rows: Their indices, at least one.
 
     Raises:
         HostError: If the batch is laid out in another way or has no rewards.
     """
-    ids, mask, scores = (tu.get(data, name) for name in ("input_ids", "response_mask", "rm_scores"))
-    if any(not isinstance(item, Tensor) or not item.is_nested for item in (ids, mask, scores)):
+    ids, mask, scores = tu.get(data, "input_ids"), tu.get(data, "response_mask"), rewards_of(data)
+    whole = tu.get(data, "attention_mask")
+    known = all(isinstance(item, Tensor) for item in (ids, mask, scores)) and ids.is_nested
+    if not known or not (mask.is_nested or isinstance(whole, Tensor)):
         raise HostError(
-            "The batch has no nested input_ids, response_mask and rm_scores, by which the guard knows "
-            "completions and their rewards. Use the default trainer (trainer.use_v1=true) of a tested release."
+            "The batch has no nested input_ids, or no response_mask and rm_scores, by which the guard knows "
+            f"completions and their rewards; it has {sorted(map(str, data.keys()))}. Use the trainers of a "
+            'tested release: pip install "interference-guard[verl]".'
         )
-    every = [list(item.unbind()) for item in (ids, mask, scores)]
-    parts = [(every[0][row], every[1][row], every[2][row]) for row in rows]
-    width = max(len(tokens) for tokens, _, _ in parts)
-    input_ids = torch.zeros(len(parts), width, dtype=torch.int64, device=ids.device)
-    attention, scored = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for place, (tokens, answer, _) in enumerate(parts):
-        input_ids[place, : len(tokens)] = tokens
-        attention[place, : len(tokens)] = 1
-        scored[place, len(tokens) - len(answer) : len(tokens)] = answer.to(torch.int64)
-    rewards = torch.stack([reward.float().sum() for _, _, reward in parts])
-    return Completions(input_ids, attention, scored, rewards)
+    # One padded copy of each: taking a nested tensor apart row by row costs more than the rest of the guard.
+    chosen = torch.tensor(rows, device=ids.device)
+    tokens, answers, rewards = (_padded(item)[chosen] for item in (ids, mask, scores))
+    lengths = ids.offsets().diff()[chosen].unsqueeze(1)
+    found = mask.offsets().diff() if mask.is_nested else whole[:, -mask.shape[1] :].sum(1)
+    scored_lengths = found[chosen].unsqueeze(1)
+    width = int(lengths.max())
+    places = torch.arange(width, device=ids.device)
+    input_ids, attention = tokens[:, :width].to(torch.int64), (places < lengths).to(torch.int64)
+    # The answer is the end of the row: place t of the row is place t - start of the answer.
+    start = lengths - scored_lengths
+    inside = (places >= start) & (places < lengths)
+    scored = answers.gather(1, (places - start).clamp(0, answers.shape[1] - 1)).to(torch.int64) * inside
+    return Completions(input_ids, attention, scored, rewards.float().sum(1))
+
+
+def rewards_of(data: Any) -> Any:
+    """Rewards of the answers' tokens, None where the batch has none; the trainers name them differently."""
+    found = tu.get(data, "rm_scores")
+    return tu.get(data, "token_level_scores") if found is None else found
+
+
+def _padded(values: Tensor) -> Tensor:
+    return values.to_padded_tensor(0) if values.is_nested else values
+
+
+def finite_rewards(data: Any) -> list[bool]:
+    """Whether each row's reward is a number; all are where the batch has no rewards."""
+    rewards = rewards_of(data)
+    if rewards is None:
+        return [True] * len(data)
+    found: list[bool] = _padded(rewards).isfinite().flatten(1).all(1).tolist()
+    return found
 
 
 class FreshRows:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 
 from interference_guard.errors import HostError
 
-TESTED = (0, 9)
+# The oldest tested of each release.
+TESTED = ((0, 7, 1), (0, 8, 0), (0, 9, 0))
 
 
 def check_version(version: str | None = None) -> None:
@@ -18,14 +20,14 @@ def check_version(version: str | None = None) -> None:
         version: The version; the installed one by default.
 
     Raises:
-        HostError: If it is another one than 0.9.
+        HostError: If it is another one than 0.7.1, 0.8 or 0.9.
     """
     version = importlib.metadata.version("verl") if version is None else version
-    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if found != TESTED:
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not any(found[:2] == oldest[:2] and found >= oldest for oldest in TESTED):
         raise HostError(
-            f"This is veRL {version}; the guard was tested with 0.9 alone, and its seams move between releases. "
-            'Install a tested one: pip install "interference-guard[verl]".'
+            f"This is veRL {version}; the guard was tested with 0.9, and its engine with 0.8 and 0.7.1. The "
+            'seams it needs move between releases. Install a tested one: pip install "interference-guard[verl]".'
         )
 
 

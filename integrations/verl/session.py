@@ -102,12 +102,16 @@ class Session:
         self.guard.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Read this rank's state.
+        """Read this rank's state, or what belongs to it of the states of another number of ranks.
 
         Raises:
-            StateError: If it is missing, damaged, of another model or of another number of ranks.
+            StateError: If it is missing, damaged, of another model, or if a rank's folder is missing.
         """
-        self.guard.load(folder)
+        stem = folder.name.rstrip("0123456789")
+        found = {int(path.name[len(stem) :]): path for path in folder.parent.glob(f"{stem}[0-9]*")}
+        folders = [found[rank] for rank in sorted(found)]
+        same = len(folders) == dist.get_world_size()
+        self.guard.load(folder, None if same else folders, (self.rank, self.world))
         self._probed = self.guard.steps
         self._tell()
 
@@ -120,10 +124,10 @@ class Session:
 
     def _new_rows(self, data: Any, names: Sequence[str | None]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        rewards = tu.get(data, "rm_scores")
+        finite = batch.finite_rewards(data)
         for row in self.fresh.take(batch.uids_of(data)):
             name = names[row]
-            if name is not None and (rewards is None or bool(rewards[row].isfinite().all())):
+            if name is not None and finite[row]:
                 found.setdefault(name, []).append(row)
         return found
 

@@ -92,8 +92,13 @@ def _shape(view: UnitView) -> tuple[int, ...]:
     return tuple(view.view(torch.empty(view.shape, device="meta")).shape)
 
 
-def _block(views: Sequence[UnitView], shards: Shards) -> Block:
+def block_shape(views: Sequence[UnitView]) -> tuple[int, int, int]:
+    """Matrices, units and width of the block these views make."""
     shape = _shape(views[0])
-    size = (shape[0], shape[1], shape[2]) if len(shape) == 3 else (len(views), shape[0], shape[1])
+    return (shape[0], shape[1], shape[2]) if len(shape) == 3 else (len(views), shape[0], shape[1])
+
+
+def _block(views: Sequence[UnitView], shards: Shards) -> Block:
+    size = block_shape(views)
     region = shards.region(views, size)
     return Block(tuple(views), *size, region, tuple(shards.view(view) for view in views))

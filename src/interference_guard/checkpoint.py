@@ -2,9 +2,9 @@
 
 `interference_guard.safetensors` and `interference_guard.json` lie beside the host's own checkpoint files
 and nothing of the host's is opened. Of a sharded model every rank saves its part, `interference_guard_rank1`
-and so on. Each is written under a temporary name and then renamed; the JSON names
-the tensor file's size and a digest of it, so a torn pair or a truncated file is found before anything is
-taken over.
+and so on; another number of ranks reads all of them (see `recut`). Each is written under a temporary name
+and then renamed; the JSON names the tensor file's size and a digest of it, so a torn pair or a truncated file
+is found before anything is taken over.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from .local_model import LocalBlock, LocalModel
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
 from .recovery import RecoverySchedule
+from .recut import Part, recut
 from .trust_region import TrustRegion
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ def pack(guard: Guard) -> dict[str, object]:
         # For readers without the model: which layers are stored transposed cannot be seen from shapes.
         "transposed": sorted(guard.view.layout.transposed),
         "shards": _shards(guard),
+        "blocks": [[view.name for view in block.views] for block in guard.view.blocks],
+        "cuts": {name: part.axis for name, part in guard.view.shards.parts.items() if part.axis is not None},
+        # Whether the ranks keep different completions.
+        "dealt": guard.ranks.reduce is not None,
         "domains": domains,
     }
     return {"details": details, "tensors": tensors}
@@ -85,6 +90,7 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
     if not isinstance(details, dict) or not isinstance(tensors, Mapping):
         raise StateError("The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned.")
     _check(guard, details, "The state")
+    _check_shards(guard, details, "The state")
     try:
         domains = {
             name: _unpack_domain(guard, name, f"{number}/", item, tensors)
@@ -93,9 +99,7 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         steps = int(details["steps"])
         schedule = RecoverySchedule(**details["recovery"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StateError(
-            f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
-        ) from error
+        raise _incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
 
 
@@ -142,28 +146,64 @@ def file_names(guard: Guard) -> tuple[str, str]:
     return f"{tensors.stem}_rank{rank}{tensors.suffix}", f"{details.stem}_rank{rank}{details.suffix}"
 
 
-def load(guard: Guard, directory: Path) -> None:
-    """Read what `save` wrote into `directory`.
+def load(
+    guard: Guard,
+    directory: Path,
+    ranks: Sequence[Path] | None = None,
+    place: tuple[int, int] | None = None,
+) -> None:
+    """Read what `save` wrote into `directory`, by as many ranks as there are now or by others.
+
+    Args:
+        guard: The guard to fill.
+        directory: Holds this rank's files.
+        ranks: The folders of all ranks that saved, in their order, where there were as many folders as ranks, and
+            another number of them than now; by default all files lie in `directory`.
+        place: This rank and their number, among those that keep completions; by default among those that the
+            model is sharded over.
 
     Raises:
         StateError: If a file is missing, damaged, or of another model or other settings.
         StateVersionError: If it was written in a format this version cannot read.
     """
-    tensors_path, details_path = (directory / name for name in file_names(guard))
-    for path in (details_path, tensors_path):
-        if not path.is_file():
-            raise StateError(
-                f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side, a pair for "
-                "each rank of a sharded model; resume from a checkpoint that was saved with the guard "
-                "attached, or start without resuming."
-            )
+    place = place or (guard.view.shards.rank, guard.view.shards.world)
+    own = directory / file_names(guard)[1]
+    if ranks is None:
+        details = _read_details(guard, own) if own.is_file() else None
+        if details is not None and details.get("shards", [0, 1]) == _shards(guard):
+            _take(guard, _read(guard, own))
+            return
+    paths = [path for folder in ([directory] if ranks is None else ranks) for path in _details_files(folder)]
+    if not paths:
+        raise _missing(own)
     try:
-        details = json.loads(details_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{details_path} is damaged: {error}. Resume from another checkpoint.") from error
-    if not isinstance(details, dict):
-        raise StateError(f"{details_path} is damaged: it holds no table. Resume from another checkpoint.")
-    _check(guard, details, str(details_path))
+        part = recut(guard, [_read(guard, path) for path in paths], place)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _incomplete(error) from error
+    _take(guard, part)
+
+
+def _take(guard: Guard, part: Part) -> None:
+    unpack(guard, {"details": part[0], "tensors": part[1]})
+
+
+def _details_files(directory: Path) -> list[Path]:
+    """The JSON files of all ranks in a folder, in the order of ranks."""
+    stem = Path(DETAILS).stem
+    found = {
+        int(number or 0): path
+        for path in directory.glob(f"{stem}*.json")
+        if (number := path.stem.removeprefix(stem).removeprefix("_rank")).isdigit() or not number
+    }
+    return [found[rank] for rank in sorted(found)]
+
+
+def _read(guard: Guard, path: Path) -> Part:
+    """One rank's details and tensors, checked but for its number."""
+    details = _read_details(guard, path)
+    tensors_path = path.with_suffix(Path(TENSORS).suffix)
+    if not tensors_path.is_file():
+        raise _missing(tensors_path)
     size = tensors_path.stat().st_size
     if size != details.get("tensor_bytes") or _digest(tensors_path) != details.get("tensor_sha256"):
         raise StateError(
@@ -171,10 +211,34 @@ def load(guard: Guard, directory: Path) -> None:
             "digest were written. Copy it again or resume from another checkpoint."
         )
     try:
-        tensors = load_file(tensors_path)
+        return details, load_file(tensors_path)
     except (OSError, SafetensorError) as error:
         raise StateError(f"{tensors_path} is damaged: {error}. Resume from another checkpoint.") from error
-    unpack(guard, {"details": details, "tensors": tensors})
+
+
+def _read_details(guard: Guard, path: Path) -> dict[str, Any]:
+    try:
+        details = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
+    if not isinstance(details, dict):
+        raise StateError(f"{path} is damaged: it holds no table. Resume from another checkpoint.")
+    _check(guard, details, str(path))
+    return details
+
+
+def _missing(path: Path) -> StateError:
+    return StateError(
+        f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side, a pair for "
+        "each rank of a sharded model; resume from a checkpoint that was saved with the guard "
+        "attached, or start without resuming."
+    )
+
+
+def _incomplete(error: Exception) -> StateError:
+    return StateError(
+        f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
+    )
 
 
 def _check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
@@ -202,7 +266,6 @@ def _check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
             f"instance {name!r} with shape {saved.get(name)} there and {own.get(name)} here. Load it into "
             "the model it was saved with."
         )
-    _check_shards(guard, details, source)
 
 
 def _check_shards(guard: Guard, details: Mapping[str, Any], source: str) -> None:
@@ -210,7 +273,7 @@ def _check_shards(guard: Guard, details: Mapping[str, Any], source: str) -> None
     if saved != own:
         raise StateError(
             f"{source} is rank {saved[0]} of {saved[1]} of a sharded model, this is rank {own[0]} of {own[1]}. "
-            "Each rank saves its own part: resume with as many ranks as before, each from its own file."
+            "Each rank has a part of its own: give it that, or read the files of all ranks with Guard.load()."
         )
 
 

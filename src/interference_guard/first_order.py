@@ -73,7 +73,7 @@ class GradientMean:
         Over several ranks one sum, which all call.
         """
         found = []
-        sums = self.sums if self.spread is None else self.spread.whole_units(self.sums)
+        sums = self.sums if self.spread is None else self.spread.whole_products(self.sums)
         for total, omega, block in zip(sums, self.omegas, model.blocks, strict=True):
             # g ~ x U', so g Omega = x (U' Omega); unused columns of U are zero and get zero.
             solved = total @ torch.linalg.pinv(block.U.mT @ omega)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -425,9 +425,24 @@ class Guard:
         """Write the state beside a checkpoint, atomically; see `checkpoint.save`."""
         checkpoint.save(self, Path(directory))
 
-    def load(self, directory: str | Path) -> None:
-        """Read what `save` wrote; the guard is unchanged if anything is wrong with it."""
-        checkpoint.load(self, Path(directory))
+    def load(
+        self,
+        directory: str | Path,
+        ranks: Sequence[str | Path] | None = None,
+        place: tuple[int, int] | None = None,
+    ) -> None:
+        """Read what `save` wrote; the guard is unchanged if anything is wrong with it.
+
+        The model may lie on another number of ranks than when it was saved: see `checkpoint.load`.
+
+        Args:
+            directory: Holds this rank's files.
+            ranks: The folders of all ranks that saved, in their order, where each had one of its own and there
+                were more or fewer than now.
+            place: This rank and their number, among those that keep completions.
+        """
+        folders = None if ranks is None else [Path(folder) for folder in ranks]
+        checkpoint.load(self, Path(directory), folders, place)
 
     def new_state(self, name: str) -> DomainState:
         """An empty state for a domain (used when a state file is read)."""

@@ -151,6 +151,23 @@ class Shards:
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.world = 1 if self.group is None else dist.get_world_size(self.group)
 
+    @classmethod
+    def planned(cls, cuts: Mapping[str, tuple[tuple[int, ...], int | None]], rank: int, world: int) -> Shards:
+        """The pieces on another rank, or in another run; without a group, so that nothing can be summed.
+
+        Args:
+            cuts: By canonical name the whole shape of a parameter and the axis it is cut along, or None.
+            rank: The rank.
+            world: Number of ranks.
+        """
+        found = cls({})
+        found.parts = {
+            name: Part(shape) if axis is None or world == 1 else _piece(shape, axis, rank, world)
+            for name, (shape, axis) in cuts.items()
+        }
+        found.rank, found.world = rank, world
+        return found
+
     @property
     def sharded(self) -> bool:
         """Whether parameters are spread over several ranks."""
@@ -214,6 +231,14 @@ class Spread:
         full = [region.spread_units(value) for region, value in zip(self.regions, values, strict=True)]
         self.add(full)
         return full
+
+    def whole_products(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The same for products with directions, which every rank has whole where units are cut."""
+        own = [
+            torch.zeros_like(value) if region.split and self.shards.rank else value
+            for region, value in zip(self.regions, values, strict=True)
+        ]
+        return self.whole_units(own)
 
     def whole_across(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Per-block sums over the units here, summed over all units: ``(matrices, width, n)``."""
@@ -298,9 +323,7 @@ def _part(name: str, tensor: Tensor) -> tuple[Part, Any]:
     group = mesh.get_group(cuts[0])
     axis = placements[cuts[0]].dim % len(shape)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    chunk = math.ceil(shape[axis] / world)
-    start = min(rank * chunk, shape[axis])
-    part = Part(shape, axis, start, min(chunk, shape[axis] - start))
+    part = _piece(shape, axis, rank, world)
     found = tuple(local(tensor).shape)
     if found != part.local_shape:
         raise ShapeError(
@@ -309,6 +332,13 @@ def _part(name: str, tensor: Tensor) -> tuple[Part, Any]:
             "known; build the guard after the model is sharded."
         )
     return (part, group) if world > 1 else (Part(shape), None)
+
+
+def _piece(shape: tuple[int, ...], axis: int, rank: int, world: int) -> Part:
+    """A rank's piece as `fully_shard` and `distribute_tensor` cut it: even, the last ones shorter or empty."""
+    chunk = math.ceil(shape[axis] / world)
+    start = min(rank * chunk, shape[axis])
+    return Part(shape, axis, start, min(chunk, shape[axis] - start))
 
 
 def _unit_axis(view: UnitView, axis: int) -> tuple[int, int]:

@@ -59,6 +59,11 @@ def outcome(model, guard):
         "sets": {name: dict(s.half_set.masks) for name, s in guard.domains.items() if s.half_set is not None},
         "counts": {name: s.curvature.count.item() for name, s in guard.domains.items()},
         "places": guard.places(),
+        "slopes": {
+            name: torch.cat([slope.flatten() for slope in s.slopes]).norm().item()
+            for name, s in guard.domains.items()
+            if s.slopes is not None
+        },
         "foreign": {name: s.foreign_steps for name, s in guard.domains.items()},
     }
 
@@ -82,6 +87,39 @@ def resumed(how, at, folder, **options):
         for parameter, value in zip(model.parameters(), kept[0], strict=True):
             parameter.to_local().copy_(value)
     optimizer.load_state_dict(kept[1])
+    guard.load(folder)
+    train(model, guard, optimizer, ORDER[at:], start=at)
+    return outcome(model, guard)
+
+
+def begun(how, at, folder, **options):
+    """The first part of a run: the guard's state as each rank saves it, and what a host would save, whole."""
+    model, guard, optimizer = guarded(how, **options)
+    train(model, guard, optimizer, ORDER[:at])
+    guard.save(folder)
+    moments = [{key: whole(value) for key, value in state.items()} for state in optimizer.state.values()]
+    host = {"weights": [whole(parameter) for parameter in model.parameters()], "moments": moments}
+    if not dist.is_initialized() or not dist.get_rank():
+        torch.save(host, Path(folder) / "host")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def went_on(how, at, folder, **options):
+    """The rest of a run that `begun` started on another number of ranks."""
+    model, guard, optimizer = guarded(how, seed=7, **options)
+    host = torch.load(Path(folder) / "host")
+
+    def placed(value, parameter):
+        if not isinstance(parameter, DTensor) or not value.dim():
+            return value
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), host["weights"], strict=True):
+            parameter.copy_(placed(value, parameter))
+    for parameter, moments in zip(model.parameters(), host["moments"], strict=True):
+        optimizer.state[parameter] = {key: placed(value, parameter) for key, value in moments.items()}
     guard.load(folder)
     train(model, guard, optimizer, ORDER[at:], start=at)
     return outcome(model, guard)

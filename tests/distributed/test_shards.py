@@ -31,6 +31,7 @@ def assert_agrees(found, expected):
         for domain, table in tables.items():
             # Where a projection acts late, little is taken back and rounding decides how little.
             assert found["places"][name][domain] == pytest.approx(table, rel=2e-2, abs=1e-6), (name, domain)
+    assert found["slopes"] == pytest.approx(expected["slopes"], rel=1e-2)
     assert found["metrics"].keys() == expected["metrics"].keys()
     for name, value in expected["metrics"].items():
         assert found["metrics"][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
@@ -90,6 +91,43 @@ def test_resume_is_exact(tmp_path):
             assert whole["counts"] == cut["counts"]
 
 
+# Before an anchor, with one protected domain, with two.
+CUTS = [(at, {}) for at in (3, 9, 17)]
+# One process stacks matrices that ranks keep apart, and the other way round.
+CUTS += [(17, {"hidden": 15, "coverage": 0.6}), (9, {"first_order": True}), (3, {"selection": "edits"})]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (2, 4)])
+def test_another_number_of_ranks_goes_on(before, after, tmp_path):
+    """Numbers of ranks before and after; in one process the model is not sharded."""
+
+    def on(world, job):
+        torch.set_num_threads(1)
+        how = "whole" if world == 1 else "fsdp2"
+        calls = [
+            functools.partial(job, how, at, tmp_path / f"state{index}", **options)
+            for index, (at, options) in enumerate(CUTS)
+        ]
+        if world > 1:
+            return run_ranks(world, jobs.several, calls, folder=tmp_path / job.__name__)
+        return [[call() for call in calls]]
+
+    on(before, jobs.begun)
+    results = on(after, jobs.went_on)
+    for index, (_, options) in enumerate(CUTS):
+        found = [result[index] for result in results]
+        for other in found[1:]:
+            assert_equal(found[0], other)
+        expected = alone(**options)
+        if options.get("first_order"):
+            for name in ("math", "code"):
+                del expected["metrics"][f"guard/{name}/predicted"], found[0]["metrics"][f"guard/{name}/predicted"]
+        for name in [name for name in expected["metrics"] if name.endswith(("reward", "length", "update_kept"))]:
+            # Means since the last report, and this run begins with the state it read.
+            expected["metrics"].pop(name), found[0]["metrics"].pop(name, None)
+        assert_agrees(found[0], expected)
+
+
 def test_a_step_makes_one_collective(tmp_path):
     order = ["math"] * 3 + ["code"] * 3 + ["qa"] * 4
     for found in run_ranks(2, jobs.collectives, order, folder=tmp_path):
@@ -118,7 +156,7 @@ REFUSALS = {
         "grid": r"UnsupportedError: Parameter 'weight' is placed as .* Use fully_shard alone",
         "flat": r"UnsupportedError: The model is wrapped by FullyShardedDataParallel .* Use fully_shard",
         "in place": r"HostError: The optimizer changed the gradients in place",
-        "other rank": r"StateError: .* is rank 1 of 2 of a sharded model, this is rank 0 of 2",
+        "other rank": r"StateError: The guard's files are not .* ranks \[\(1, 2\)\] .* rank \[0\] is missing",
     },
     4: {"groups": r"UnsupportedError: Parameter '1.weight' is sharded over ranks"},
 }

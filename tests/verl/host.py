@@ -6,12 +6,13 @@ import socket
 os.environ.setdefault("VERL_PLATFORM", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import examples.verl.on_cpu.platform  # isort: skip
+from tests.verl import platform  # isort: skip
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from torch.distributed.tensor import distribute_tensor
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import (
@@ -23,13 +24,14 @@ from verl.workers.config import (
 )
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils import padding
 from verl.workers.utils.losses import ppo_loss
 
 import examples.verl.on_cpu.engine
 from examples.verl import assets
 from interference_guard.integrations.verl import register, settings
 
-__all__ = ["examples"]
+__all__ = ["examples", "platform"]
 
 SMALL = {"rank": 4, "sketch": 8, "residual": 4, "retain": 16, "probe_steps": 2}
 NAMES = ("products", "gcd")
@@ -90,6 +92,8 @@ def worker(model, guard=None, *, loaded=True, strategy="fsdp2", lora=0, micro=8,
             use_torch_compile=False,
             mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
             use_dynamic_bsz=False,
+            # veRL 0.7 looks for these by an index into what is a set since transformers 5.
+            wrap_policy={"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]},
             micro_batch_size_per_gpu=micro,
             infer_micro_batch_size_per_gpu=micro,
             **engine,
@@ -106,6 +110,17 @@ def worker(model, guard=None, *, loaded=True, strategy="fsdp2", lora=0, micro=8,
     return made
 
 
+def unpad_input(values, mask):
+    """What veRL before 0.9 takes from flash-attn, which needs a GPU."""
+    places, lengths = mask.flatten().nonzero().flatten(), mask.sum(1)
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return values.flatten(0, 1)[places], places, starts, int(lengths.max())
+
+
+if platform.VERSION < (0, 9):
+    padding.unpad_input = unpad_input
+
+
 def unguarded_engines():
     """Take the guard out of the registry, as in a process that never loaded it."""
     for table in EngineRegistry._engines["language_model"].values():
@@ -114,8 +129,12 @@ def unguarded_engines():
                 table[key] = engine.__mro__[2]
 
 
-def batch(seed, domains, *, rows=16, rank=0, world=1, mini=None, epochs=1, **changes):
-    """One update's rows as veRL's V1 trainer hands them to a rank; domains are given in turn to prompts."""
+def batch(seed, domains, *, rows=16, rank=0, world=1, mini=None, epochs=1, padded=None, **changes):
+    """One update's rows as veRL's V1 trainer hands them to a rank; domains are given in turn to prompts.
+
+    Args:
+        padded: As its V0 trainer does, the only one that veRL 0.7 has.
+    """
     draw = torch.Generator().manual_seed(seed)
     prompts, answers = [], []
     for _ in range(rows // COMPLETIONS):
@@ -152,6 +171,8 @@ def batch(seed, domains, *, rows=16, rank=0, world=1, mini=None, epochs=1, **cha
         }
         | {key: value for key, value in changes.items() if isinstance(value, list)}
     )
+    if platform.VERSION < (0, 8) if padded is None else padded:
+        data = padded_rows(data)
     whole = rows if mini is None else mini
     tu.assign_non_tensor(
         data,
@@ -165,6 +186,31 @@ def batch(seed, domains, *, rows=16, rank=0, world=1, mini=None, epochs=1, **cha
         compute_loss=True,
     )
     return data
+
+
+def padded_rows(data):
+    """The same rows as the V0 trainer hands them over: prompts padded on the left, answers on the right."""
+
+    def pad(name, left=False):
+        rows = data[name].unbind()
+        most = max(map(len, rows))
+        sides = [(most - len(row), 0) if left else (0, most - len(row)) for row in rows]
+        return torch.stack([torch.nn.functional.pad(row, side) for row, side in zip(rows, sides, strict=True)])
+
+    prompts, answers = pad("prompts", left=True), pad("responses")
+    # No token of these rows is 0.
+    mask = (torch.cat([prompts, answers], 1) > 0).long()
+    table = {
+        "prompts": prompts,
+        "responses": answers,
+        "input_ids": torch.cat([prompts, answers], 1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "token_level_scores": pad("rm_scores"),
+        **{name: pad(name) for name in ("response_mask", "old_log_probs", "advantages")},
+        **{name: list(tu.get(data, name)) for name in ("data_source", "uid")},
+    }
+    return padding.left_right_2_no_padding(tu.get_tensordict(table))
 
 
 def train(made, plan, start=0, **how):
@@ -188,3 +234,13 @@ def weights(made):
         name: (item.full_tensor() if hasattr(item, "full_tensor") else item).detach().clone()
         for name, item in made.engine.module.named_parameters()
     }
+
+
+def put_weights(made, table):
+    """Whole weights, as `weights` gives them, into a worker on any number of ranks."""
+    with torch.no_grad():
+        for name, parameter in made.engine.module.named_parameters():
+            value = table[name]
+            if hasattr(parameter, "device_mesh"):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)

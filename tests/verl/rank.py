@@ -4,13 +4,17 @@ import json
 import sys
 from pathlib import Path
 
+from interference_guard.measuring import look
 from tests.verl import host
 
 
-def main(rank, world, port, model, out, plan):
+def main(rank, world, port, model, out, plan, begun=None, start=0):
     host.join_group(rank, world, port)
     made = host.worker(model, host.SMALL)
-    metrics = host.train(made, plan, rank=rank, world=world)
+    if begun is not None:
+        host.put_weights(made, host.torch.load(begun / "weights0.pt"))
+        made.engine.interference.load(begun / f"checkpoint/interference_guard_rank{rank}")
+    metrics = host.train(made, plan, start, rank=rank, world=world)
     guard = made.engine.interference.guard
     made.save_checkpoint(str(out / "checkpoint"), global_step=len(plan))
     weights = host.weights(made)
@@ -20,6 +24,7 @@ def main(rank, world, port, model, out, plan):
         "radius": guard.domains["math"].radius.item(),
         "inside": guard.interference(["math"])["math"].inside,
         "measured": guard.domains["math"].measurement.loss,
+        "loss": look(guard, guard.domains["math"]).loss,
         "rows": len(guard.domains["math"].retained),
         "sharded": guard.view.shards.sharded,
     }
@@ -27,4 +32,6 @@ def main(rank, world, port, model, out, plan):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]), Path(sys.argv[5]), sys.argv[6].split(","))
+    rank, world, port, model, out, plan, *begun = sys.argv[1:]
+    more = (Path(begun[0]), int(begun[1])) if begun else ()
+    main(int(rank), int(world), int(port), Path(model), Path(out), plan.split(","), *more)

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from interference_guard import GuardError
-from interference_guard.errors import MissingDomainError, UnsupportedError
+from interference_guard.errors import HostError, MissingDomainError, UnsupportedError
+from interference_guard.integrations.verl import batch
 from tests.verl import host
 
+# veRL 0.7 runs forward in bf16 whatever the engine is set to.
+ROUGH = host.platform.VERSION < (0, 8)
 PLAN = ["math"] * 3 + ["code"] * 5
 
 
@@ -55,13 +58,29 @@ def test_metrics_come_with_the_actors(guarded):
 def test_completions_and_rewards_come_from_the_batch(guarded):
     rows = guarded[0].engine.interference.guard.domains["math"].retained
     assert len(rows) == host.SMALL["retain"]
-    data = host.batch(2, ("math",))
+    data = host.batch(2, ("math",), padded=False)
     ids, answers = data["input_ids"].unbind(), data["responses"].unbind()
     for row in range(len(rows)):
         real = rows.attention_mask[row].bool()
         assert torch.equal(rows.input_ids[row][real], ids[row])
         assert torch.equal(rows.input_ids[row][rows.completion_mask[row].bool()], answers[row])
         assert rows.rewards[row] == data["rm_scores"].unbind()[row].sum()
+
+
+def test_the_older_trainers_padded_batches_are_read_alike(guarded, model):
+    made = host.worker(model, host.SMALL)
+    found = host.losses(host.train(made, PLAN, padded=True))
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in host.losses(guarded[1])], abs=2e-4)
+    rows, expected = (worker.engine.interference.guard.domains["math"].retained for worker in (made, guarded[0]))
+    for name in ("input_ids", "attention_mask", "completion_mask", "rewards"):
+        assert torch.equal(getattr(rows, name), getattr(expected, name))
+
+
+def test_a_batch_in_another_layout_is_refused(guarded):
+    data = host.batch(0, ("math",), padded=False)
+    del data["rm_scores"]
+    with pytest.raises(HostError, match=r"no response_mask and rm_scores.*it has \['advantages'"):
+        batch.completions(data, [0])
 
 
 def test_scores_are_those_of_the_model_itself(guarded, model):
@@ -71,7 +90,8 @@ def test_scores_are_those_of_the_model_itself(guarded, model):
     rows = engine.interference.guard.domains["math"].retained
     scores = engine.interference._scores(rows)
     expected = model_policy(engine.module)(rows)
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    tolerance = 5e-2 if ROUGH else 1e-5
+    torch.testing.assert_close(scores, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_measuring_leaves_the_engine_as_it_was(guarded):
@@ -122,9 +142,10 @@ def test_accumulated_gradients_equal_one_pass(model):
     whole = host.worker(model, host.SMALL, micro=16)
     parts = host.worker(model, host.SMALL, micro=4)
     found = [loss for loss, _ in host.losses(host.train(parts, PLAN))]
-    assert found == pytest.approx([loss for loss, _ in host.losses(host.train(whole, PLAN))], abs=2e-4)
+    tolerance = 1e-2 if ROUGH else 2e-4
+    assert found == pytest.approx([loss for loss, _ in host.losses(host.train(whole, PLAN))], abs=tolerance)
     for name, tensor in host.weights(whole).items():
-        torch.testing.assert_close(tensor, host.weights(parts)[name], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(tensor, host.weights(parts)[name], rtol=1e-2, atol=5e-2 if ROUGH else 1e-3)
 
 
 def test_mini_batches_and_epochs_are_steps_and_bring_each_row_once(model):
@@ -141,8 +162,11 @@ def test_a_skipped_step_is_no_step(model):
     host.train(made, PLAN[:4])
     guard, before = made.engine.interference.guard, host.weights(made)
     bad = host.batch(4, ("code",))
-    bad["advantages"] = torch.nested.nested_tensor_from_jagged(
-        bad["advantages"].values() * torch.nan, offsets=bad["advantages"].offsets()
+    values = bad["advantages"]
+    bad["advantages"] = (
+        torch.nested.nested_tensor_from_jagged(values.values() * torch.nan, offsets=values.offsets())
+        if values.is_nested
+        else values * torch.nan
     )
     made.train_mini_batch(bad)
     assert guard.steps == 4

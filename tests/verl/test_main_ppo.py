@@ -99,3 +99,11 @@ def test_a_resumed_run_goes_on_with_the_same_rows_and_losses(folder, guarded):
     for name in ("actor/loss", "actor/grad_norm", "critic/score/mean", "actor/guard/recovery/steps"):
         # The order in which answers arrive differs, and with it the order of sums.
         assert [step[name] for step in resumed] == pytest.approx([step[name] for step in rest], abs=1e-4)
+
+
+def test_the_older_trainer_is_guarded_too(folder):
+    """Trainer V0: it pads its batches, and names rewards otherwise."""
+    steps = run.start(settings(folder, "trainer.use_v1=false", "trainer.total_training_steps=4"), folder, "older")
+    assert [trained(step) for step in steps[:3]] == [[FIRST], [FIRST], [SECOND]]
+    for name in ("predicted", "measured", "kl", "radius"):
+        assert math.isfinite(steps[2][f"actor/guard/{FIRST}/{name}"])

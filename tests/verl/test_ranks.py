@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from interference_guard.errors import StateError
+from interference_guard.measuring import look
 from tests.verl import host
 
 PLAN = ["math"] * 3 + ["code"] * 5
@@ -20,10 +22,8 @@ def model(tmp_path_factory):
     return host.write_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def two(model, tmp_path_factory):
-    """What two ranks wrote."""
-    out = tmp_path_factory.mktemp("two")
+def two_ranks(model, out, plan, *begun):
+    """Start two ranks and wait for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,15 +32,21 @@ def two(model, tmp_path_factory):
         ranks = []
         for rank in range(2):
             output = opened.enter_context((out / f"out{rank}").open("w"))
-            arguments = [str(rank), "2", str(port), model, out, ",".join(PLAN)]
+            arguments = [str(rank), "2", str(port), model, out, ",".join(plan), *map(str, begun)]
             ranks.append(subprocess.Popen(command + arguments, stdout=output, stderr=subprocess.STDOUT))
         try:
-            codes = [rank.wait(timeout=500) for rank in ranks]
+            codes = [rank.wait(timeout=300) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
     assert codes == [0, 0], "".join((out / f"out{rank}").read_text()[-3000:] for rank in range(2))
     return out
+
+
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):
+    """What two ranks wrote."""
+    return two_ranks(model, tmp_path_factory.mktemp("two"), PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,45 @@ def test_the_region_holds_on_two_ranks(two):
         assert table["inside"] <= table["radius"] * (1 + 1e-3)
 
 
-def test_another_number_of_ranks_is_refused(two, model):
+def test_one_rank_takes_over_from_two(two, model):
     made = host.worker(model, host.SMALL)
-    with pytest.raises(StateError, match="resume with as many ranks"):
-        made.engine.interference.load(two / "checkpoint/interference_guard_rank0")
+    host.put_weights(made, torch.load(two / "weights0.pt"))
+    made.engine.interference.load(two / "checkpoint/interference_guard_rank0")
+    guard, found = made.engine.interference.guard, tables(two)[0]
+    state = guard.domains["math"]
+    assert len(state.retained) == host.SMALL["retain"]
+    assert state.radius.item() == found["radius"]
+    assert guard.interference(["math"])["math"].inside == pytest.approx(found["inside"], rel=1e-3)
+    # Which the first batch would say.
+    made.engine.interference.temperature = 1.0
+    assert look(guard, state).loss == pytest.approx(found["loss"], abs=1e-4)
+
+
+def test_two_ranks_take_over_from_one(model, tmp_path):
+    first = host.worker(model, host.SMALL)
+    host.train(first, PLAN[:5])
+    first.save_checkpoint(str(tmp_path / "checkpoint"), global_step=5)
+    torch.save(host.weights(first), tmp_path / "weights0.pt")
+    # veRL reads its own optimizer with as many ranks as before alone, so both go on with a new one.
+    alone = host.worker(model, host.SMALL)
+    host.put_weights(alone, host.weights(first))
+    alone.engine.interference.load(tmp_path / "checkpoint/interference_guard_rank0")
+    losses = [loss for loss, _ in host.losses(host.train(alone, PLAN[5:], start=5))]
+    (tmp_path / "two").mkdir()
+    for found in tables(two_ranks(model, tmp_path / "two", PLAN[5:], tmp_path, 5)):
+        assert found["losses"] == pytest.approx(losses, abs=2e-4)
+        guard = alone.engine.interference.guard
+        assert found["radius"] == pytest.approx(guard.domains["math"].radius.item(), rel=1e-2)
+        assert found["loss"] == pytest.approx(look(guard, guard.domains["math"]).loss, abs=5e-3)
+        assert found["rows"] == host.SMALL["retain"] / 2
+        assert found["inside"] <= found["radius"] * (1 + 1e-3)
+
+
+def test_a_missing_ranks_folder_is_an_error(two, model, tmp_path):
+    made = host.worker(model, host.SMALL)
+    for name, folder in (("interference_guard_rank1", "a"), ("interference_guard_rank0", "b")):
+        shutil.copytree(two / "checkpoint" / name, tmp_path / folder / name)
+    with pytest.raises(StateError, match="rank0/interference_guard.json does not exist"):
+        made.engine.interference.load(tmp_path / "a/interference_guard_rank0")
+    with pytest.raises(StateError, match=r"rank \[1\] is missing"):
+        made.engine.interference.load(tmp_path / "b/interference_guard_rank0")

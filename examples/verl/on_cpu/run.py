@@ -30,6 +30,9 @@ def environment(log: Path) -> dict[str, str]:
         "HYDRA_FULL_ERROR": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A run needs fewer workers than Ray starts in advance.
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
         # Ray makes its workers wait for everything else on the machine.
         "RAY_worker_niceness": "0",
         "RAY_memory_monitor_refresh_ms": "0",
@@ -117,6 +120,8 @@ def overrides(
         "ray_kwargs.ray_init.num_cpus=8",
         f"+ray_kwargs.ray_init.num_gpus={ranks}",
         "+ray_kwargs.ray_init.include_dashboard=false",
+        # A cluster of its own, beside that of another run.
+        "+ray_kwargs.ray_init.address=local",
         "+ray_kwargs.ray_init.object_store_memory=400000000",
         *more,
     ]
