@@ -20,6 +20,8 @@ from .provenance import RESULTS, write
 
 REFERENCE = "caesar_cipher"
 METHODS = ("plain", "guarded")
+# A mastered ability is lost within few nats: its answers are nearly certain.
+BUDGET_NATS = 0.0003
 
 
 def one(method: str, rate: float, seed: int) -> dict[str, Any]:
@@ -27,7 +29,10 @@ def one(method: str, rate: float, seed: int) -> dict[str, Any]:
     from .bed.domains import ORDER
 
     order = tuple(name for name in ORDER if name != REFERENCE)
-    found = work({"method": method, "rate": rate, "seed": seed, "order": order, "reference": REFERENCE})
+    guard = {"budget_nats": BUDGET_NATS} if method == "guarded" else {}
+    found = work(
+        {"method": method, "rate": rate, "seed": seed, "order": order, "reference": REFERENCE, "guard": guard}
+    )
     before, after = found["start"][REFERENCE], found["curve"][-1][REFERENCE]
     return {**found, "reference": {"before": before, "after": after, "lost": before - after}}
 
