@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from interference_guard.checkpoint import folders_of
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError, StateError
 from interference_guard.guard import Guard
@@ -296,7 +298,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         def save(directory: str, *args: Any, **kwargs: Any) -> Any:
             result = method(directory, *args, **kwargs)
             try:
-                self._guard().save(self._folder(directory))
+                self._guard().save(self._folder(directory), folders=self._trainer.accelerator.num_processes)
             except StateError as error:
                 # Raised in on_save, when the trainer's own checkpoint is complete.
                 self._failed_save = error
@@ -309,7 +311,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             result = method(checkpoint, *args, **kwargs)
             if checkpoint is not None:
                 self._bind()
-                self._guard().load(self._folder(checkpoint))
+                accelerator = self._trainer.accelerator
+                rank, world = accelerator.process_index, accelerator.num_processes
+                saved = folders_of(self._folder(checkpoint, 0), world)
+                folders = None if saved == world else [self._folder(checkpoint, item) for item in range(saved)]
+                self._guard().load(self._folder(checkpoint), folders, (rank, world))
             return result
 
         return load
@@ -392,10 +398,14 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         """Remove the step hooks, and end the history with the sums by layer and module."""
         self._unhook()
         if self.config.enabled:
-            # All ranks: energies of a sharded model are sums over them.
-            places = self._guard().places()
-            if self.history is not None:
-                self.history.places(self._guard().steps, places)
+            try:
+                # All ranks: energies of a sharded model are sums over them.
+                places = self._guard().places()
+                if self.history is not None:
+                    self.history.places(self._guard().steps, places)
+            except (RuntimeError, ValueError, OSError) as error:
+                # The training is done; a table of a report must not take its result away.
+                warnings.warn(f"The history ends without its sums by layer and module: {error!r}.", stacklevel=2)
 
     # Parts
 
@@ -409,9 +419,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._guard().bind(self._trainer.model)
         self._guard().policy = trainer_policy(self._trainer)
 
-    def _folder(self, directory: str) -> Path:
+    def _folder(self, directory: str, rank: int | None = None) -> Path:
         # Each rank retains completions of its own.
-        rank = self._trainer.accelerator.process_index
+        rank = self._trainer.accelerator.process_index if rank is None else rank
         return Path(directory) if rank == 0 else Path(directory) / f"interference_guard_rank{rank}"
 
     def _number(self, rows: list[dict[str, Any]]) -> Tensor:

@@ -23,7 +23,7 @@ def check_version(version: str | None = None) -> None:
         HostError: If it is another one than 0.7.1, 0.8 or 0.9.
     """
     version = importlib.metadata.version("verl") if version is None else version
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    found = tuple(int(part) for part in [*re.findall(r"\d+", version), "0", "0"][:3])
     if not any(found[:2] == oldest[:2] and found >= oldest for oldest in TESTED):
         raise HostError(
             f"This is veRL {version}; the guard was tested with 0.9, and its engine with 0.8 and 0.7.1. The "

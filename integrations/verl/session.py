@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
+from interference_guard import checkpoint
 from interference_guard.errors import HostError
 from interference_guard.guard import Guard
 from interference_guard.optimizer import attach
@@ -99,7 +100,7 @@ class Session:
         Raises:
             StateError: If it cannot be written; the engine's checkpoint is complete by now.
         """
-        self.guard.save(folder)
+        self.guard.save(folder, folders=dist.get_world_size())
 
     def load(self, folder: Path) -> None:
         """Read this rank's state, or what belongs to it of the states of another number of ranks.
@@ -108,10 +109,13 @@ class Session:
             StateError: If it is missing, damaged, of another model, or if a rank's folder is missing.
         """
         stem = folder.name.rstrip("0123456789")
-        found = {int(path.name[len(stem) :]): path for path in folder.parent.glob(f"{stem}[0-9]*")}
-        folders = [found[rank] for rank in sorted(found)]
-        same = len(folders) == dist.get_world_size()
-        self.guard.load(folder, None if same else folders, (self.rank, self.world))
+        world = dist.get_world_size()
+        # Without a shared disk a rank sees the folders of its own machine alone; its own one tells how many there are.
+        first = folder.with_name(f"{stem}0")
+        first = first if first.is_dir() else folder
+        saved = checkpoint.folders_of(first, world)
+        folders = None if saved == world else [folder.with_name(f"{stem}{rank}") for rank in range(saved)]
+        self.guard.load(folder, folders, (self.rank, self.world))
         self._probed = self.guard.steps
         self._tell()
 

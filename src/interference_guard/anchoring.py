@@ -31,7 +31,10 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     if reuse is None:
         state.since_refresh = 0
     state.slopes = None if state.gradient is None else state.gradient.along(state.model)
-    if _scores_are_due(guard, state):
+    state.fresh = _scores_are_due(guard, state)
+    # A recovery of another domain came between: after it the training goes on, and its end is the true anchor.
+    state.interrupted = guard.recovery is not None and not state.anchored
+    if state.fresh:
         state.retained = state.latest(guard.config.retain)
         state.pending = [] if state.retained is None else [state.retained]
         _score(guard, state, recovered=state.anchored)
@@ -49,7 +52,12 @@ def _scores_are_due(guard: Guard, state: DomainState) -> bool:
     A domain that is left and taken up again every few steps (interleaved training) would otherwise cost a
     forward pass at each of its anchors.
     """
-    if state.scored_at is None or state.own_steps >= guard.config.refresh_steps or state.anchored:
+    if (
+        state.scored_at is None
+        or state.interrupted
+        or state.own_steps >= guard.config.refresh_steps
+        or state.anchored
+    ):
         return True
     return guard.steps - state.scored_at >= guard.config.probe_steps
 

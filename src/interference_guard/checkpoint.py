@@ -57,10 +57,12 @@ PLAIN = (
     "scored_at",
     "reference",
 )
+# Not in every state of this version: read with the default where they are missing.
+LATER = ("fresh", "interrupted")
 
 
-def pack(guard: Guard) -> dict[str, object]:
-    """A guard's state as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared."""
+def pack(guard: Guard, folders: int = 1) -> dict[str, object]:
+    """A guard's state, saved into so many folders, as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared."""
     tensors: dict[str, Tensor] = {}
     domains: dict[str, Any] = {}
     for number, (name, state) in enumerate(guard.domains.items()):
@@ -79,6 +81,7 @@ def pack(guard: Guard) -> dict[str, object]:
         "cuts": {name: part.axis for name, part in guard.view.shards.parts.items() if part.axis is not None},
         # Whether the ranks keep different completions.
         "dealt": guard.ranks.reduce is not None,
+        "folders": folders,
         "domains": domains,
     }
     return {"details": details, "tensors": tensors}
@@ -103,13 +106,18 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
     guard.replace_domains(domains, steps, schedule)
 
 
-def save(guard: Guard, directory: Path) -> None:
+def save(guard: Guard, directory: Path, folders: int = 1) -> None:
     """Write a guard's state into `directory`, which is made if missing.
+
+    Args:
+        guard: The guard.
+        directory: This rank's folder.
+        folders: How many folders all ranks save into.
 
     Raises:
         StateError: If the files cannot be written, for instance on a full disk. Earlier files stay.
     """
-    packed = pack(guard)
+    packed = pack(guard, folders)
     tensors = {
         # Shared and strided memory cannot be stored as it is.
         name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -173,7 +181,9 @@ def load(
         if details is not None and details.get("shards", [0, 1]) == _shards(guard):
             _take(guard, _read(guard, own))
             return
-    paths = [path for folder in ([directory] if ranks is None else ranks) for path in _details_files(folder)]
+    paths = [
+        path for folder in ([directory] if ranks is None else ranks) for path in _details_files(guard, folder)
+    ]
     if not paths:
         raise _missing(own)
     try:
@@ -187,7 +197,23 @@ def _take(guard: Guard, part: Part) -> None:
     unpack(guard, {"details": part[0], "tensors": part[1]})
 
 
-def _details_files(directory: Path) -> list[Path]:
+def folders_of(directory: Path, now: int) -> int:
+    """Into how many folders, one for each rank that keeps completions, the state in one of them was saved.
+
+    Args:
+        directory: A rank's folder.
+        now: The answer where the state does not say or is not there.
+    """
+    for path in sorted(directory.glob(f"{Path(DETAILS).stem}*.json")):
+        try:
+            return int(json.loads(path.read_text(encoding="utf-8"))["folders"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # A damaged file is reported by who reads it.
+            continue
+    return now
+
+
+def _details_files(guard: Guard, directory: Path) -> list[Path]:
     """The JSON files of all ranks in a folder, in the order of ranks."""
     stem = Path(DETAILS).stem
     found = {
@@ -195,6 +221,10 @@ def _details_files(directory: Path) -> list[Path]:
         for path in directory.glob(f"{stem}*.json")
         if (number := path.stem.removeprefix(stem).removeprefix("_rank")).isdigit() or not number
     }
+    if 0 in found:
+        # More ranks may have saved here before: their files are of another moment.
+        world = _read_details(guard, found[0]).get("shards", (0, 1))[1]
+        found = {rank: path for rank, path in found.items() if rank < world}
     return [found[rank] for rank in sorted(found)]
 
 
@@ -290,7 +320,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
         if tensor is not None:
             tensors[prefix + name] = tensor
 
-    details: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
+    details: dict[str, Any] = {name: getattr(state, name) for name in (*PLAIN, *LATER)}
     details["region"] = state.region.state()
     details["rollouts"] = list(state.rollouts.sums())
     details["measurement"] = None if state.measurement is None else asdict(state.measurement)
@@ -346,6 +376,8 @@ def _unpack_domain(
     state = guard.new_state(name)
     for key in PLAIN:
         setattr(state, key, details[key])
+    for key in LATER:
+        setattr(state, key, details.get(key, getattr(state, key)))
     state.rollouts.add(*details["rollouts"])
     region = dict(details["region"])
     region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}

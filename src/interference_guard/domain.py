@@ -67,6 +67,8 @@ class DomainState:
             without rewards.
         retained_reward: Mean reward of the retained rows at the anchor; NaN without rewards.
         rollouts: Rewards of the recovery step now made.
+        fresh: Whether the probe is of the present anchor, and not of one a few own steps before it.
+        interrupted: Whether this anchor stands inside the domain's own training, for another's recovery.
         scored_at: The guard's steps when `anchor_scores` were last made for an anchor; None before.
         reference: Whether the domain is only known from given data, and no rows of it are trained.
         true_reward: The host's latest evaluation since the anchor, NaN without one.
@@ -100,6 +102,8 @@ class DomainState:
     target_reward: float = math.nan
     retained_reward: float = math.nan
     rollouts: RunningMean = field(default_factory=RunningMean)
+    fresh: bool = True
+    interrupted: bool = False
     scored_at: int | None = None
     reference: bool = False
     true_reward: float = math.nan
@@ -119,10 +123,6 @@ class DomainState:
     def span(self) -> tuple[float, float] | None:
         """Lowest and highest reward, or None while fewer than two different ones were seen."""
         return (self.low, self.high) if self.high > self.low else None
-
-    def fresh(self, steps: int) -> bool:
-        """Whether the probe is of the present anchor, and not of one a few own steps before it."""
-        return self.scored_at is not None and steps - self.foreign_steps <= self.scored_at
 
     def see_rewards(self, lowest: float, highest: float) -> None:
         """Widen the reward range."""

@@ -287,7 +287,7 @@ class Guard:
             state = self._domains[name]
             if name == self.recovery:
                 continue
-            early = state.foreign_steps in EARLY_PROBES and state.fresh(self.steps)
+            early = state.foreign_steps in EARLY_PROBES and state.fresh
             due = early or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
@@ -421,9 +421,9 @@ class Guard:
         """
         checkpoint.unpack(self, state)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, folders: int = 1) -> None:
         """Write the state beside a checkpoint, atomically; see `checkpoint.save`."""
-        checkpoint.save(self, Path(directory))
+        checkpoint.save(self, Path(directory), folders)
 
     def load(
         self,

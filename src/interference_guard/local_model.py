@@ -219,22 +219,19 @@ class LocalModel:
         self.spread.add(full)
         self.noise = self._rounding(full)
 
-    def lengths(self, parts: Sequence[Tensor], early: bool) -> Tensor:
+    def lengths(self, parts: Sequence[Tensor]) -> Tensor:
         """Squared length of a change of the weights along the directions, by matrix; the same on all ranks.
 
         The directions are orthonormal, so the coefficients tell it and the weights need not be read again.
 
         Args:
             parts: Its coefficients per block, ``(rows, rank)``.
-            early: As in `project`: whether a call for each block is cheaper than one for all, as on the CPU.
 
         Returns:
             ``(matrices of all blocks,)`` fp32.
         """
         full = [block.scatter(part) for block, part in zip(self.blocks, parts, strict=True)]
-        if early:
-            return torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in full]).square()
-        return torch.stack(torch._foreach_norm([matrix for part in full for matrix in part])).square()
+        return torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in full]).square()
 
     def _rounding(self, anchors: Sequence[Tensor]) -> Tensor:
         eps = torch.finfo(torch.float32).eps

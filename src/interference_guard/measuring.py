@@ -68,7 +68,11 @@ def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> M
     raw = guard.interference([state.name])[state.name]
     if state.radius is not None and not state.region.radius and math.isfinite(first := state.radius.item()):
         state.region.radius = state.region.largest = first
-    result = state.region.measured(found, raw, adapt=guard.config.project)
+    if state.fresh:
+        result = state.region.measured(found, raw, adapt=guard.config.project)
+    else:
+        # The domain's own steps since that probe are in the loss: nothing may be learned from it.
+        result = found.scaled(state.region.scale, raw.quadratic, state.region.predict(raw))
     if state.radius is not None and state.region.radius:
         state.radius.fill_(state.region.radius)
     state.measurement = result
@@ -90,6 +94,8 @@ def calibrate(guard: Guard, state: DomainState, reward: float) -> None:
     if span is None or not state.measurable:
         return
     loss = measure(guard, state).loss
+    if not state.fresh:
+        return
     if state.evaluated:
         state.region.truth((state.anchor_reward - reward) / (span[1] - span[0]))
     else:

@@ -30,7 +30,7 @@ def place(name: str) -> tuple[int | None, str]:
     (None, 'embed_tokens')
     """
     found = _NUMBER.search(name)
-    parts = [part for part in name.split(".") if not _SKIPPED.match(part)]
+    parts = [part for part in name.partition(".lora_")[0].split(".") if not _SKIPPED.match(part)]
     return (int(found[1]) if found else None), parts[-1] if parts else name
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .measuring import look, share_span
 from .probe import Measurement, Policy
-from .recovery import RecoveryLimits, expected_steps
+from .recovery import RecoveryLimits, RecoverySchedule, expected_steps
 
 if TYPE_CHECKING:
     from .domain import DomainState
@@ -90,10 +90,6 @@ def _begin(guard: Guard, state: DomainState) -> None:
     if state.model is not None:
         state.model.keep_energy()
     state.rollouts.take()
-    if guard.config.project:
-        state.region.tighten()
-        if state.radius is not None and state.region.radius:
-            state.radius.fill_(state.region.radius)
     displaced = guard.interference([state.name])[state.name].quadratic
     loss = state.measurement.loss if state.measurement is not None else math.nan
     guard.schedule = replace(guard.schedule, displaced=displaced, loss=loss)
@@ -102,13 +98,18 @@ def _begin(guard: Guard, state: DomainState) -> None:
 def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Policy | None) -> None:
     schedule = guard.schedule
     if schedule.taken == 0:
+        if guard.config.project:
+            # Only now: a phase that its host could not serve has cost nobody a step.
+            state.region.tighten()
+            if state.radius is not None and state.region.radius:
+                state.radius.fill_(state.region.radius)
         after = guard.interference([state.name])[state.name].quadratic
         within = guard.config.regained_within
         if state.measurement is not None:
             within *= limit_of(guard, state.measurement) / guard.config.recovery_threshold
         schedule = replace(schedule, expected=expected_steps(schedule.displaced, after, schedule.loss, within))
-    regained = _regained(guard, state, first=schedule.taken == 0, policy=policy)
-    guard.schedule = schedule.step(regained, guard.steps, limits)
+    regained, judged = _regained(guard, state, schedule, limits, policy)
+    guard.schedule = replace(schedule, judged=schedule.judged + judged).step(regained, guard.steps, limits)
     _close(guard, state)
 
 
@@ -124,21 +125,28 @@ def _close(guard: Guard, state: DomainState) -> None:
         state.pending = [] if state.retained is None else [state.retained]
 
 
-def _regained(guard: Guard, state: DomainState, *, first: bool, policy: Policy | None) -> bool:
-    """Whether the domain's reward is back, by the rollouts of this phase or, without rewards, by a probe."""
+def _regained(
+    guard: Guard, state: DomainState, schedule: RecoverySchedule, limits: RecoveryLimits, policy: Policy | None
+) -> tuple[bool, bool]:
+    """Whether the domain's reward is back, and whether rollouts of this step said so.
+
+    By the rollouts of this phase or, without rewards, by a probe. Rollouts that serve several steps (mini-batches,
+    epochs) may all be of the weights before the phase: then a probe decides at its last step.
+    """
     # Ranks must take the same branch below, and each has seen rewards of its own.
     share_span(guard, state)
     total, count = guard.ranks.totals(list(state.rollouts.sums()), guard.device)
     span, within = state.span, guard.config.regained_within
     if count and span is not None and math.isfinite(state.target_reward):
         state.rollouts.take()
-        if first:
+        if schedule.taken == 0:
             # These were sampled under the weights that were measured when the phase began.
             state.region.truth((state.retained_reward - total / count) / (span[1] - span[0]))
-        return (state.target_reward - total / count) / (span[1] - span[0]) <= within
-    if span is not None or not state.measurable:
+        return (state.target_reward - total / count) / (span[1] - span[0]) <= within, True
+    last = schedule.taken + 1 >= limits.steps and schedule.judged < 2
+    if not state.measurable or (span is not None and not last):
         # Rewards exist and this step brought none: it reused rollouts that were judged before.
-        return False
+        return False, False
     # Looked at, not measured: its own steps must not move its radius.
     found = look(guard, state, policy)
-    return found.loss <= within * limit_of(guard, found) / guard.config.recovery_threshold
+    return found.loss <= within * limit_of(guard, found) / guard.config.recovery_threshold, False

@@ -54,6 +54,7 @@ class RecoverySchedule:
         phase: Where it is.
         domain: The domain that recovers, None unless `phase` is ``"recovering"``.
         taken: Steps of the present phase; of the last one when none runs.
+        judged: Steps of the present phase that brought rollouts of its own.
         idle: Steps since the phase started that trained other domains.
         regained: Whether the last phase brought its domain back.
         total: Recovery steps so far.
@@ -70,6 +71,7 @@ class RecoverySchedule:
     phase: Phase = "idle"
     domain: str | None = None
     taken: int = 0
+    judged: int = 0
     idle: int = 0
     regained: bool = False
     total: int = 0
@@ -102,6 +104,7 @@ class RecoverySchedule:
             phase="recovering",
             domain=worst,
             taken=0,
+            judged=0,
             idle=0,
             regained=False,
             phases=self.phases + 1,
@@ -121,7 +124,16 @@ class RecoverySchedule:
 
     def abandon(self, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
         """Give up the present phase, as one that did not bring its domain back."""
-        return self._end(False, steps, limits) if self.phase == "recovering" else self
+        if self.phase != "recovering":
+            return self
+        # The domain had no chance: that takes nothing from its claim.
+        return replace(self._end(False, steps, limits), failed=self.failed)
+
+    def trained(self, domain: str) -> RecoverySchedule:
+        """The domain is trained by plan: what failed before says nothing of where it will stand."""
+        if domain not in self.failed:
+            return self
+        return replace(self, failed={name: count for name, count in self.failed.items() if name != domain})
 
     def step(self, regained: bool, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
         """Count one optimizer step.

@@ -274,6 +274,9 @@ def _deal(
             scores = [tensor for get in getters if (tensor := get("anchor_scores")) is not None]
             for piece, values in zip(pieces, scores, strict=True):
                 piece["scores"] = values
+        # A rank whose batch had no rewards cannot be joined with others: its rows are left out.
+        rewarded = [piece for piece in pieces if "rewards" in piece]
+        pieces = rewarded or pieces
         kept = [key for key in (*ROWS, "scores") if pieces and all(key in piece for piece in pieces)]
         for key in kept:
             tensors = [piece[key] for piece in pieces]

@@ -58,6 +58,7 @@ def take_gradients(guard: Guard) -> None:
         state.evaluated = False
         state.anchored = False
         state.region.loosen()
+        guard.schedule = guard.schedule.trained(name)
     guard.clock.add("observe", started)
 
 
@@ -107,7 +108,7 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         for state, displacement in zip(states, seen, strict=True):
             state.subspace = displacement.energy()
             if displacement.taken is not None and state.model is not None:
-                moved = state.model.lengths(displacement.split(displacement.taken), guard.reads_back)
+                moved = state.model.lengths(displacement.split(displacement.taken))
                 state.moved = moved if state.moved is None else state.moved + moved
     guard.kept.add((_subspaces(states).sum() / before.sum().clamp(min=1e-37)).clamp(max=1.0).sqrt())
     guard.clock.add("project", started)

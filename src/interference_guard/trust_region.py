@@ -154,10 +154,12 @@ class TrustRegion:
     def tighten(self) -> None:
         """The domain must recover: hold it closer from now on, until its own training resumes.
 
-        A recovery takes steps from others, and what it brings back would be spent again at the same radius.
+        A recovery takes steps from others, and what it brings back would be spent again at the same radius. Below
+        the floor nothing is gained: what is lost then lies elsewhere, and others could no longer learn.
         """
         if self.radius > 0:
-            self.radius = self.ceiling = max(self.radius * SHRINK, self.largest * LEAST)
+            self.radius = max(self.radius * SHRINK, min(self.radius, self.largest * FLOOR))
+            self.ceiling = self.radius
 
     def loosen(self) -> None:
         """The domain is trained again: what it needed before says nothing of where it will stand."""

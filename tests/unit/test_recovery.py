@@ -415,7 +415,8 @@ def test_ranks_agree_where_one_alone_has_seen_a_wrong_answer():
         state.low, state.high = (0.0, 1.0) if rank == 0 else (1.0, 1.0)
         state.target_reward = 1.0
         state.rollouts.add(20.0 if rank == 0 else 32.0, 32)
-        regained = _regained(guard, state, first=True, policy=None)
+        limits = RecoveryLimits.of(guard.config)
+        regained, _ = _regained(guard, state, RecoverySchedule(), limits, None)
         found[rank] = (regained, state.span, state.region.truth_xy, state.region.truth_xx)
 
     with ThreadPoolExecutor(2) as pool:

@@ -86,7 +86,13 @@ def nats_per_token(folder: Path, rows: Sequence[Row], tokenizer: Path | None = N
 def _completions(words: object, rows: Sequence[Row]) -> Completions:
     pieces = []
     for prompt, completion in rows:
-        before = words(prompt)["input_ids"]  # type: ignore[operator]
+        # A chat template that was applied before has written its first token already.
+        special = not prompt.startswith(getattr(words, "bos_token", None) or "\0")
+        before = words(prompt, add_special_tokens=special)["input_ids"]  # type: ignore[operator]
+        if not before:
+            raise ReportError(
+                "A row's prompt has no token, so nothing precedes its completion's first one. Give every row a prompt."
+            )
         after = words(completion, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
         pieces.append((before, after))
     length = max(len(before) + len(after) for before, after in pieces)

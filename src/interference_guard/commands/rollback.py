@@ -61,16 +61,18 @@ def rollback(
     before, after = open_checkpoint(base), open_checkpoint(checkpoint)
     with output.progress("scoring", len(record.state.views)) as advance:
         plan = plan_rollback(record, before, after, mode, advance)
+    # First what can fail: folders that cannot be run must not cost a written checkpoint.
+    measured = {
+        name: {"before": nats_per_token(base, lines, checkpoint), "after": nats_per_token(checkpoint, lines)}
+        for name, lines in texts.items()
+    }
     if dry_run or out is None:
         rows = plan.curve(strength)
     else:
         with output.progress("writing", len(record.state.views)) as advance:
             rows = [write_rollback(plan, share, strength, out, force=force, advance=advance)]
-    places = _places(base, checkpoint, out)
-    measured = {
-        name: {label: nats_per_token(folder, lines, checkpoint) for label, folder in places}
-        for name, lines in texts.items()
-    }
+    for name, lines in texts.items():
+        measured[name]["rolled back"] = nats_per_token(Path(str(out)), lines, checkpoint)
     if json:
         table = {"domain": domain, "mode": mode, "out": None if dry_run else str(out), "rollback": rows}
         output.as_json(table | ({"nats_per_token": measured} if measured else {}))
@@ -101,7 +103,3 @@ def _files(data: list[str]) -> dict[str, Path]:
             raise ConfigError(f"--data {entry!r} is not NAME=FILE, for instance --data math=math.jsonl.")
         found[name] = Path(path)
     return found
-
-
-def _places(base: Path, checkpoint: Path, out: Path | None) -> list[tuple[str, Path]]:
-    return [("before", base), ("after", checkpoint), *([] if out is None else [("rolled back", out)])]
