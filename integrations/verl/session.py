@@ -110,7 +110,7 @@ class Session:
         """
         stem = folder.name.rstrip("0123456789")
         world = dist.get_world_size()
-        # Without a shared disk a rank sees the folders of its own machine alone; its own one tells how many there are.
+        # Without a shared disk a rank sees the folders of its own machine alone, and asks its own.
         first = folder.with_name(f"{stem}0")
         first = first if first.is_dir() else folder
         saved = checkpoint.folders_of(first, world)

@@ -91,7 +91,7 @@ def _completions(words: object, rows: Sequence[Row]) -> Completions:
         before = words(prompt, add_special_tokens=special)["input_ids"]  # type: ignore[operator]
         if not before:
             raise ReportError(
-                "A row's prompt has no token, so nothing precedes its completion's first one. Give every row a prompt."
+                "A row's prompt has no token, so nothing precedes its completion. Give every row a prompt."
             )
         after = words(completion, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
         pieces.append((before, after))
