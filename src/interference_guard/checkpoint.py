@@ -62,7 +62,12 @@ LATER = ("fresh", "interrupted")
 
 
 def pack(guard: Guard, folders: int = 1) -> dict[str, object]:
-    """A guard's state, saved into so many folders, as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared."""
+    """A guard's state as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared.
+
+    Args:
+        guard: The guard.
+        folders: How many folders all ranks save into.
+    """
     tensors: dict[str, Tensor] = {}
     domains: dict[str, Any] = {}
     for number, (name, state) in enumerate(guard.domains.items()):

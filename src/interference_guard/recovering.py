@@ -130,8 +130,8 @@ def _regained(
 ) -> tuple[bool, bool]:
     """Whether the domain's reward is back, and whether rollouts of this step said so.
 
-    By the rollouts of this phase or, without rewards, by a probe. Rollouts that serve several steps (mini-batches,
-    epochs) may all be of the weights before the phase: then a probe decides at its last step.
+    By the rollouts of this phase or, without rewards, by a probe. Rollouts that serve several steps
+    (mini-batches, epochs) may all be of the weights before the phase: then a probe decides at its last step.
     """
     # Ranks must take the same branch below, and each has seen rewards of its own.
     share_span(guard, state)

@@ -70,10 +70,22 @@ def test_quoted_recovery():
     page = (ROOT / "docs/concepts/recovery.md").read_text()
     for label, name in (
         ("plain", "plain"),
-        ("recovery alone, from 0.08", "alone"),
+        ("recovery alone, from 0.05", "alone"),
         ("projection alone, budget 0.1", "loose"),
+        ("the same, and recovery from 0.05", "loose with recovery"),
+        ("default projection, and recovery", "default with recovery"),
     ):
         row = found[name]
         seeds = ", ".join(f"{row['seeds'][seed]:.3f}" for seed in "012")
         numbers = f"{row['average']:.3f} | {row['forgetting']:.3f} | {seeds} | {row['recovery_share']:.1%}"
         assert f"| {label} | {numbers} |" in page
+
+
+def test_quoted_reference():
+    found = json.loads((ROOT / "benchmarks/results/reference.json").read_text())["summary"]
+    page = (ROOT / "docs/concepts/reference.md").read_text()
+    for method in ("plain", "guarded"):
+        row = found[method]
+        seeds = ", ".join(f"{row['lost_by_seed'][seed]:.3f}" for seed in "012")
+        numbers = f"{row['before']:.3f} | {row['after']:.3f} | {row['lost']:.3f} | {seeds} | {row['average']:.3f}"
+        assert f"| {method} | {numbers} |" in page

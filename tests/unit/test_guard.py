@@ -76,6 +76,28 @@ def test_a_domain_left_again_after_a_few_steps_keeps_its_probe():
     assert measured[2:] == [False] * 5 + [True] * 2
     assert state.measurement is not None
     assert math.isfinite(state.measurement.loss)
+    # The domain's own steps since that probe are in the loss: it must teach nothing.
+    before = dataclasses.replace(state.region)
+    guard.measure("math")
+    assert state.region == before
+
+
+def test_a_domain_that_a_recovery_interrupted_gets_a_probe_of_its_end():
+    config = dataclasses.replace(CONFIG, recovery=True, probe_steps=1000)
+    model, guard, optimizer = guarded(config=config)
+    train(model, guard, optimizer, ["code"] * 30 + ["math"] * 30)
+    guard.schedule = dataclasses.replace(guard.schedule, phase="recovering", domain="code")
+    train(model, guard, optimizer, ["code"], start=60)
+    state = guard.domains["math"]
+    scores = state.anchor_scores
+    assert state.fresh
+    assert state.interrupted
+    guard.abandon_recovery()
+    # Two more steps of its own, and the true end of its training.
+    train(model, guard, optimizer, ["math"] * 2 + ["qa"], start=61)
+    assert state.fresh
+    assert not state.interrupted
+    assert state.anchor_scores is not scores
 
 
 def test_small_shares_stay_protected():

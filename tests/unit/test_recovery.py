@@ -126,6 +126,15 @@ def test_a_domain_that_came_back_has_its_full_claim_again():
     assert phase(schedule, excess, step, regained=True)[1] == "a"
 
 
+def test_a_domain_without_a_chance_and_one_trained_again_keep_their_claim():
+    schedule = RecoverySchedule().start({"a": 2.0}, 100, LIMITS).abandon(101, LIMITS)
+    assert (schedule.failures, schedule.failed) == (1, {})
+    schedule, _, _ = phase(RecoverySchedule(), {"a": 2.0}, 1000, regained=False)
+    assert schedule.failed == {"a": 1}
+    assert schedule.trained("b") is schedule
+    assert schedule.trained("a").failed == {}
+
+
 def test_schedules_survive_json():
     schedule = RecoverySchedule().start({"a": 1.0}, 100, LIMITS).step(False, 101, LIMITS)
     again = RecoverySchedule(**schedule.state())
@@ -265,17 +274,47 @@ def test_a_domain_that_must_recover_is_held_closer(project):
     before = state.region.radius
     follow(guard, {"math": dataclasses.replace(guard.measure("math"), loss=1.0)})
     assert guard.recovery == "math"
-    if not project:
-        assert state.region.ceiling == math.inf
-        return
-    assert state.region.radius == state.region.ceiling == state.radius.item()
-    assert state.region.radius <= before
-    # A phase's own steps leave it so; the domain's planned ones do not.
+    # Out of reach, so that the phase takes all its steps.
+    state.target_reward = 10.0
+    # A phase that its host cannot serve costs nobody a step, and changes nothing.
+    assert (state.region.radius, state.region.ceiling) == (before, math.inf)
     train(model, guard, optimizer, ["math"], start=45)
-    assert state.region.ceiling < math.inf
-    guard.abandon_recovery()
+    if not project:
+        assert (state.region.radius, state.region.ceiling) == (before, math.inf)
+        return
+    assert state.region.radius == state.region.ceiling == state.radius.item() == before / 2
+    # A phase's own steps leave it so; the domain's planned ones do not.
     train(model, guard, optimizer, ["math"], start=46)
+    assert state.region.ceiling == before / 2
+    guard.abandon_recovery()
+    train(model, guard, optimizer, ["math"], start=47)
     assert state.region.ceiling == math.inf
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_phase_is_judged_where_one_generation_serves_all_its_steps(back):
+    model, guard, optimizer = guarded(0, config=dataclasses.replace(ALONE, recovery_steps=2))
+    train(model, guard, optimizer, ["math"] * 40)
+    anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step = 40
+    while guard.recovery is None:
+        train(model, guard, optimizer, ["code"], start=step)
+        step += 1
+    rows = rollout(model, "math", 64, seed=9)
+    for number in range(2):
+        with guard.domain("math"):
+            # All rollouts are of the weights before the phase, which had lost the domain.
+            if number == 0:
+                guard.retain("math", rows)
+            policy_gradient(model, rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if back and number == 1:
+                model.load_state_dict(anchor)
+            guard.probe()
+        assert (guard.recovery is None) == (number == 1)
+    assert guard.schedule.regained == back
+    assert guard.schedule.failures == (not back)
 
 
 def recovering(config=ALONE):

@@ -112,6 +112,17 @@ def test_a_region_that_needed_a_recovery_does_not_grow_back():
     assert control.radius > 1.0
 
 
+def test_recoveries_stop_at_the_floor():
+    control = region()
+    for _ in range(40):
+        control.tighten()
+    assert control.radius == control.ceiling == FLOOR
+    # A region that measurements have brought below it stays where it is.
+    control.radius = FLOOR / 4
+    control.tighten()
+    assert control.radius == control.ceiling == FLOOR / 4
+
+
 def test_a_region_without_a_radius_cannot_be_tightened():
     control = dataclasses.replace(region(), radius=0.0, largest=0.0)
     control.tighten()
