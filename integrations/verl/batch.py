@@ -17,8 +17,13 @@ from interference_guard.probe import Completions
 PADDING = "pad"
 
 
-def labels(data: Any, column: str) -> list[str | None]:
+def labels(data: Any, column: str, uids: Sequence[Any]) -> list[str | None]:
     """Domain of each row, None for a padding row.
+
+    Args:
+        data: A mini-batch.
+        column: Name of the column.
+        uids: What `uids_of` returned.
 
     Raises:
         HostError: If the batch has no such column.
@@ -30,7 +35,7 @@ def labels(data: Any, column: str) -> list[str | None]:
             f"The batch has no column {column!r}, only {sorted(map(str, data.keys()))}. Give every row of "
             "data.train_files a data_source, or name another column with +guard.domain_column=..."
         )
-    names, uids = list(found), uids_of(data)
+    names = list(found)
     for index, (name, uid) in enumerate(zip(names, uids, strict=True)):
         if is_padding(uid):
             names[index] = None
@@ -73,20 +78,32 @@ def completions(data: Any, rows: Sequence[int]) -> Completions:
             f"completions and their rewards; it has {sorted(map(str, data.keys()))}. Use the trainers of a "
             'tested release: pip install "interference-guard[verl]".'
         )
-    # One padded copy of each: taking a nested tensor apart row by row costs more than the rest of the guard.
+    # Taking a nested tensor apart row by row, or padding all of it, costs more than the rest of the guard.
     chosen = torch.tensor(rows, device=ids.device)
-    tokens, answers, rewards = (_padded(item)[chosen] for item in (ids, mask, scores))
     lengths = ids.offsets().diff()[chosen].unsqueeze(1)
     found = mask.offsets().diff() if mask.is_nested else whole[:, -mask.shape[1] :].sum(1)
     scored_lengths = found[chosen].unsqueeze(1)
-    width = int(lengths.max())
-    places = torch.arange(width, device=ids.device)
-    input_ids, attention = tokens[:, :width].to(torch.int64), (places < lengths).to(torch.int64)
+    places = torch.arange(int(lengths.max()), device=ids.device)
+    inside = places < lengths
     # The answer is the end of the row: place t of the row is place t - start of the answer.
     start = lengths - scored_lengths
-    inside = (places >= start) & (places < lengths)
-    scored = answers.gather(1, (places - start).clamp(0, answers.shape[1] - 1)).to(torch.int64) * inside
-    return Completions(input_ids, attention, scored, rewards.float().sum(1))
+    answered = inside & (places >= start)
+    tokens = _take(ids, chosen, places).to(torch.int64) * inside
+    scored = _take(mask, chosen, (places - start).clamp(min=0)).to(torch.int64) * answered
+    rewards = torch.where(answered, _take(scores, chosen, (places - start).clamp(min=0)).float(), 0.0)
+    return Completions(tokens, inside.to(torch.int64), scored, rewards.sum(1))
+
+
+def _take(values: Any, rows: Tensor, places: Tensor) -> Tensor:
+    """``values[row, place]`` for every row and its places; beyond a row's end anything."""
+    places = places.expand(len(rows), -1)
+    found: Tensor
+    if not values.is_nested:
+        found = values[rows.unsqueeze(1), places.clamp(max=values.shape[1] - 1)]
+        return found
+    flat = values.values()
+    found = flat[(values.offsets()[rows].unsqueeze(1) + places).clamp(max=len(flat) - 1)]
+    return found
 
 
 def rewards_of(data: Any) -> Any:
@@ -95,17 +112,15 @@ def rewards_of(data: Any) -> Any:
     return tu.get(data, "token_level_scores") if found is None else found
 
 
-def _padded(values: Tensor) -> Tensor:
-    return values.to_padded_tensor(0) if values.is_nested else values
-
-
 def finite_rewards(data: Any) -> list[bool]:
     """Whether each row's reward is a number; all are where the batch has no rewards."""
     rewards = rewards_of(data)
     if rewards is None:
         return [True] * len(data)
-    found: list[bool] = _padded(rewards).isfinite().flatten(1).all(1).tolist()
-    return found
+    flat = rewards.values() if rewards.is_nested else rewards
+    if bool(flat.isfinite().all()):
+        return [True] * len(data)
+    return [bool(row.isfinite().all()) for row in rewards.unbind()]
 
 
 class FreshRows:

@@ -63,8 +63,9 @@ class Session:
         temperature = tu.get(data, "temperature")
         if temperature is not None:
             self.temperature = float(temperature.flatten()[0] if isinstance(temperature, Tensor) else temperature)
-        names = batch.labels(data, self.guard.config.domain_column)
-        new = self._new_rows(data, names)
+        uids = batch.uids_of(data)
+        names = batch.labels(data, self.guard.config.domain_column, uids)
+        new = self._new_rows(data, names, uids)
         counts = {name: names.count(name) for name in names if name is not None}
         shares: dict[str, float] = {}
         for theirs in self._gather(counts):
@@ -126,10 +127,10 @@ class Session:
         if self.link is not None and self.engine.rank == 0:
             self.link.report(self.guard.recovery)
 
-    def _new_rows(self, data: Any, names: Sequence[str | None]) -> dict[str, list[int]]:
+    def _new_rows(self, data: Any, names: Sequence[str | None], uids: Sequence[Any]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         finite = batch.finite_rewards(data)
-        for row in self.fresh.take(batch.uids_of(data)):
+        for row in self.fresh.take(uids):
             name = names[row]
             if name is not None and finite[row]:
                 found.setdefault(name, []).append(row)
