@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,9 @@ from verl.utils import tensordict_utils as tu
 
 from interference_guard import checkpoint
 from interference_guard.errors import HostError
+from interference_guard.files import HISTORY
 from interference_guard.guard import Guard
+from interference_guard.history import History
 from interference_guard.optimizer import attach
 from interference_guard.probe import Completions
 
@@ -37,6 +39,9 @@ class Session:
 
     def __init__(self, engine: Any, settings: RunSettings) -> None:
         self.engine = engine
+        self.settings = settings
+        self.history: History | None = None
+        self._began = 0.0
         self.group = engine.get_data_parallel_group()
         self.world = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
@@ -88,10 +93,20 @@ class Session:
             self.guard.probe()
             self._tell()
         metrics = self.guard.metrics()
+        self._record(metrics)
         if self.engine.is_mp_src_rank_with_outputs():
             outputs["metrics"].update({name: [value] for name, value in metrics.items()})
         if tu.get(data, "update_lr_scheduler", default=False):
             self.fresh.clear()
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if self.engine.rank or self.settings.folder is None:
+            return
+        if self.history is None:
+            # Only now: a resumed run has read its steps by the time of its first one.
+            path, self._began = Path(self.settings.folder) / HISTORY, perf_counter()
+            self.history = History(path, asdict(self.guard.config), self.guard.steps - 1)
+        self.history.report(self.guard.steps, self.guard.trained, metrics, perf_counter() - self._began)
 
     # State
 

@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from interference_guard import GuardConfig
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from tests.distributed.jobs import whole
+from tests.trl import host
 from tests.trl.host import COMMON, online, rows
 
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4, probe_steps=2, retain=16)
@@ -89,6 +90,8 @@ def load_on_cpu():
 def rollouts_run(folder, name, stop=None, resume=False, **config):
     """GRPO over all ranks: one prompt a rank and step, two domains, recovery if the settings say so."""
     load_on_cpu()
+    # The parent wrote the model; two ranks that write it again would read each other's half of it.
+    host.known(folder / "model")
     options = {
         "max_steps": 12,
         "per_device_train_batch_size": 4,

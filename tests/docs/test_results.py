@@ -89,3 +89,12 @@ def test_quoted_reference():
         seeds = ", ".join(f"{row['lost_by_seed'][seed]:.3f}" for seed in "012")
         numbers = f"{row['before']:.3f} | {row['after']:.3f} | {row['lost']:.3f} | {seeds} | {row['average']:.3f}"
         assert f"| {method} | {numbers} |" in page
+
+
+def test_quoted_verl_runs():
+    page = (ROOT / "docs/verl.md").read_text()
+    for run in json.loads((ROOT / "examples/verl/two_domains.json").read_text())["seeds"][0]["runs"]:
+        numbers = [f"{run[key]:.3f}" for key in ("first_own", "first_final", "lost", "second_final")]
+        share = f"{run['guard_seconds'] / run['update_actor_seconds']:.1%}" if run["guarded"] else ""
+        label = f"{'guarded' if run['guarded'] else 'plain'}, {run['rate']:.0e}".replace("e-0", "e-")
+        assert f"| {label} | {' | '.join(numbers)} | {share} |" in page

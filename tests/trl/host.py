@@ -24,6 +24,11 @@ COMMON = {
 _FOLDERS = {}
 
 
+def known(folder):
+    """Take a model that another process has written as it is."""
+    _FOLDERS[folder] = None
+
+
 def model_and_words(folder):
     if folder not in _FOLDERS:
         _FOLDERS[folder] = small_model(folder)

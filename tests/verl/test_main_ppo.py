@@ -6,6 +6,8 @@ import pytest
 
 from examples.verl import assets
 from examples.verl.on_cpu import run
+from interference_guard.files import HISTORY
+from interference_guard.history import read_history
 
 FIRST, SECOND = NAMES = ("products", "gcd")
 PROMPTS, STEPS, SAVED = 8, 9, 6
@@ -83,6 +85,15 @@ def test_the_run_says_what_it_guards(folder, guarded):
     text = (folder / "guarded.out").read_text()
     assert text.count("interference_guard: guards") == 1
     assert "recovery on" in text
+
+
+def test_the_run_keeps_a_history(folder, guarded):
+    found = read_history(folder / "checkpoints" / HISTORY)
+    assert [line["step"] for line in found.steps] == list(range(1, STEPS + 1))
+    assert [line["active"] for line in found.steps] == [trained(step) for step in guarded]
+    assert found.settings["recovery"]
+    for line, step in zip(found.steps, guarded, strict=True):
+        assert line["metrics"]["guard/recovery/steps"] == step["actor/guard/recovery/steps"]
 
 
 def test_a_resumed_run_goes_on_with_the_same_rows_and_losses(folder, guarded):
