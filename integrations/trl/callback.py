@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from interference_guard.checkpoint import folders_of
+from interference_guard.checkpoint import load_own
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError, StateError
 from interference_guard.guard import Guard
@@ -24,15 +23,14 @@ from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
 
 from .card import add_section
-from .completions import generated, labelled, trainer_policy
+from .completions import trainer_policy
 from .engines import check_engine
 from .live import LiveDisplay
+from .passing import PassingRows
 from .recovery import RecoveryRows
 from .reference import read
 from .rows import DomainTable, check_dataset
 from .seams import Seams
-
-DOMAIN_ID = "domain_id"
 
 
 class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
@@ -82,9 +80,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.domains = DomainTable(self.config.domain_column)
         self._seams: Seams | None = None
         self._hooks: StepHooks | None = None
-        self._rewards: Tensor | None = None
-        self._step_rows: dict[str, int] = {}
-        self._evaluated: dict[str, list[float]] = {}
+        self._rows: PassingRows | None = None
         self._failed_save: StateError | None = None
         self._training: str | None = None
         self._probed = -1
@@ -114,7 +110,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._seams.restore()
             if self in trainer.callback_handler.callbacks:
                 trainer.remove_callback(self)
-        self._seams = None
+        self._seams = self._rows = None
 
     def _wire(self, trainer: Any) -> None:
         if not self.config.enabled:
@@ -155,9 +151,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self.domains.add(sorted(recovery.domains))
             self.guard.recoverable = recovery.domains
             seams.wrap("get_batch_samples", self._batches)
-        self._evaluated, self._step_rows, self._rewards = {}, {}, None
         seams.wrap("log", self._log)
-        seams.wrap("_prepare_inputs", self._prepare_inputs)
         seams.wrap("_save_optimizer_and_scheduler", self._save)
         seams.wrap("_load_optimizer_and_scheduler", self._load)
         if self.live is not None:
@@ -165,13 +159,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             seams.wrap("train", self._train)
         if hasattr(trainer, "create_model_card"):
             seams.wrap("create_model_card", self._card)
-        if seams.generates:
-            seams.wrap("_generate_and_score_completions", self._generate)
-            seams.wrap("_calculate_rewards", self._calculate)
-        else:
-            # A collator is the last to see whole rows.
-            seams.wrap("_set_signature_columns_if_needed", self._keep_column)
-            seams.wrap("data_collator", self._collate)
+        self._rows = PassingRows(seams, self.guard, self.domains)
 
     @property
     def _trainer(self) -> Any:
@@ -185,69 +173,6 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks = None
 
     # Wrapped methods of the trainer
-
-    def _keep_column(self, method: Any) -> Any:
-        def keep() -> None:
-            method()
-            columns = self._trainer._signature_columns
-            if self.config.domain_column not in columns:
-                self._trainer._signature_columns = [*columns, self.config.domain_column]
-
-        return keep
-
-    def _collate(self, collator: Any) -> Any:
-        def collate(rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
-            numbers = self.domains.numbers(rows)
-            column = self.config.domain_column
-            bare = [{key: value for key, value in row.items() if key != column} for row in rows]
-            batch = collator(bare, *args, **kwargs)
-            batch[DOMAIN_ID] = numbers
-            return batch
-
-        return collate
-
-    def _calculate(self, method: Any) -> Any:
-        def calculate(inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Tensor:
-            every: Tensor = method(inputs, prompts, *args, **kwargs)
-            weights = self._trainer.reward_weights.to(every.device).unsqueeze(0)
-            total = (every * weights).nansum(dim=1)
-            total[every.isnan().all(dim=1)] = torch.nan
-            # The trainer gathers rewards over ranks; the first axis is ordered by rank.
-            start = self._trainer.accelerator.process_index * len(prompts)
-            self._rewards = total[start : start + len(prompts)]
-            return every
-
-        return calculate
-
-    def _generate(self, method: Any) -> Any:
-        def generate(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            numbers = self._number(inputs)
-            output: dict[str, Any] = method(inputs)
-            rewards, self._rewards = self._rewards, None
-            if self._trainer.model.training:
-                self._retain(output, rewards, numbers)
-            elif rewards is not None:
-                self._note_evaluation(rewards, numbers)
-            return {**output, DOMAIN_ID: numbers}
-
-        return generate
-
-    def _prepare_inputs(self, method: Any) -> Any:
-        def prepare(batch: Any) -> Any:
-            inputs = method(batch)
-            if not isinstance(inputs, Mapping) or DOMAIN_ID not in inputs:
-                return inputs
-            # A copy: the trainer reuses buffered batches over several iterations.
-            inputs = dict(inputs)
-            numbers = inputs.pop(DOMAIN_ID)
-            if self._trainer.model.training:
-                for name, count in self.domains.counts(numbers.cpu()).items():
-                    self._step_rows[name] = self._step_rows.get(name, 0) + count
-                if self._seams is not None and not self._seams.generates:
-                    self._retain_labelled(inputs, numbers.cpu())
-            return inputs
-
-        return prepare
 
     def _batches(self, method: Any) -> Any:
         def get_batch_samples(iterator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -298,7 +223,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         def save(directory: str, *args: Any, **kwargs: Any) -> Any:
             result = method(directory, *args, **kwargs)
             try:
-                self._guard().save(self._folder(directory), folders=self._trainer.accelerator.num_processes)
+                accelerator = self._trainer.accelerator
+                folder = self._folder(directory, accelerator.process_index)
+                self._guard().save(folder, folders=accelerator.num_processes)
             except StateError as error:
                 # Raised in on_save, when the trainer's own checkpoint is complete.
                 self._failed_save = error
@@ -312,10 +239,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if checkpoint is not None:
                 self._bind()
                 accelerator = self._trainer.accelerator
-                rank, world = accelerator.process_index, accelerator.num_processes
-                saved = folders_of(self._folder(checkpoint, 0), world)
-                folders = None if saved == world else [self._folder(checkpoint, item) for item in range(saved)]
-                self._guard().load(self._folder(checkpoint), folders, (rank, world))
+                place = accelerator.process_index, accelerator.num_processes
+                load_own(self._guard(), partial(self._folder, checkpoint), *place)
             return result
 
         return load
@@ -337,7 +262,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._unhook()
         if not self.config.enabled:
             return
-        self._step_rows = {}
+        self._passing().take_counts()
         # A run before this one may have been cut off anywhere.
         self._probed = -1
         if self._recovery is not None:
@@ -361,7 +286,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         """Tell the guard which domains the step's rows are of."""
         if not self.config.enabled:
             return
-        counts, self._step_rows = self._step_rows, {}
+        counts: dict[str, float] = dict(self._passing().take_counts())
         accelerator = self._trainer.accelerator
         if accelerator.num_processes > 1:
             table = torch.tensor(
@@ -379,14 +304,15 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the evaluation's true rewards to the guard, domain by domain."""
-        found, self._evaluated = self._evaluated, {}
+        if not self.config.enabled:
+            return
+        found = self._passing().take_evaluation()
         if found and self.history is not None:
-            means = {name: sum(rewards) / len(rewards) for name, rewards in found.items()}
-            self.history.evaluation(self._guard().steps, means)
-        for name, rewards in found.items():
+            self.history.evaluation(self._guard().steps, found)
+        for name, reward in found.items():
             # A domain that has not been trained yet has nothing to keep.
             if name in self._guard().domains:
-                self._guard().calibrate(name, sum(rewards) / len(rewards))
+                self._guard().calibrate(name, reward)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a state file that could not be written; the trainer's checkpoint is complete by now."""
@@ -414,49 +340,20 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
         return self.guard
 
+    def _passing(self) -> PassingRows:
+        if self._rows is None:
+            raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
+        return self._rows
+
     def _bind(self) -> None:
         # The trainer may have sharded the model since the callback was attached.
         self._guard().bind(self._trainer.model)
         self._guard().policy = trainer_policy(self._trainer)
 
-    def _folder(self, directory: str, rank: int | None = None) -> Path:
+    @staticmethod
+    def _folder(directory: str, rank: int) -> Path:
         # Each rank retains completions of its own.
-        rank = self._trainer.accelerator.process_index if rank is None else rank
         return Path(directory) if rank == 0 else Path(directory) / f"interference_guard_rank{rank}"
-
-    def _number(self, rows: list[dict[str, Any]]) -> Tensor:
-        if self._trainer.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            # A streaming dataset shows new names at different times on different ranks.
-            fresh = [row.get(self.config.domain_column) for row in rows]
-            self.domains.add(sorted({name for name in gather_object(fresh) if isinstance(name, str) and name}))
-        return self.domains.numbers(rows)
-
-    def _retain(self, output: Mapping[str, Any], rewards: Tensor | None, numbers: Tensor) -> None:
-        rows = generated(output, rewards)
-        for name in self.domains.counts(numbers):
-            chosen = numbers == self.domains.names.index(name)
-            if rewards is not None:
-                chosen = chosen & rewards.isfinite().cpu()
-            self._guard().retain(name, rows.rows(chosen.to(rows.input_ids.device)))
-
-    def _retain_labelled(self, batch: Mapping[str, Any], numbers: Tensor) -> None:
-        rows = labelled(batch)
-        if rows is None or len(rows) != len(numbers):
-            return
-        for name in self.domains.counts(numbers):
-            chosen = numbers == self.domains.names.index(name)
-            self._guard().retain(name, rows.rows(chosen.to(rows.input_ids.device)))
-
-    def _note_evaluation(self, rewards: Tensor, numbers: Tensor) -> None:
-        accelerator = self._trainer.accelerator
-        values, names = rewards, numbers.to(rewards.device)
-        if accelerator.num_processes > 1:
-            values, names = accelerator.gather(values), accelerator.gather(names)
-        for number, value in zip(names.tolist(), values.tolist(), strict=True):
-            if math.isfinite(value):
-                self._evaluated.setdefault(self.domains.names[number], []).append(value)
 
 
 def _reduce(accelerator: Any, values: Tensor, kind: str) -> Tensor:

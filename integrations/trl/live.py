@@ -45,6 +45,7 @@ class LiveDisplay:
             else:
                 tqdm.write(self._view.line(), file=sys.stdout)
         except Exception as error:
+            # Whatever a terminal, its bars or their library raise: a picture must not end hours of training.
             self._failed = True
             self.close()
             warnings.warn(f"The guard's display ends, training goes on: {error!r}.", stacklevel=2)

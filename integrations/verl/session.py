@@ -125,13 +125,13 @@ class Session:
             StateError: If it is missing, damaged, of another model, or if a rank's folder is missing.
         """
         stem = folder.name.rstrip("0123456789")
-        world = dist.get_world_size()
-        # Without a shared disk a rank sees the folders of its own machine alone, and asks its own.
-        first = folder.with_name(f"{stem}0")
-        first = first if first.is_dir() else folder
-        saved = checkpoint.folders_of(first, world)
-        folders = None if saved == world else [folder.with_name(f"{stem}{rank}") for rank in range(saved)]
-        self.guard.load(folder, folders, (self.rank, self.world))
+        checkpoint.load_own(
+            self.guard,
+            lambda rank: folder.with_name(f"{stem}{rank}"),
+            dist.get_rank(),
+            dist.get_world_size(),
+            (self.rank, self.world),
+        )
         self._probed = self.guard.steps
         self._tell()
 

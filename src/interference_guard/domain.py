@@ -124,6 +124,11 @@ class DomainState:
         """Lowest and highest reward, or None while fewer than two different ones were seen."""
         return (self.low, self.high) if self.high > self.low else None
 
+    def follow_region(self) -> None:
+        """Put the region's radius, once it has one, where the projection reads it."""
+        if self.radius is not None and self.region.radius:
+            self.radius.fill_(self.region.radius)
+
     def see_rewards(self, lowest: float, highest: float) -> None:
         """Widen the reward range."""
         self.low = lowest if math.isnan(self.low) else min(self.low, lowest)

@@ -73,8 +73,7 @@ def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> M
     else:
         # The domain's own steps since that probe are in the loss: nothing may be learned from it.
         result = found.scaled(state.region.scale, raw.quadratic, state.region.predict(raw))
-    if state.radius is not None and state.region.radius:
-        state.radius.fill_(state.region.radius)
+    state.follow_region()
     state.measurement = result
     guard.clock.add("probe", started)
     return result

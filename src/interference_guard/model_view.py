@@ -12,7 +12,7 @@ from .checks import trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
 from .errors import ShapeError, StateError
-from .local_model import Correction
+from .local_block import Correction
 from .shards import Shards, Spread, local, local_gradient, reshard
 from .units import UnitLayout, canonical_name
 

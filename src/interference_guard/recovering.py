@@ -101,8 +101,7 @@ def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Pol
         if guard.config.project:
             # Only now: a phase that its host could not serve has cost nobody a step.
             state.region.tighten()
-            if state.radius is not None and state.region.radius:
-                state.radius.fill_(state.region.radius)
+            state.follow_region()
         after = guard.interference([state.name])[state.name].quadratic
         within = guard.config.regained_within
         if state.measurement is not None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .blocks import block_shape
 from .errors import StateError
-from .local_model import LocalBlock, LocalModel
+from .local_block import LocalBlock
+from .local_model import LocalModel
 from .shards import Region, Shards
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 Part = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 """Details and tensors that one rank saved."""
 Get = Callable[[str], Tensor | None]
-# Of the local model, the same on every rank; the last axis of the second kind may differ from block to block.
-BY_MATRIX = ("rho", "scale", "energy")
-BY_DIRECTION = ("U", "lam", "z0", "slopes")
 ROWS = ("input_ids", "attention_mask", "completion_mask", "rewards")
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .anchoring import set_anchor
+from .correcting import project
 from .first_order import GradientMean
-from .local_model import displacements, project, see_through
+from .local_model import displacements, see_through
 from .observation import Observation
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interference_guard import Guard, GuardConfig, GuardedOptimizer
-from interference_guard.checkpoint import tensor_bytes
+from interference_guard.packing import tensor_bytes
 from tests.unit.helpers import CONFIG, Toy, guarded, policy_gradient, rollout, train
 
 

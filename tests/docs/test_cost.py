@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from benchmarks import cost_model
 from benchmarks.shapes import memory
-from interference_guard import Completions, Guard, GuardConfig
+from interference_guard import Guard, GuardConfig
+from tests.trl.host import model_and_words
+from tests.trl.supervised import supervised_step
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/cost.md").read_text()
 
@@ -18,34 +19,18 @@ def test_the_page_shows_the_tables(make):
     assert make(GuardConfig()) in PAGE
 
 
-def test_memory_is_what_a_guard_keeps():
-    shapes = cost_model.Shapes("tiny", 32, 48, 2, 4, 2, 64, True, head=8)
+def test_memory_is_what_a_guard_keeps(tmp_path):
+    model, words = model_and_words(tmp_path)
+    shapes = cost_model.Shapes("tiny", 32, 64, 2, 2, 1, len(words), True, head=16)
     config = GuardConfig(rank=4, sketch=8, residual=3)
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=64,
-            tie_word_embeddings=True,
-        )
-    )
     for name, parameter in model.named_parameters():
         # The formulas leave the norms out.
         parameter.requires_grad_("norm" not in name)
     guard = Guard(model, config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for seed, domain in enumerate(("math", "math", "code")):
-        ids = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(seed))
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        guard.begin({domain: 1.0})
-        guard.before_step()
-        ones = torch.ones_like(ids)
-        guard.retain(domain, Completions(ids, ones, ones, torch.linspace(0, 1, 4)))
-        guard.after_step()
+        ids = torch.randint(len(words), (4, 8), generator=torch.Generator().manual_seed(seed))
+        supervised_step(model, guard, optimizer, domain, ids)
     found = memory(guard, "math")
     # Per matrix there are a few single numbers more, and an eigenvalue for each direction.
     small = 4 * shapes.count * (config.sketch + 3)

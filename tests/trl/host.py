@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from interference_guard import GuardConfig
+from interference_guard.integrations.trl import InterferenceGuardCallback
 from tests.docs.preludes import small_model
 
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4, probe_steps=2, retain=16)
@@ -20,6 +21,14 @@ COMMON = {
     "logging_steps": 1,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
+}
+TWO_PHASES = [("math", 6), ("code", 6)]
+ACCUMULATION = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+SHAPES = {
+    "plain": {},
+    "accumulated": ACCUMULATION,
+    "several steps a generation": {"steps_per_generation": 2, "generation_batch_size": None},
+    "several iterations": {**ACCUMULATION, "num_iterations": 2},
 }
 _FOLDERS = {}
 
@@ -91,3 +100,9 @@ def weights(trainer):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def guarded(trainer, config=CONFIG):
+    callback = InterferenceGuardCallback(trainer, config)
+    trainer.add_callback(callback)
+    return callback

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from interference_guard import Guard, GuardConfig
+from tests.trl.supervised import supervised_step
 from tests.trl.test_architectures import COMMON, V, build
 
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4)
@@ -21,14 +22,7 @@ def steps(model, guard, domains, rate=0.05):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     for place, domain in enumerate(domains):
         labels = (ids * (3 if domain == "math" else 5) + place % 2) % V
-        with guard.domain(domain), pytest.MonkeyPatch.context() as patch:
-            # Nothing is retained, which the guard says once.
-            patch.setattr("warnings.warn", lambda *args, **kwargs: None)
-            model(input_ids=ids, labels=labels).loss.backward()
-            guard.before_step()
-            optimizer.step()
-            guard.after_step()
-            optimizer.zero_grad()
+        supervised_step(model, guard, optimizer, domain, ids, labels)
 
 
 def inside(guard, domain="math"):
@@ -133,15 +127,12 @@ def test_experts_that_a_domain_never_reached_stay_free_for_others():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
     def step(domain, tokens):
-        with guard.domain(domain), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.warn", lambda *args, **kwargs: None)
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            guard.before_step()
-            used = stack.grad.abs().sum((1, 2)) > 0
-            optimizer.step()
-            moved = stack.detach().clone()
-            guard.after_step()
-            optimizer.zero_grad()
+        def note():
+            between.append((stack.grad.abs().sum((1, 2)) > 0, stack.detach().clone()))
+
+        between = []
+        supervised_step(model, guard, optimizer, domain, tokens, stepped=note)
+        ((used, moved),) = between
         return used, (stack.detach() - moved).abs().sum((1, 2))
 
     seen = torch.stack([step("math", one)[0] for _ in range(3)]).any(0)

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from interference_guard import Guard, GuardConfig
 from interference_guard.units import UnitLayout
+from tests.trl.supervised import supervised_step
 
 H, INTER, V, L = 16, 24, 40, 2
 COMMON = {
@@ -154,13 +155,7 @@ def test_a_guarded_step_runs(name):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     ids = torch.randint(1, V, (2, 6), generator=torch.Generator().manual_seed(0))
     for domain in ("math", "code", "code"):
-        with guard.domain(domain), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.warn", lambda *args, **kwargs: None)
-            model(input_ids=ids, labels=ids).loss.backward()
-            guard.before_step()
-            optimizer.step()
-            guard.after_step()
-            optimizer.zero_grad()
+        supervised_step(model, guard, optimizer, domain, ids)
     inside, outside, _ = guard.interference()["math"]
     assert inside > 0
     assert outside >= 0

@@ -8,24 +8,26 @@ from interference_guard import (
     HostError,
     MissingDomainError,
     ShapeError,
-    StateError,
     UnsupportedError,
 )
-from interference_guard.checkpoint import DETAILS, TENSORS
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from interference_guard.metrics import expand
-from tests.trl.host import CONFIG, model_and_words, online, rows, same, supervised, weights
+from tests.trl.host import (
+    CONFIG,
+    SHAPES,
+    TWO_PHASES,
+    guarded,
+    model_and_words,
+    online,
+    rows,
+    same,
+    supervised,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
 )
-TWO_PHASES = [("math", 6), ("code", 6)]
-
-
-def guarded(trainer, config=CONFIG):
-    callback = InterferenceGuardCallback(trainer, config)
-    trainer.add_callback(callback)
-    return callback
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -106,43 +108,6 @@ def test_one_domain_alone_is_bit_identical(tmp_path):
     guarded(watched)
     watched.train()
     assert same(weights(plain), weights(watched))
-
-
-ACCUMULATION = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-SHAPES = {
-    "plain": {},
-    "accumulated": ACCUMULATION,
-    "several steps a generation": {"steps_per_generation": 2, "generation_batch_size": None},
-    "several iterations": {**ACCUMULATION, "num_iterations": 2},
-}
-
-
-# Inside a generation batch TRL itself generates anew when it resumes, so those stop at its ends.
-STOPS = [(shape, stop) for shape in SHAPES for stop in ((2, 4) if "several" in shape else (2, 3, 5))]
-
-
-@pytest.mark.parametrize(("shape", "stop"), STOPS)
-def test_resume_is_bit_identical(shape, stop, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": 1, **SHAPES[shape]}
-    data = rows([("math", 8), ("code", 8), ("math", 8)])
-    whole = online("grpo", tmp_path, data, **options)
-    guarded(whole)
-    whole.train()
-
-    first = online("grpo", tmp_path / "b", data, **options)
-    guarded(first)
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == stop
-
-    first.add_callback(Stop())
-    first.train()
-    resumed = online("grpo", tmp_path / "b", data, **options)
-    callback = guarded(resumed)
-    resumed.train(resume_from_checkpoint=True)
-    assert callback.guard.steps == 6
-    assert same(weights(whole), weights(resumed))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -310,59 +275,6 @@ class TestRefusals:
         trainer.add_callback(InterferenceGuardCallback(config=CONFIG))
         with pytest.raises(HostError, match=r"Call attach\(trainer\)"):
             trainer.train()
-
-
-SAVING = {"save_strategy": "steps", "save_steps": 4}
-
-
-class TestSaving:
-    def saved(self, tmp_path):
-        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **SAVING)
-        callback = guarded(trainer)
-        trainer.train()
-        return callback, tmp_path / "run" / "checkpoint-4"
-
-    def test_a_full_disk_leaves_the_hosts_checkpoint_whole(self, tmp_path, monkeypatch):
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
-        plain = online("grpo", tmp_path / "plain", rows(TWO_PHASES), **SAVING)
-        plain.train()
-        monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
-        with pytest.raises(StateError, match="No space left on device"):
-            self.saved(tmp_path)
-        theirs = {path.name for path in (tmp_path / "plain" / "run" / "checkpoint-4").iterdir()}
-        mine = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
-        assert mine == theirs
-
-    def test_the_state_lies_beside_the_checkpoint(self, tmp_path):
-        _callback, folder = self.saved(tmp_path)
-        assert (folder / DETAILS).is_file()
-        assert (folder / TENSORS).is_file()
-        assert (folder / "optimizer.pt").is_file()
-
-    @pytest.mark.parametrize(
-        ("harm", "message"),
-        [
-            (lambda folder: (folder / DETAILS).unlink(), "does not exist"),
-            (lambda folder: (folder / TENSORS).write_bytes(b"short"), "is damaged"),
-        ],
-    )
-    def test_resuming_without_a_whole_state_is_refused(self, tmp_path, harm, message):
-        _, folder = self.saved(tmp_path)
-        harm(folder)
-        trainer = online("grpo", tmp_path, rows(TWO_PHASES), **SAVING)
-        guarded(trainer)
-        with pytest.raises(StateError, match=message):
-            trainer.train(resume_from_checkpoint=str(folder))
-
-    def test_state_of_another_model_is_refused(self, tmp_path):
-        _, folder = self.saved(tmp_path)
-        peft = LoraConfig(r=4, target_modules=["q_proj"])
-        trainer = online("grpo", tmp_path, rows(TWO_PHASES), peft=peft)
-        callback = guarded(trainer)
-        with pytest.raises(StateError, match="of another model"):
-            callback.guard.load(folder)
 
 
 def test_detach_leaves_nothing(tmp_path):

@@ -10,6 +10,7 @@ from interference_guard import Guard, GuardConfig
 from interference_guard.analysis.measured import nats_per_token, read_rows
 from interference_guard.cli import main
 from tests.trl.host import model_and_words
+from tests.trl.supervised import supervised_step
 
 DATA = {
     "math": [("1 + 1 =", " 2"), ("2 + 2 =", " 4")],
@@ -30,13 +31,7 @@ def run(tmp_path_factory):
         for step in range(12):
             prompt, completion = rows[step % 2]
             ids = words(prompt + completion, return_tensors="pt")["input_ids"]
-            with guard.domain(domain), pytest.MonkeyPatch.context() as patch:
-                patch.setattr("warnings.warn", lambda *args, **kwargs: None)
-                model(input_ids=ids, labels=ids).loss.backward()
-                guard.before_step()
-                optimizer.step()
-                guard.after_step()
-                optimizer.zero_grad()
+            supervised_step(model, guard, optimizer, domain, ids)
         model.save_pretrained(folder / domain)
         words.save_pretrained(folder / domain)
         guard.save(folder / domain)

@@ -6,15 +6,7 @@ import torch
 
 from interference_guard import Guard, GuardConfig, StateError, StateVersionError
 from interference_guard.checkpoint import DETAILS, TENSORS
-from tests.unit.helpers import CONFIG, Toy, guarded, train
-
-
-@pytest.fixture
-def trained(tmp_path):
-    model, guard, optimizer = guarded()
-    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 3)
-    guard.save(tmp_path / "state")
-    return model, guard, tmp_path / "state"
+from tests.unit.helpers import CONFIG, Toy, guarded
 
 
 def fingerprint(guard):

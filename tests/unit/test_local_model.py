@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from interference_guard.correcting import project
 from interference_guard.curvature import DomainCurvature, residual_matrix, sketch_matrix
-from interference_guard.local_model import anchor_domain, displacements, predict, project
+from interference_guard.local_model import anchor_domain, displacements, predict
 from tests.reference import quadratic
 
 WIDTH, UNITS = 20, 9

@@ -4,7 +4,7 @@ from torch import nn
 
 from interference_guard import GuardConfig
 from interference_guard.blocks import STACK_LIMIT
-from interference_guard.local_model import Correction
+from interference_guard.local_block import Correction
 from interference_guard.model_view import ModelView
 
 

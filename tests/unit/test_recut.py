@@ -8,15 +8,7 @@ import torch
 
 from interference_guard import Guard, StateError
 from interference_guard.checkpoint import DETAILS
-from tests.unit.helpers import CONFIG, guarded, train
-
-
-@pytest.fixture
-def trained(tmp_path):
-    model, guard, optimizer = guarded()
-    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 3)
-    guard.save(tmp_path / "state")
-    return model, guard, tmp_path / "state"
+from tests.unit.helpers import CONFIG
 
 
 def test_one_part_for_one_rank_is_itself(trained):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,17 +84,17 @@ def nats_per_token(folder: Path, rows: Sequence[Row], tokenizer: Path | None = N
     return total / max(count, 1)
 
 
-def _completions(words: object, rows: Sequence[Row]) -> Completions:
+def _completions(words: Any, rows: Sequence[Row]) -> Completions:
     pieces = []
     for prompt, completion in rows:
         # A chat template that was applied before has written its first token already.
         special = not prompt.startswith(getattr(words, "bos_token", None) or "\0")
-        before = words(prompt, add_special_tokens=special)["input_ids"]  # type: ignore[operator]
+        before = words(prompt, add_special_tokens=special)["input_ids"]
         if not before:
             raise ReportError(
                 "A row's prompt has no token, so nothing precedes its completion. Give every row a prompt."
             )
-        after = words(completion, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        after = words(completion, add_special_tokens=False)["input_ids"]
         pieces.append((before, after))
     length = max(len(before) + len(after) for before, after in pieces)
     ids = torch.zeros(len(pieces), length, dtype=torch.int64)

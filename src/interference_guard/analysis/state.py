@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interference_guard.checkpoint import VERSION
 from interference_guard.config import GuardConfig
 from interference_guard.curvature import nystrom, residual_matrix, sketch_matrix
 from interference_guard.errors import CheckpointError, StateError, StateVersionError, UnknownDomainError
 from interference_guard.files import DETAILS, TENSORS
-from interference_guard.local_model import LocalBlock
+from interference_guard.local_block import LocalBlock
+from interference_guard.packing import VERSION
 from interference_guard.places import Places, by_place
 from interference_guard.trust_region import TrustRegion
 from interference_guard.units import UnitLayout, UnitView

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from .run import Run, Series
@@ -119,7 +120,7 @@ def interference(run: Run, narrow: bool) -> Any:
                 f"budget {budget:g}", (0.005, budget), xycoords=("axes fraction", "data"), ha="left", va="bottom",
                 fontsize=8,
             )  # fmt: skip
-        _roof(axis, run.once(f"ranked/{title}", lambda title=title: _ranked(run, title)), budget)  # type: ignore[misc]
+        _roof(axis, run.once(f"ranked/{title}", partial(_ranked, run, title)), budget)
     axes[-1].set_xlabel("optimizer step")
     legend(figure, axes[0], narrow)
     return figure

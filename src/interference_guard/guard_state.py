@@ -1,0 +1,220 @@
+"""What a guard knows: its domains, what the present step trains, and where the schedule stands."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .config import GuardConfig
+from .correcting import Grams
+from .curvature import DomainCurvature
+from .domain import DomainState
+from .errors import MissingDomainError, UnknownDomainError
+from .metering import Clock, TensorMean
+from .model_view import ModelView
+from .observation import Observation
+from .probe import Policy, model_policy
+from .ranks import Ranks, Reduce
+from .recovery import RecoverySchedule
+from .trust_region import TrustRegion
+
+Own = TypeVar("Own", bound="GuardState")
+
+
+class GuardState:
+    """State of a `Guard`, and what its parts ask of it; see there for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GuardConfig | None = None,
+        *,
+        policy: Policy | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self.config = config if config is not None else GuardConfig()
+        self.enabled = self.config.enabled
+        self.policy: Policy = policy if policy is not None else model_policy(model)
+        self._own_policy = policy is None
+        self.model = model
+        self.ranks = Ranks(reduce)
+        self.clock = Clock()
+        self.steps = 0
+        self.kept = TensorMean()
+        # By id of the local models, which live as long as the entry: cleared whenever one is replaced.
+        self.grams: Grams = {}
+        # Jaccard indices of protected sets by sorted names; sets change at anchors alone.
+        self.overlaps: dict[tuple[str, str], float] = {}
+        # None: wherever reading the device costs nothing. Tests set it to prove that the path for
+        # accelerators reads nothing back.
+        self.force_read: bool | None = None
+        # The step's gradients, where they wait for a sum over ranks.
+        self.observation: Observation | None = None
+        self.schedule = RecoverySchedule()
+        self.trained: tuple[str, ...] = ()
+        # Domains a host can give own steps to; None: all of them.
+        self.recoverable: frozenset[str] | None = None
+        self._mixed: set[tuple[str, ...]] = set()
+        self._followed = 0
+        self._shares: dict[str, float] = {}
+        self._domains: dict[str, DomainState] = {}
+        if self.enabled:
+            self.view = ModelView(model, self.config)
+
+    def bind(self, model: nn.Module) -> None:
+        """Go on with another object of the same model, for instance in the next phase's trainer.
+
+        The guard's own policy is bound too, unless a host gave one. Before the guard has seen a domain, the
+        model may also have been sharded since.
+
+        Raises:
+            ShapeError: If its trainable parameters differ; nothing is changed then.
+            StateError: If they lie on the ranks in other pieces than those the guard's sums are of.
+        """
+        if not self.enabled:
+            return
+        self.view.bind(model, known=list(self._domains))
+        self.model = model
+        if self._own_policy:
+            self.policy = model_policy(model)
+
+    @contextmanager
+    def domain(self: Own, name: str | Mapping[str, float]) -> Iterator[Own]:
+        """Say what the steps inside the block train: one domain, or the share of rows of each."""
+        self.begin({name: 1.0} if isinstance(name, str) else name)
+        try:
+            yield self
+        finally:
+            self._shares = {}
+
+    def begin(self, shares: Mapping[str, float]) -> None:
+        """Say what the coming step trains.
+
+        Args:
+            shares: Domain name to its part of the step's rows. Domains under `active_share` stay
+                protected. Replaces what was said before.
+
+        Raises:
+            MissingDomainError: If no domain has a positive share, or a name is not a non-empty string.
+        """
+        for name, share in shares.items():
+            if not isinstance(name, str) or not name:
+                raise MissingDomainError(
+                    f"A domain is named {name!r}; it must be a non-empty string. "
+                    "Give every row of the data a domain."
+                )
+            if not (math.isfinite(share) and share >= 0):
+                raise MissingDomainError(f"Domain {name!r} has share {share!r}; shares are numbers from 0 to 1.")
+        total = sum(shares.values())
+        if total <= 0:
+            raise MissingDomainError(
+                "The step has no domain: no row names one. Give guard.begin() or guard.domain() at least "
+                "one name with a share above 0."
+            )
+        self._shares = {name: share / total for name, share in shares.items() if share > 0}
+        if self.enabled:
+            for name in self.active:
+                self.state_of(name)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Domains the present step trains."""
+        least = self.config.active_share
+        chosen = tuple(name for name, share in self._shares.items() if share >= least)
+        if self._shares and not chosen:
+            # Many tiny shares: the step still belongs to someone.
+            chosen = tuple(self._shares)
+        return chosen
+
+    @property
+    def protected(self) -> tuple[str, ...]:
+        """Anchored domains that the present step does not train."""
+        active = self.active
+        return tuple(
+            name for name in sorted(self._domains) if self._domains[name].anchored and name not in active
+        )
+
+    @property
+    def recovery(self) -> str | None:
+        """The domain to train next because it must recover, or None to go on as planned."""
+        return self.schedule.domain if self.config.recovery else None
+
+    @property
+    def domains(self) -> Mapping[str, DomainState]:
+        """Every domain seen so far, in order of appearance (read only)."""
+        return MappingProxyType(self._domains)
+
+    # Parts
+
+    def new_state(self, name: str) -> DomainState:
+        """An empty state for a domain (used when a state file is read)."""
+        settings = self.config
+        curvature = DomainCurvature(0.5 ** (1 / settings.half_life), self.view.omegas, spread=self.view.spread)
+        return DomainState(name, curvature, TrustRegion(settings.budget, settings.budget_nats))
+
+    def adopt(self, state: DomainState) -> None:
+        """Take in a domain's state made elsewhere (used for reference domains)."""
+        self._domains[state.name] = state
+
+    def replace_domains(self, domains: Mapping[str, DomainState], steps: int, schedule: RecoverySchedule) -> None:
+        """Put other states in place of all present ones (used when a state file is read)."""
+        self._domains = dict(domains)
+        self.steps = self._followed = steps
+        self.schedule = schedule
+        self.grams.clear()
+        self.overlaps.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the guard's own tensors lie."""
+        return self.view.device
+
+    @property
+    def reads_back(self) -> bool:
+        """Whether decisions may read the device within a step: on an accelerator that would stall it."""
+        return self.device.type == "cpu" if self.force_read is None else self.force_read
+
+    def warn_mixed(self, names: tuple[str, ...]) -> None:
+        """Say once for each combination that a step of several domains adds to no domain's curvature."""
+        if names not in self._mixed:
+            self._mixed.add(names)
+            warnings.warn(
+                f"A step trained the domains {sorted(names)} together. Its gradient cannot be told apart by "
+                "domain, so it is added to no domain's curvature: a domain that is only trained so gets no "
+                "protection later. Train one domain a step, for instance with "
+                "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin').",
+                stacklevel=6,
+            )
+
+    def forget_sets(self, name: str) -> None:
+        """Drop what was computed from a domain's former local model and sets."""
+        self.grams.clear()
+        self.overlaps = {pair: value for pair, value in self.overlaps.items() if name not in pair}
+
+    def state_of(self, name: str) -> DomainState:
+        """A domain's state, made at its first mention."""
+        if name not in self._domains:
+            self._domains[name] = self.new_state(name)
+        return self._domains[name]
+
+    def anchored(self, domain: str) -> DomainState:
+        """The state of a domain that has an anchor; raises `UnknownDomainError` where it has none."""
+        state = self._domains.get(domain)
+        if state is None or not state.anchored:
+            raise self.unknown(domain)
+        return state
+
+    def unknown(self, domain: str) -> UnknownDomainError:
+        """What to raise for a domain without an anchor."""
+        anchored = sorted(name for name, state in self._domains.items() if state.anchored)
+        return UnknownDomainError(
+            f"Domain {domain!r} has no anchor. Known domains: {sorted(self._domains)}; anchored: {anchored}. "
+            f"Train on {domain!r} first: its anchor is set when another domain's first step begins."
+        )

@@ -1,0 +1,301 @@
+"""A guard's state as plain numbers and named tensors, and back; knows no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .curvature import BlockSums
+from .domain import DomainState
+from .errors import StateError, StateVersionError
+from .first_order import GradientMean
+from .local_block import LocalBlock
+from .local_model import LocalModel
+from .probe import Completions, Measurement
+from .protected import ProtectedSet
+from .recovery import RecoverySchedule
+from .trust_region import TrustRegion
+
+if TYPE_CHECKING:
+    from .guard import Guard
+
+VERSION = 2
+# Settings that give the saved tensors their meaning; the others may change between runs.
+BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
+PLAIN = (
+    "anchored",
+    "own_steps",
+    "since_refresh",
+    "foreign_steps",
+    "low",
+    "high",
+    "anchor_reward",
+    "evaluated",
+    "measurable",
+    "true_reward",
+    "recent",
+    "target_reward",
+    "retained_reward",
+    "scored_at",
+    "reference",
+)
+# Not in every state of this version: read with the default where they are missing.
+LATER = ("fresh", "interrupted")
+
+
+def pack(guard: Guard, folders: int = 1) -> dict[str, object]:
+    """A guard's state as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared.
+
+    Args:
+        guard: The guard.
+        folders: How many folders all ranks save into.
+    """
+    tensors: dict[str, Tensor] = {}
+    domains: dict[str, Any] = {}
+    for number, (name, state) in enumerate(guard.domains.items()):
+        domains[name] = _pack_domain(state, f"{number}/", tensors)
+    details = {
+        "format": "interference_guard",
+        "version": VERSION,
+        "steps": guard.steps,
+        "recovery": guard.schedule.state(),
+        "settings": {name: getattr(guard.config, name) for name in BINDING},
+        "parameters": parameters_of(guard),
+        # For readers without the model: which layers are stored transposed cannot be seen from shapes.
+        "transposed": sorted(guard.view.layout.transposed),
+        "shards": shards_of(guard),
+        "blocks": [[view.name for view in block.views] for block in guard.view.blocks],
+        "cuts": {name: part.axis for name, part in guard.view.shards.parts.items() if part.axis is not None},
+        # Whether the ranks keep different completions.
+        "dealt": guard.ranks.reduce is not None,
+        "folders": folders,
+        "domains": domains,
+    }
+    return {"details": details, "tensors": tensors}
+
+
+def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
+    """Take over what `pack` made; raises before the guard is changed."""
+    details, tensors = packed.get("details"), packed.get("tensors")
+    if not isinstance(details, dict) or not isinstance(tensors, Mapping):
+        raise StateError("The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned.")
+    check(guard, details, "The state")
+    check_shards(guard, details, "The state")
+    try:
+        domains = {
+            name: _unpack_domain(guard, name, f"{number}/", item, tensors)
+            for number, (name, item) in enumerate(details["domains"].items())
+        }
+        steps = int(details["steps"])
+        schedule = RecoverySchedule(**details["recovery"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise incomplete(error) from error
+    guard.replace_domains(domains, steps, schedule)
+
+
+def incomplete(error: Exception) -> StateError:
+    """What to raise where a state lacks a part."""
+    return StateError(
+        f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
+    )
+
+
+def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
+    """Check that a state is of this format, these settings and this model; `source` is what messages call it.
+
+    Raises:
+        StateError: If it is not.
+        StateVersionError: If its format is another one.
+    """
+    if details.get("format") != "interference_guard":
+        raise StateError(f"{source} was not written by interference_guard. Point to a guard's state file.")
+    if details.get("version") != VERSION:
+        raise StateVersionError(
+            f"{source} has format version {details.get('version')!r}; this version reads {VERSION}. "
+            "Use the release of interference-guard that wrote it, or start a new guard."
+        )
+    settings = details.get("settings", {})
+    for name in BINDING:
+        if settings.get(name) != getattr(guard.config, name):
+            raise StateError(
+                f"{source} was made with {name}={settings.get(name)!r}, this guard has "
+                f"{name}={getattr(guard.config, name)!r}. Use the same value; budgets and step counts may "
+                "change, these may not: " + ", ".join(BINDING) + "."
+            )
+    saved, own = details.get("parameters", {}), parameters_of(guard)
+    if saved != own:
+        different = sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name))
+        name = different[0] if different else "their order"
+        raise StateError(
+            f"{source} is of another model: {len(different)} of {len({*saved, *own})} parameters differ, for "
+            f"instance {name!r} with shape {saved.get(name)} there and {own.get(name)} here. Load it into "
+            "the model it was saved with."
+        )
+
+
+def check_shards(guard: Guard, details: Mapping[str, Any], source: str) -> None:
+    """Check that a state is this rank's part; raises `StateError` if it is not."""
+    saved, own = details.get("shards", [0, 1]), shards_of(guard)
+    if saved != own:
+        raise StateError(
+            f"{source} is rank {saved[0]} of {saved[1]} of a sharded model, this is rank {own[0]} of {own[1]}. "
+            "Each rank has a part of its own: give it that, or read the files of all ranks with Guard.load()."
+        )
+
+
+def parameters_of(guard: Guard) -> dict[str, list[int]]:
+    """Shapes of the guarded parameters by canonical name."""
+    return {view.name: list(view.shape) for block in guard.view.blocks for view in block.views}
+
+
+def shards_of(guard: Guard) -> list[int]:
+    """This rank and the number of ranks the model is sharded over."""
+    return [guard.view.shards.rank, guard.view.shards.world]
+
+
+def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def put(name: str, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            tensors[prefix + name] = tensor
+
+    details: dict[str, Any] = {name: getattr(state, name) for name in (*PLAIN, *LATER)}
+    details["region"] = state.region.state()
+    details["rollouts"] = list(state.rollouts.sums())
+    details["measurement"] = None if state.measurement is None else asdict(state.measurement)
+    put("count", state.curvature.count)
+    for index, sums in enumerate(state.curvature.sums):
+        for name in ("sketch", "energy", "basis", "eigenvalues"):
+            put(f"sums/{index}/{name}", getattr(sums, name))
+    details["model"] = state.model is not None
+    put("noise", None if state.model is None else state.model.noise)
+    for index, block in enumerate(state.model.blocks if state.model is not None else ()):
+        for name in ("lam", "rho", "scale", "rows", "z0", "q0"):
+            put(f"model/{index}/{name}", getattr(block, name))
+        # Fresh directions are the leading columns of the curvature's own basis and are stored once.
+        if block.energy is not state.curvature.sums[index].energy:
+            put(f"model/{index}/energy", block.energy)
+        basis = state.curvature.sums[index].basis
+        if basis is None or basis.untyped_storage().data_ptr() != block.U.untyped_storage().data_ptr():
+            put(f"model/{index}/U", block.U)
+    for group, rows in (("retained", state.retained), *enumerate(state.pending)):
+        if rows is not None:
+            for item in fields(rows):
+                put(f"completions/{group}/{item.name}", getattr(rows, item.name))
+    details["pending"] = len(state.pending)
+    for index, tensor in enumerate(state.start or ()):
+        put(f"start/{index}", tensor)
+    for index, tensor in enumerate(state.slopes or ()):
+        put(f"slopes/{index}", tensor)
+    if state.gradient is not None:
+        put("gradient/count", state.gradient.count)
+        for index, tensor in enumerate(state.gradient.sums):
+            put(f"gradient/{index}", tensor)
+    for name in ("anchor_scores", "radius", "subspace", "moved"):
+        put(name, getattr(state, name))
+    for name in ("protected_set", "half_set"):
+        chosen = getattr(state, name)
+        for key, mask in chosen.masks.items() if chosen is not None else ():
+            put(f"{name}/{key}", mask)
+    return details
+
+
+def _unpack_domain(
+    guard: Guard, name: str, prefix: str, details: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> DomainState:
+    device = guard.device
+
+    def get(key: str) -> Tensor | None:
+        tensor = tensors.get(prefix + key)
+        return None if tensor is None else tensor.to(device, copy=True)
+
+    def need(key: str) -> Tensor:
+        return tensors[prefix + key].to(device, copy=True)
+
+    state = guard.new_state(name)
+    for key in PLAIN:
+        setattr(state, key, details[key])
+    for key in LATER:
+        setattr(state, key, details.get(key, getattr(state, key)))
+    state.rollouts.add(*details["rollouts"])
+    region = dict(details["region"])
+    region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}
+    state.region = TrustRegion(**region)
+    if details["measurement"] is not None:
+        state.measurement = Measurement(**details["measurement"])
+    state.curvature.count = need("count")
+    if prefix + "sums/0/energy" in tensors:
+        state.curvature.sums = [
+            BlockSums(
+                get(f"sums/{index}/sketch"),
+                need(f"sums/{index}/energy"),
+                get(f"sums/{index}/basis"),
+                get(f"sums/{index}/eigenvalues"),
+            )
+            for index in range(len(guard.view.blocks))
+        ]
+    if details["model"]:
+        blocks, spread = [], guard.view.spread
+        for index, sums in enumerate(state.curvature.sums):
+            parts = {key: need(f"model/{index}/{key}") for key in ("lam", "rho", "scale", "z0", "q0")}
+            rows, U = get(f"model/{index}/rows"), get(f"model/{index}/U")
+            if U is None:
+                if sums.basis is None:
+                    raise KeyError(f"{prefix}model/{index}/U")
+                U = sums.basis[:, :, : parts["lam"].shape[1]]
+            piece = None if spread is None else spread.regions[index]
+            own = get(f"model/{index}/energy")
+            energy = sums.energy if own is None else own
+            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
+        state.model = LocalModel(blocks, spread, get("noise"))
+    state.retained = _completions("completions/retained", get)
+    for index in range(details["pending"]):
+        rows_of_batch = _completions(f"completions/{index}", get)
+        if rows_of_batch is not None:
+            state.pending.append(rows_of_batch)
+    state.start = _listed("start", guard, get)
+    state.slopes = _listed("slopes", guard, get)
+    count = get("gradient/count")
+    if count is not None:
+        sums_of_gradient = _listed("gradient", guard, get) or []
+        state.gradient = GradientMean(guard.view.omegas, sums_of_gradient, count, guard.view.spread)
+    for key in ("anchor_scores", "radius", "subspace", "moved"):
+        setattr(state, key, get(key))
+    for key in ("protected_set", "half_set"):
+        masks = {
+            view.name: tensors[f"{prefix}{key}/{view.name}"]
+            for block in guard.view.blocks
+            for view in block.views
+            if f"{prefix}{key}/{view.name}" in tensors
+        }
+        setattr(state, key, ProtectedSet(masks) if masks else None)
+    return state
+
+
+def _listed(name: str, guard: Guard, get: Any) -> list[Tensor] | None:
+    """Tensors of all blocks, None where they were not stored."""
+    found = [get(f"{name}/{index}") for index in range(len(guard.view.blocks))]
+    return [tensor for tensor in found if tensor is not None] or None
+
+
+def _completions(prefix: str, get: Any) -> Completions | None:
+    ids = get(f"{prefix}/input_ids")
+    if ids is None:
+        return None
+    masks = [get(f"{prefix}/{name}") for name in ("attention_mask", "completion_mask", "rewards")]
+    return Completions(ids, *masks)
+
+
+def tensor_bytes(guard: Guard) -> int:
+    """Bytes of device memory the guard's curvatures and local models hold; shared memory counts once."""
+    storages: dict[int, int] = {}
+    for state in guard.domains.values():
+        tensors: dict[str, Tensor] = {}
+        _pack_domain(state, "", tensors)
+        for key, tensor in tensors.items():
+            if key.startswith(("sums/", "model/")):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
