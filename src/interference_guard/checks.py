@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from .errors import UnsupportedError
@@ -52,6 +54,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "needs them on one. Load the model without device_map splitting."
         )
     return found
+
+
+def difference(mine: Mapping[str, object], theirs: Mapping[str, object]) -> tuple[int, str]:
+    """How many names two tables of shapes disagree about, and the first of them; "their order" where none."""
+    found = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+    return len(found), found[0] if found else "their order"
 
 
 def _check_wrappers(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import STACK_LIMIT, make_blocks
-from .checks import trainable_parameters
+from .checks import difference, trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
 from .errors import ShapeError, StateError
@@ -51,10 +51,9 @@ class ModelView:
         mine = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if mine != theirs:
-            different = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-            name = different[0] if different else "their order"
+            count, name = difference(mine, theirs)
             raise ShapeError(
-                f"The guard was built for other trainable parameters: {len(different)} differ, for instance "
+                f"The guard was built for other trainable parameters: {count} differ, for instance "
                 f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
                 "model, or build a new guard."
             )

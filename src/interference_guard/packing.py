@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .checks import difference
 from .curvature import BlockSums
 from .domain import DomainState
 from .errors import StateError, StateVersionError
@@ -127,10 +128,9 @@ def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
             )
     saved, own = details.get("parameters", {}), parameters_of(guard)
     if saved != own:
-        different = sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name))
-        name = different[0] if different else "their order"
+        count, name = difference(saved, own)
         raise StateError(
-            f"{source} is of another model: {len(different)} of {len({*saved, *own})} parameters differ, for "
+            f"{source} is of another model: {count} of {len({*saved, *own})} parameters differ, for "
             f"instance {name!r} with shape {saved.get(name)} there and {own.get(name)} here. Load it into "
             "the model it was saved with."
         )

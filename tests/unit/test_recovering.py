@@ -47,12 +47,7 @@ def test_recovery_alone_brings_back_what_was_lost(seed):
 
 
 def test_the_anchor_moves_only_when_the_reward_is_back():
-    model, guard, optimizer = guarded(0, config=ALONE)
-    train(model, guard, optimizer, ["math"] * 40)
-    step = 40
-    while guard.recovery is None:
-        train(model, guard, optimizer, ["code"], start=step)
-        step += 1
+    model, guard, optimizer, step = recovering()
     state = guard.domains["math"]
     before, target, retained = state.model, state.target_reward, state.retained
     failing = 0
@@ -82,12 +77,7 @@ def test_the_anchor_moves_only_when_the_reward_is_back():
 
 
 def test_the_old_anchor_predicts_the_same_while_its_domain_recovers():
-    model, guard, optimizer = guarded(0, config=ALONE)
-    train(model, guard, optimizer, ["math"] * 40)
-    step = 40
-    while guard.recovery is None:
-        train(model, guard, optimizer, ["code"], start=step)
-        step += 1
+    model, guard, optimizer, step = recovering()
     here = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = guard.raw("math")
     train(model, guard, optimizer, ["math"] * 2, start=step)
