@@ -1,7 +1,7 @@
 """Two domains one after the other with veRL's real trainer on a CPU, plain and guarded, and a table.
 
-    python -m examples.verl.two_domains                                 one seed
-    python -m examples.verl.two_domains --seeds 0 1 --out examples/verl  what two_domains.json was made with
+    python -m examples.verl.two_domains                        one seed
+    python -m examples.verl.two_domains --out examples/verl    what two_domains.json was made with
 
 Each run is `python -m verl.trainer.main_ppo` as a user starts it; the guarded one differs by one library. Plain
 training is shown at a lower rate too. Pass rates are sampled from the checkpoints that the trainer wrote after

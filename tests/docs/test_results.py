@@ -66,8 +66,16 @@ def test_quoted_correlations():
 
 
 def test_quoted_recovery():
-    found = json.loads((ROOT / "benchmarks/results/recovery.json").read_text())["summary"]["by_variant"]
-    page = (ROOT / "docs/concepts/recovery.md").read_text()
+    summary = json.loads((ROOT / "benchmarks/results/recovery.json").read_text())["summary"]
+    page, found = (ROOT / "docs/concepts/recovery.md").read_text(), summary["by_variant"]
+    assert f"takes away {summary['alone_closes']:.0%} of the forgetting" in page
+    assert f"takes away {summary['loose_closes']:.0%} of what was left" in page
+    assert f"{summary['phases']['regained']} of {summary['phases']['all']} phases brought" in page
+    best = found["loose with recovery"]
+    default = next(m for m in FORGETTING["summary"]["by_method"] if m["method"] == "guarded")
+    assert f"{best['average']:.3f}; the default guard without recovery ends at {default['average']:.3f}" in page
+    assert f"ends at {best['average']:.3f} and forgets {best['forgetting']:.3f}, with" in README
+    assert f"with {best['recovery_share']:.1%} of the steps" in README
     for label, name in (
         ("plain", "plain"),
         ("recovery alone, from 0.05", "alone"),
