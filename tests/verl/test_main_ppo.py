@@ -1,5 +1,6 @@
 """The real `verl.trainer.main_ppo` from the command line: guarded, recovering, and resumed."""
 
+import json
 import math
 
 import pytest
@@ -41,10 +42,17 @@ def folder(tmp_path_factory):
     return made
 
 
-def settings(folder, *more):
+def settings(folder, *more, steps=STEPS, ranks=1):
     guard = [f"+guard.{name}={value}" for name, value in GUARD.items()]
     return run.overrides(
-        folder, steps=STEPS, prompts=PROMPTS, completions=4, rate=5e-3, longest=4, more=[*guard, *DATA, *more]
+        folder,
+        steps=steps,
+        prompts=PROMPTS,
+        completions=4,
+        rate=5e-3,
+        longest=4,
+        ranks=ranks,
+        more=[*guard, *DATA, *more],
     )
 
 
@@ -118,3 +126,29 @@ def test_the_older_trainer_is_guarded_too(folder):
     assert [trained(step) for step in steps[:3]] == [[FIRST], [FIRST], [SECOND]]
     for name in ("predicted", "measured", "kl", "radius"):
         assert math.isfinite(steps[2][f"actor/guard/{FIRST}/{name}"])
+
+
+def test_two_ranks_go_through_a_whole_run_together(folder):
+    steps = 5
+    made = settings(
+        folder,
+        "guard.project=true",
+        f"trainer.save_freq={steps}",
+        f"trainer.default_local_dir={folder}/two",
+        steps=steps,
+        ranks=2,
+    )
+    found = run.start(made, folder, "two_ranks")
+    assert [step["step"] for step in found] == list(range(1, steps + 1))
+    assert [trained(step) for step in found[:3]] == [[FIRST], [FIRST], [SECOND]]
+    assert min(step.get("actor/guard/update_kept", 1.0) for step in found) < 1, "the projection must have acted"
+    assert "on 2 ranks" in (folder / "two_ranks.out").read_text()
+    states = [
+        json.loads((folder / f"two/global_step_{steps}/actor/interference_guard_rank{rank}" / name).read_text())
+        for rank, name in enumerate(("interference_guard.json", "interference_guard_rank1.json"))
+    ]
+    # What ranks must decide alike: where each region stands, what was measured, who recovers.
+    for name in NAMES:
+        for key in ("region", "measurement", "anchored", "foreign_steps", "low", "high"):
+            assert json.dumps(states[0]["domains"][name][key]) == json.dumps(states[1]["domains"][name][key])
+    assert json.dumps(states[0]["recovery"]) == json.dumps(states[1]["recovery"])
