@@ -31,7 +31,8 @@ def work(method: str, options: dict[str, Any], start: str, news: Any) -> None:
 
         torch.set_num_threads(1)
         from .bed.domains import ORDER
-        from .bed.training import Run, share_start, train
+        from .bed.run import Run
+        from .bed.training import share_start, train
 
         share_start(ORDER, options["seed"], Path(start), save=False)
         run = Run(method, options["rate"], options["seed"], ORDER)
@@ -48,7 +49,7 @@ def follow(options: dict[str, Any], start: str, console: Any) -> dict[str, dict[
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from .bed.domains import ORDER
-    from .bed.training import Run
+    from .bed.run import Run
 
     context = multiprocessing.get_context("spawn")
     news = context.Queue()

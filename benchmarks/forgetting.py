@@ -47,7 +47,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     from dataclasses import asdict
 
-    from .bed.training import Run, train
+    from .bed.run import Run
+    from .bed.training import train
 
     result = train(Run(**arguments), every=arguments.get("steps", Run.steps))
     return {
@@ -101,7 +102,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "last_domain_minus_plain": guarded["last"] - plain["last"],
         }
     for rate in sorted({run["run"]["rate"] for run in runs if run["pairs"]}):
-        found = correlations([run for run in runs if run["run"]["rate"] == rate])
+        found = correlations([run for run in runs if run["pairs"] and run["run"]["rate"] == rate])
         summary.setdefault("spearman", {})[f"{rate:g}"] = found
     return summary
 

@@ -42,7 +42,8 @@ def main() -> None:
     from rich.table import Table
 
     from .bed.domains import ORDER
-    from .bed.training import Run, train
+    from .bed.run import Run
+    from .bed.training import train
     from .forgetting import RATE
 
     seeds: dict[int, list[dict[str, Any]]] = {}

@@ -42,7 +42,8 @@ from interference_guard.analysis.rollback import MODES
 from .bed import domains
 from .bed import model as policy
 from .bed.domains import ORDER
-from .bed.training import LONGEST, PROMPTS, Run, train
+from .bed.run import Run
+from .bed.training import LONGEST, PROMPTS, train
 from .forgetting import RATE, spearman
 from .provenance import write
 

@@ -14,17 +14,18 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from . import domains
+from .beds import GYM, Bed
+from .domains import reward
 
 PAD, END = "<pad>", "<end>"
 
 
-def tokenizer(names: Sequence[str]) -> PreTrainedTokenizerFast:
+def tokenizer(names: Sequence[str], bed: Bed = GYM) -> PreTrainedTokenizerFast:
     """A BPE tokenizer trained on the prompts: fixed phrases become few tokens, all else single characters."""
-    phrases = "|".join(re.escape(text) for text in domains.templates(names))
+    phrases = "|".join(re.escape(text) for text in bed.templates(names))
     bpe = Tokenizer(BPE(unk_token=PAD))
     bpe.pre_tokenizer = Split(Regex(f"{phrases}|(?m:.)"), "isolated")
-    texts = [row["prompt"] + row["answer"] for name in names for row in domains.rows(name, 300, seed=54321)]
+    texts = [row["prompt"] + row["answer"] for name in names for row in bed.rows(name, 300, seed=54321)]
     alphabet = sorted({character for text in texts for character in text})
     trainer = BpeTrainer(
         vocab_size=4000,
@@ -70,18 +71,20 @@ def warm_start(
     words: PreTrainedTokenizerFast,
     names: Sequence[str],
     seed: int,
-    steps: int = 800,
+    steps: int | None = None,
     noise: float = 0.4,
     rate: float = 2e-3,
     batch: int = 128,
     clean: Sequence[str] = (),
+    bed: Bed = GYM,
 ) -> None:
     """Supervised steps on all domains with wrong answers mixed in, so that RL has something left to teach.
 
     Domains named in `clean` get right answers alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    data = {name: domains.rows(name, 2000, seed=seed + 1) for name in names}
+    steps = bed.warm_steps if steps is None else steps
+    data = {name: bed.rows(name, 2000, seed=seed + 1) for name in names}
     examples = []
     for name, rows in data.items():
         for row in rows:
@@ -134,7 +137,7 @@ def pass_rates(
         )
     model.train(training)
     texts = words.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    scores = domains.reward(texts, [row["answer"] for row in rows])
+    scores = reward(texts, [row["answer"] for row in rows])
     result, start = {}, 0
     for name, test in tests.items():
         result[name] = sum(scores[start : start + len(test)]) / len(test)

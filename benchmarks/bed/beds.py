@@ -1,0 +1,43 @@
+"""The two beds that methods are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import digits, domains
+
+
+@dataclass(frozen=True)
+class Bed:
+    """Domains, and how much of each is trained.
+
+    Args:
+        name: Of the bed.
+        orders: Orders in which the domains are trained.
+        rows: Rows of a domain: ``rows(domain, count, seed)``.
+        templates: The fixed text in the domains' prompts.
+        steps: Optimizer steps of each domain.
+        prompts: Prompts of a step.
+        longest: Most tokens of a completion.
+        warm_steps: Supervised steps of the warm start.
+    """
+
+    name: str
+    orders: tuple[tuple[str, ...], ...]
+    rows: Callable[[str, int, int], list[dict[str, str]]]
+    templates: Callable[[Sequence[str]], list[str]]
+    steps: int
+    prompts: int
+    longest: int
+    warm_steps: int
+
+
+def _other(order: tuple[str, ...]) -> tuple[str, ...]:
+    """An order in which no domain keeps its neighbours or its place."""
+    return tuple(order[(3 * place + 1) % len(order)] for place in range(len(order)))
+
+
+GYM = Bed("gym", (domains.ORDER, _other(domains.ORDER)), domains.rows, domains.templates, 60, 32, 6, 800)
+DIGITS = Bed("digits", (digits.ORDER, _other(digits.ORDER)), digits.rows, digits.templates, 100, 16, 4, 1600)
+BEDS = {bed.name: bed for bed in (GYM, DIGITS)}

@@ -1,0 +1,1 @@
+"""The guard against other ways to keep earlier domains, on the same trainer, rollouts and steps."""

@@ -1,0 +1,87 @@
+"""Tune every method on one seed, then compare them on others, in two orders.
+
+    python -m benchmarks.rivals --bed digits [--only plain guard ...] [--workers 2] [--seeds 0 1 2]
+    python -m benchmarks.rivals --bed digits --show
+
+Writes `benchmarks/results/rivals_<bed>.json` after every run and goes on from it when started again. A run
+takes about a minute on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from typing import Any
+
+from ..bed.run import Run
+from ..provenance import RESULTS, write
+from .registry import RIVALS
+from .running import work
+from .table import show, summarise
+from .tuning import SEEDS, Tuning, key
+
+
+def main() -> None:
+    """Run what is missing, or show what there is."""
+    from ..bed.beds import BEDS
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bed", choices=sorted(BEDS), default="digits")
+    parser.add_argument("--only", nargs="+", choices=list(RIVALS), default=list(RIVALS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--show", action="store_true", help="only show the results there are")
+    options = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    bed, name = BEDS[options.bed], f"rivals_{options.bed}"
+    path = RESULTS / f"{name}.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    if options.show:
+        show(summarise(bed, runs))
+        return
+    context = multiprocessing.get_context("spawn")
+    started = time.perf_counter()
+    # A process for each run: what one leaves behind cannot reach another.
+    with (
+        tempfile.TemporaryDirectory() as starts,
+        ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        waiting: dict[Future[dict[str, Any]], str] = {}
+        while True:
+            found = {key(run["run"]): run["average"] for run in runs}
+            wanted: list[Run] = []
+            for rival in options.only:
+                wanted += Tuning(rival, RIVALS[rival], bed, found, options.seeds).needed()[0]
+            for run in wanted:
+                # As it comes back from a file, where tuples are lists.
+                text = key(json.loads(json.dumps(asdict(run))))
+                if text not in waiting.values() and len(waiting) < options.workers:
+                    waiting[pool.submit(work, run, starts)] = text
+            if not waiting:
+                break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                del waiting[future]
+                runs.append(future.result())
+                runs.sort(key=lambda item: key(item["run"]))
+                write(name, {"summary": summarise(bed, runs), "runs": runs})
+                _say(future.result(), (time.perf_counter() - started) / 60)
+    show(summarise(bed, runs))
+
+
+def _say(found: dict[str, Any], minutes: float) -> None:
+    run = found["run"]
+    print(
+        f"{minutes:.0f} min: {run['method']} {run['rate']:g} {run['strength']} seed {run['seed']}: average "
+        f"{found['average']:.3f}, forgetting {found['forgetting']:.3f}, {found['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
