@@ -60,7 +60,9 @@ class Method:
 
 
 class Guarded(Method):
-    """The guard; with ``"observed"`` it predicts and measures only."""
+    """The guard; with ``"observed"`` it predicts and measures only, and each prediction is written down."""
+
+    every = 3
 
     def attach(self, trainer: Any, result: Result) -> None:
         from interference_guard import GuardConfig
@@ -76,8 +78,8 @@ class Guarded(Method):
             given = {run.reference: Dataset.from_list(rows)}
         self.callback = InterferenceGuardCallback(trainer, GuardConfig(**settings), reference=given)
         trainer.add_callback(self.callback)
-        if run.method == "observed":
-            trainer.add_callback(Pairs(self.callback, 3, result))
+        if run.method == "observed" and self.every:
+            trainer.add_callback(Pairs(self.callback, self.every, result))
         if self.callback.config.recovery:
             trainer.add_callback(Recoveries(self.callback, result))
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..bed.method import Method
 from ..bed.run import Run
 from .registry import RIVALS
 
@@ -21,6 +22,11 @@ def work(run: Run, starts: str) -> dict[str, Any]:
     Returns:
         The result as a mapping, with its means, and without what a table needs nothing of.
     """
+    return result_of(run, RIVALS[run.method].method()(run), starts)
+
+
+def result_of(run: Run, method: Method, starts: str, pairs: bool = False) -> dict[str, Any]:
+    """The same with a method that no name is known for; the pairs of a prediction are kept on demand."""
     import torch
 
     torch.set_num_threads(1)
@@ -34,9 +40,9 @@ def work(run: Run, starts: str) -> dict[str, Any]:
         share_start(run.order, run.seed, own, save=True, bed=bed)
         own.replace(path)
     share_start(run.order, run.seed, path, save=False, bed=bed)
-    result = train(run, every=run.steps, method=RIVALS[run.method].method()(run))
+    result = train(run, every=run.steps, method=method)
     kept = asdict(result)
-    for name in ("metrics", "pairs", "phases", "guard_seconds"):
+    for name in ("metrics", "phases", "guard_seconds", *(() if pairs else ("pairs",))):
         del kept[name]
     last = result.own[run.order[-1]]
     return {**kept, "average": result.average, "forgetting": result.forgetting, "last": last}

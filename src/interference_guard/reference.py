@@ -48,18 +48,7 @@ def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_siz
     rows = rows.detached().to(guard.device)
     guard.view.place()
     state = guard.new_state(domain)
-    generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
-    modes = [(module, module.training) for module in guard.model.modules()]
-    guard.model.eval()
-    try:
-        for number in range(passes):
-            chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
-            batch = rows.rows(chosen[: len(rows)] % len(rows))
-            state.curvature.observe(guard.view.arrange(_gradients(guard.model, batch, generator)))
-    finally:
-        for module, training in modes:
-            module.training = training
-    _merge(guard, state.curvature)
+    observe_softened(guard, state.curvature, rows, passes, batch_size)
     if not state.curvature.sums or not state.curvature.count.item():
         raise UnsupportedError(
             f"The {passes} backward passes on reference domain {domain!r} gave no finite gradient that is not "
@@ -72,6 +61,32 @@ def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_siz
         set_anchor(guard, state)
     guard.adopt(state)
     guard.clock.add("anchor", started)
+
+
+def observe_softened(
+    guard: Guard, curvature: DomainCurvature, rows: Completions, passes: int, batch_size: int
+) -> None:
+    """Add backward passes on given rows to a curvature, in place; all ranks call it with the same rows.
+
+    Args:
+        guard: Its model and seed are used; no gradient of a parameter and no global generator is touched.
+        curvature: Takes the sums.
+        rows: On the guard's device.
+        passes: Backward passes.
+        batch_size: Rows of one pass; rows are used again when they run out.
+    """
+    generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
+    modes = [(module, module.training) for module in guard.model.modules()]
+    guard.model.eval()
+    try:
+        for number in range(passes):
+            chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
+            batch = rows.rows(chosen[: len(rows)] % len(rows))
+            curvature.observe(guard.view.arrange(_gradients(guard.model, batch, generator)))
+    finally:
+        for module, training in modes:
+            module.training = training
+    _merge(guard, curvature)
 
 
 def _merge(guard: Guard, curvature: DomainCurvature) -> None:

@@ -1,0 +1,186 @@
+"""The guard with one setting changed at a time, on the beds of `benchmarks.rivals`.
+
+    python -m benchmarks.ablations --bed digits [--only "rank 4" ...] [--seeds 0 1] [--workers 2]
+
+Everything else stays at its default, at one learning rate. Writes `benchmarks/results/ablations_<bed>.json` after
+every run and goes on from it when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .bed.beds import BEDS
+from .bed.method import Guarded
+from .bed.run import Result, Run
+from .provenance import RESULTS, write
+from .rivals.running import result_of
+
+RATE = {"gym": 7e-4, "digits": 5e-4}
+
+
+class ByKL(Guarded):
+    """Measured in nats per token: the guard is not told any reward."""
+
+    def attach(self, trainer: Any, result: Result) -> None:
+        super().attach(trainer, result)
+        assert self.callback is not None
+        assert self.callback.guard is not None
+        retain = self.callback.guard.retain
+
+        def without(domain: str, completions: Any) -> None:
+            retain(domain, replace(completions, rewards=None))
+
+        self.callback.guard.retain = without
+
+
+class Softened(Guarded):
+    """Curvature from backward passes at the end of a phase, labels drawn from the softened output."""
+
+    def attach(self, trainer: Any, result: Result) -> None:
+        super().attach(trainer, result)
+        trainer.add_callback(_Soften(self))
+
+
+class _Soften(TrainerCallback):
+    def __init__(self, method: Guarded) -> None:
+        self.method = method
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from interference_guard.reference import observe_softened
+
+        run, callback = self.method.run, self.method.callback
+        guard = callback.guard if callback is not None else None
+        if guard is None or state.global_step % run.steps:
+            return
+        domain = guard.domains[run.order[state.global_step // run.steps - 1]]
+        rows = domain.latest(guard.config.retain)
+        assert rows is not None
+        domain.curvature = guard.new_state(domain.name).curvature
+        observe_softened(guard, domain.curvature, rows, passes=64, batch_size=8)
+
+
+# What differs from the defaults; `measure` and `curvature` are no settings of the guard but kinds of it.
+VARIANTS: dict[str, Mapping[str, Any]] = {
+    "default": {},
+    "rank 4": {"rank": 4},
+    "rank 8": {"rank": 8},
+    "rank 32": {"rank": 32, "sketch": 64},
+    "residual 2": {"residual": 2},
+    "residual 32": {"residual": 32},
+    "coverage 0.8": {"coverage": 0.8},
+    "coverage 0.5": {"coverage": 0.5},
+    "coverage 0.5 by edits": {"coverage": 0.5, "selection": "edits"},
+    "coverage 0.5 at random": {"coverage": 0.5, "selection": "random"},
+    "half-life 10": {"half_life": 10.0},
+    "half-life 250": {"half_life": 250.0},
+    "retain 32": {"retain": 32},
+    "retain 64": {"retain": 64},
+    "retain 256": {"retain": 256},
+    "probe every 5": {"probe_steps": 5},
+    "probe every 50": {"probe_steps": 50},
+    "budget 0.005": {"budget": 0.005},
+    "budget 0.01": {"budget": 0.01},
+    "budget 0.05": {"budget": 0.05},
+    "budget 0.15": {"budget": 0.15},
+    "first order": {"first_order": True},
+    "one sweep": {"sweeps": 1},
+    "measured in nats": {"kind": "nats"},
+    "measured in nats, 0.03": {"kind": "nats", "budget_nats": 0.03},
+    "softened Gauss-Newton": {"kind": "softened"},
+}
+KINDS = {"nats": ByKL, "softened": Softened}
+
+
+def one(variant: str, bed: str, seed: int, order: int, starts: str) -> dict[str, Any]:
+    """One run in a process of its own."""
+    settings = {name: value for name, value in VARIANTS[variant].items() if name != "kind"}
+    where = BEDS[bed]
+    run = Run("guard", RATE[bed], seed, where.orders[order], where.steps, settings, bed=bed)
+    kind = KINDS.get(VARIANTS[variant].get("kind", ""), Guarded)
+    return {"variant": variant, "order": order, **result_of(run, kind(run), starts)}
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a variant: means, and the difference to the default on the same seeds and orders."""
+    defaults = {(run["run"]["seed"], run["order"]): run["average"] for run in runs if run["variant"] == "default"}
+    rows = []
+    for variant in VARIANTS:
+        group = [run for run in runs if run["variant"] == variant]
+        if not group:
+            continue
+        pairs = [
+            run["average"] - defaults[place]
+            for run in group
+            if (place := (run["run"]["seed"], run["order"])) in defaults
+        ]
+        rows.append(
+            {
+                "variant": variant,
+                "runs": len(group),
+                "average": fmean(run["average"] for run in group),
+                "forgetting": fmean(run["forgetting"] for run in group),
+                "own": fmean(fmean(run["own"].values()) for run in group),
+                "beyond_default": fmean(pairs) if pairs else None,
+                "differences": pairs,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run what is missing, then show the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bed", choices=sorted(BEDS), default="digits")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    name = f"ablations_{options.bed}"
+    path = RESULTS / f"{name}.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    there = {(run["variant"], run["run"]["seed"], run["order"]) for run in runs}
+    jobs = [
+        (variant, options.bed, seed, order)
+        for seed in options.seeds
+        for order in options.orders
+        for variant in options.only
+        if (variant, seed, order) not in there
+    ]
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as starts,
+        ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        for done in as_completed([pool.submit(one, *job, starts) for job in jobs]):
+            found = done.result()
+            runs.append(found)
+            runs.sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["run"]["seed"], run["order"]))
+            write(name, {"rows": summarise(runs), "runs": runs})
+            print(f"{found['variant']}: average {found['average']:.3f}, {found['seconds']:.0f} s", flush=True)
+    table = Table("variant", "runs", "own", "final", "forgetting", "beyond the default", title=options.bed)
+    for row in summarise(runs):
+        cells = [f"{row[key]:.3f}" for key in ("own", "average", "forgetting")]
+        beyond = "" if row["beyond_default"] is None else f"{row['beyond_default']:+.3f}"
+        table.add_row(row["variant"], str(row["runs"]), *cells, beyond)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Draws what the methods reach against what they cost, and how the accuracy of each domain goes.
+
+python -m benchmarks.rivals.figure [--bed digits] [--out docs/rivals_digits.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..provenance import RESULTS
+from .tuning import SEEDS
+
+# Drawn as matrices, where they were run.
+MATRICES = ("plain", "guard", "mixed")
+
+
+def draw(bed: str, path: Path) -> None:
+    """Read both result files of a bed and write a PNG.
+
+    Args:
+        bed: Its name.
+        path: Where the figure goes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = json.loads((RESULTS / f"rivals_{bed}.json").read_text(encoding="utf-8"))
+    cost = json.loads((RESULTS / f"rivals_{bed}_cost.json").read_text(encoding="utf-8"))["methods"]
+    rows = {row["method"]: row for row in found["summary"]["rows"] if row["tuned"]}
+    shown = [name for name in MATRICES if name in rows]
+    figure = plt.figure(figsize=(12, 9))
+    grid = figure.add_gridspec(2, len(shown), height_ratios=(1.25, 1))
+    axis = figure.add_subplot(grid[0, :])
+    for name, row in rows.items():
+        extra = 100 * (cost[name]["ratio"] - 1) if name in cost else 0.0
+        colour = "#0f766e" if name.startswith("guard") else "#b45309" if name == "mixed" else "#475569"
+        axis.errorbar(extra, row["average"], row["standard_error"], fmt="o", color=colour, capsize=3)
+        axis.annotate(name, (extra, row["average"]), xytext=(6, 4), textcoords="offset points", color=colour)
+    axis.set_xlabel("time beyond plain training, %")
+    axis.set_ylabel("final pass rate, mean of domains")
+    axis.set_title(f"{bed}: every method at its tuned rate and strength, ± standard error", loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    for place, name in enumerate(shown):
+        _matrix(figure.add_subplot(grid[1, place]), found["runs"], rows[name])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _matrix(axis: Any, runs: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Mean pass rate of each domain, in the order of training, at the end of each phase."""
+    chosen = [
+        run
+        for run in runs
+        if (run["run"]["method"], run["run"]["rate"], run["run"]["strength"])
+        == (row["method"], row["rate"], row["strength"])
+        and run["run"]["seed"] in SEEDS
+    ]
+    tables = [[[point[name] for name in run["run"]["order"]] for point in run["curve"][1:]] for run in chosen]
+    size = len(tables[0])
+    mean = [[sum(t[i][j] for t in tables) / len(tables) for j in range(size)] for i in range(size)]
+    axis.imshow(mean, cmap="BuGn", vmin=0, vmax=1)
+    for i in range(size):
+        for j in range(size):
+            dark = mean[i][j] > 0.6
+            text = f"{100 * mean[i][j]:.0f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axis.set_title(f"{row['method']}, {row['rate']:g}", loc="left", fontsize=10)
+    axis.set_xlabel("domain, in order of training")
+    axis.set_ylabel("phase")
+    axis.set_xticks(range(size), [str(i + 1) for i in range(size)])
+    axis.set_yticks(range(size), [str(i + 1) for i in range(size)])
+
+
+def main() -> None:
+    """Draw one bed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bed", default="digits")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    out = options.out or Path("docs") / f"rivals_{options.bed}.png"
+    draw(options.bed, out)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
