@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
-import random
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,7 +34,10 @@ from .provenance import write
 from .rivals.phased import Rollouts
 from .rivals.running import result_of
 
-EVERY, TEST_ROWS, FISHER_ROWS = 10, 512, 128
+# Half-way between the guard's own measurements, which calibrate the prediction at the weights they are made at.
+EVERY, PLACE = 20, 10
+TEST_ROWS, FISHER_ROWS = 512, 128
+SPANS = ("first_phase", "whole_run", "over_domains")
 PREDICTORS = {
     "predicted": "the guard's calibrated prediction",
     "quadratic": "its quadratic term, uncalibrated",
@@ -45,6 +48,7 @@ PREDICTORS = {
     "gradient": "displacement along the policy gradient at the anchor",
     "cosine": "cosine of the step's gradient and that one, negated",
     "kl_new": "KL on the new task since its phase began",
+    "steps": "steps since the anchor",
 }
 
 
@@ -66,7 +70,7 @@ class _Compare(TrainerCallback):
         assert method.callback.guard is not None
         self.guard, self.rollouts = method.callback.guard, Rollouts(trainer)
         rows = method.bed.rows
-        self.tests = {name: rows(name, TEST_ROWS, 30_000) for name in self.run.order}
+        self.tests = {name: rows(name, TEST_ROWS, 30_000, test=True) for name in self.run.order}
         self.longest = method.bed.longest
         # Of each domain that has ended: weights, gradient, Fisher diagonal, pass rate.
         self.anchors: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {}
@@ -81,7 +85,7 @@ class _Compare(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         phase, place = divmod(state.global_step, self.run.steps)
-        if place % EVERY == 0 and self.guard.protected:
+        if place % EVERY == PLACE and self.guard.protected:
             self._compare(state.global_step, model)
         if place == 0:
             self._anchor(self.run.order[phase - 1], model)
@@ -142,6 +146,7 @@ class _Compare(TrainerCallback):
                     "gradient": float(gradient @ moved),
                     "cosine": -float(cosine),
                     "kl_new": kl_new,
+                    "steps": state.foreign_steps,
                 }
             )
 
@@ -154,57 +159,58 @@ def one(bed: str, seed: int, order: int, guarded: bool, starts: str) -> dict[str
     """One run in a process of its own."""
     where = BEDS[bed]
     method = "guard" if guarded else "observed"
-    run = Run(method, RATE[bed], seed, where.orders[order], where.steps, {"retain": 256}, bed=bed)
+    run = Run(method, RATE[bed], seed, where.orders[order], where.steps, bed=bed)
     return result_of(run, Predicting(run), starts, pairs=True)
 
 
-def trajectories(runs: Sequence[dict[str, Any]], first: bool) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The pairs of each domain of each run; of its first foreign phase alone with `first`."""
+def groups(run: dict[str, Any], span: str) -> list[list[dict[str, Any]]]:
+    """Pairs that are ranked among themselves.
+
+    A domain's over its first foreign phase or over the whole run, or those of all domains at one step: what has
+    to be known to say who is in danger.
+    """
+    order, steps = run["run"]["order"], run["run"]["steps"]
+    if span == "over_domains":
+        return [
+            [p for p in run["pairs"] if p["step"] == step] for step in sorted({p["step"] for p in run["pairs"]})
+        ]
+    last = {name: (place + 2) * steps if span == "first_phase" else math.inf for place, name in enumerate(order)}
+    return [[p for p in run["pairs"] if p["domain"] == name and p["step"] <= last[name]] for name in order[:-1]]
+
+
+def correlation(run: dict[str, Any], span: str, predictor: str) -> float | None:
+    """Mean rank correlation of a predictor with the true drop over the groups of one run."""
     found = []
-    for run in runs:
-        steps = run["run"]["steps"]
-        for place, name in enumerate(run["run"]["order"][:-1]):
-            end = (place + 2) * steps if first else float("inf")
-            found.append((name, [p for p in run["pairs"] if p["domain"] == name and p["step"] <= end]))
-    return found
-
-
-def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """A 95 % interval of the mean, by resampling."""
-    chance = random.Random(0)
-    means = sorted(fmean(chance.choices(values, k=len(values))) for _ in range(draws))
-    return means[int(0.025 * draws)], means[int(0.975 * draws)]
+    for group in groups(run, span):
+        # NaN before the first measurement; a drop that never changes has no ranks.
+        kept = [p for p in group if not math.isnan(p[predictor])]
+        if len(kept) > 2 and len({p["true"] for p in kept}) > 1:
+            guesses = [p[predictor] for p in kept]
+            # One guess for all of them ranks nothing.
+            found.append(spearman(guesses, [p["true"] for p in kept]) if len(set(guesses)) > 1 else 0.0)
+    return fmean(found) if found else None
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlations with the true drop, the size of the errors, and where they are large."""
+    """Rank correlations with the true drop, run by run, the size of the errors, and where they are large."""
     summary: dict[str, Any] = {"rank_correlation": {}, "errors": {}}
-    for span, first in (("first_phase", True), ("whole_run", False)):
-        table: dict[str, Any] = {}
+    for span in SPANS:
+        table = {}
         for predictor in PREDICTORS:
-            by: dict[str, list[float]] = {}
-            for name, pairs in trajectories(runs, first):
-                # NaN before the first measurement; a drop that never changes has no ranks.
-                kept = [p for p in pairs if p[predictor] == p[predictor]]
-                if len(kept) > 2 and len({p["true"] for p in kept}) > 1:
-                    guesses = [p[predictor] for p in kept]
-                    # One guess for all of them ranks nothing.
-                    value = spearman(guesses, [p["true"] for p in kept]) if len(set(guesses)) > 1 else 0.0
-                    by.setdefault(name, []).append(value)
-            every = [value for values in by.values() for value in values]
-            if every:
-                means = {name: fmean(values) for name, values in by.items()}
-                table[predictor] = {"mean": fmean(every), "interval": interval(every), "by_domain": means}
+            values = [v for run in runs if (v := correlation(run, span, predictor)) is not None]
+            if values:
+                table[predictor] = {"mean": fmean(values), "by_run": values}
         summary["rank_correlation"][span] = table
-    pairs = [p for run in runs for p in run["pairs"] if p["predicted"] == p["predicted"]]
-    groups: dict[str, Callable[[dict[str, Any]], bool]] = {
+    pairs = [p for run in runs for p in run["pairs"] if not math.isnan(p["predicted"])]
+    places: dict[str, Callable[[dict[str, Any]], bool]] = {
         "all": lambda p: True,
-        "true drop under .05": lambda p: p["true"] < 0.05,
-        "true drop over .2": lambda p: p["true"] > 0.2,
+        "predicted under .05": lambda p: p["predicted"] < 0.05,
+        "predicted .05 to .2": lambda p: 0.05 <= p["predicted"] <= 0.2,
+        "predicted over .2": lambda p: p["predicted"] > 0.2,
         "mastered, .95 at the anchor": lambda p: p["anchor_rate"] >= 0.95,
         "outside the directions leads": lambda p: p["outside"] > p["inside"],
     }
-    for group, chosen in groups.items():
+    for group, chosen in places.items():
         kept = [p for p in pairs if chosen(p)]
         if kept:
             summary["errors"][group] = {
@@ -224,14 +230,13 @@ def show(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("predictor", "first foreign phase", "whole run", title="Rank correlation with the true drop")
+    heads = ("in its first foreign phase", "in the whole run", "over domains at a step")
+    table = Table("predictor", *heads, title="Rank correlation with the true drop, mean (every run)")
     for name, about in PREDICTORS.items():
         cells = []
-        for span in ("first_phase", "whole_run"):
-            found = summary["rank_correlation"][span].get(name)
-            cells.append(
-                f"{found['mean']:.2f} [{found['interval'][0]:.2f}, {found['interval'][1]:.2f}]" if found else ""
-            )
+        for span in SPANS:
+            found = summary["rank_correlation"][span].get(name, {"mean": math.nan, "by_run": []})
+            cells.append(f"{found['mean']:.2f} ({', '.join(f'{value:.2f}' for value in found['by_run'])})")
         table.add_row(about, *cells)
     errors = Table("pairs where", "count", "true", "predicted", "measured", "error", "error", title="Mean drop")
     for group, found in summary["errors"].items():

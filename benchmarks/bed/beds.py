@@ -15,7 +15,7 @@ class Bed:
     Args:
         name: Of the bed.
         orders: Orders in which the domains are trained.
-        rows: Rows of a domain: ``rows(domain, count, seed)``.
+        rows: Rows of a domain: ``rows(domain, count, seed, test=False)``.
         templates: The fixed text in the domains' prompts.
         steps: Optimizer steps of each domain.
         prompts: Prompts of a step.
@@ -25,7 +25,7 @@ class Bed:
 
     name: str
     orders: tuple[tuple[str, ...], ...]
-    rows: Callable[[str, int, int], list[dict[str, str]]]
+    rows: Callable[..., list[dict[str, str]]]
     templates: Callable[[Sequence[str]], list[str]]
     steps: int
     prompts: int

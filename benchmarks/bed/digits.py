@@ -23,22 +23,32 @@ TASKS: dict[str, Callable[[Digits], Digits]] = {
     "neighbours": lambda d: [(x + y) % 10 for x, y in zip(d, _turned(d), strict=True)],
 }
 ORDER = tuple(TASKS)
-LENGTH = 3
+BASE, LENGTH = 10, 3
 
 
-def rows(domain: str, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` rows with prompt, answer and domain; the same seed gives the same rows."""
+def rows(domain: str, count: int, seed: int, test: bool = False) -> list[dict[str, str]]:
+    """`count` rows with prompt, answer and domain; the same seed gives the same rows.
+
+    A fifth of the thousand numbers is kept for tests: with `test` all rows are of it, without none.
+    """
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(10, (count, LENGTH), generator=generator).tolist()
+    every = torch.randperm(BASE**LENGTH, generator=torch.Generator().manual_seed(0))
+    apart = len(every) // 5
+    numbers = every[:apart] if test else every[apart:]
+    chosen = numbers[torch.randint(len(numbers), (count,), generator=generator)].tolist()
     return [
-        {"prompt": f"{domain} {_text(digits)} =", "answer": _text(TASKS[domain](digits)), "domain": domain}
-        for digits in numbers
+        {"prompt": f"{domain} {number:03d} =", "answer": _text(TASKS[domain](_digits(number))), "domain": domain}
+        for number in chosen
     ]
 
 
 def templates(domains: Sequence[str]) -> list[str]:
     """The fixed text around the digits, longest first."""
     return sorted([*(f"{name} " for name in domains), " ="], key=len, reverse=True)
+
+
+def _digits(number: int) -> Digits:
+    return [number // BASE**place % BASE for place in reversed(range(LENGTH))]
 
 
 def _text(digits: Sequence[int]) -> str:

@@ -33,8 +33,12 @@ ORDER = (
 )
 
 
-def rows(domain: str, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` rows with prompt, answer and domain; the same seed gives the same rows."""
+def rows(domain: str, count: int, seed: int, test: bool = False) -> list[dict[str, str]]:
+    """`count` rows with prompt, answer and domain; the same seed gives the same rows.
+
+    Rows for tests (`test`) are drawn from the same inputs: some tasks have only a hundred, so what is tested is
+    whether they are kept, not whether they generalise.
+    """
     data = reasoning_gym.create_dataset(domain, size=6 * count, seed=seed, **SETTINGS[domain])
     found = []
     for item in data:

@@ -23,6 +23,7 @@ class Run:
         guard: Settings of the guard that differ from the defaults.
         bed: Name of the bed.
         strength: What the method is tuned by beside the rate, in its own unit.
+        tests: Rows of each domain that the policy is tested on.
         reference: A domain that the warm start teaches without noise and that is never trained afterwards; with
             `"guarded"` it is protected as a reference domain.
     """
@@ -36,6 +37,7 @@ class Run:
     reference: str | None = None
     bed: str = "gym"
     strength: Any = None
+    tests: int = 256
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,7 +47,7 @@ class Run:
 
 @dataclass
 class Result:
-    """What came out; pass rates are sampled on rows drawn apart from those trained on.
+    """What came out; pass rates are sampled, on rows of the bed's own for tests.
 
     Args:
         run: The run.

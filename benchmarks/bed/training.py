@@ -23,7 +23,7 @@ from .method import METHODS, Method, Mixed
 from .run import Result, Run, Watch
 from .watching import Evaluate, save
 
-GENERATIONS, TEST_ROWS = 8, 256
+GENERATIONS = 8
 PROMPTS, LONGEST = GYM.prompts, GYM.longest
 
 _STARTS: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
@@ -75,7 +75,7 @@ def train(
     bed = BEDS[run.bed]
     method = METHODS[run.method](run) if method is None else method
     student, words = prepare(run.names, run.seed, () if run.reference is None else (run.reference,), bed)
-    tests = {name: bed.rows(name, TEST_ROWS, 10_000) for name in run.names}
+    tests = {name: bed.rows(name, run.tests, 10_000, test=True) for name in run.names}
     plans = method.plan({name: bed.rows(name, 1000, 20_000 + run.seed) for name in run.order})
     result = Result(run=asdict(run))
     result.start = policy.pass_rates(student, words, tests, longest=bed.longest)

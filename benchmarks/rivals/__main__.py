@@ -24,7 +24,7 @@ from ..provenance import RESULTS, write
 from .registry import RIVALS
 from .running import work
 from .table import show, summarise
-from .tuning import SEEDS, Tuning, key
+from .tuning import SEEDS, TUNING_SEED, Tuning, key
 
 
 def main() -> None:
@@ -38,12 +38,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="only show the results there are")
     options = parser.parse_args()
+    if TUNING_SEED in options.seeds:
+        parser.error(f"--seeds {options.seeds}: seed {TUNING_SEED} is what methods are tuned on; leave it out.")
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     bed, name = BEDS[options.bed], f"rivals_{options.bed}"
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     if options.show:
-        show(summarise(bed, runs))
+        show(summarise(bed, runs, options.seeds))
         return
     context = multiprocessing.get_context("spawn")
     started = time.perf_counter()
@@ -59,8 +61,7 @@ def main() -> None:
             for rival in options.only:
                 wanted += Tuning(rival, RIVALS[rival], bed, found, options.seeds).needed()[0]
             for run in wanted:
-                # As it comes back from a file, where tuples are lists.
-                text = key(json.loads(json.dumps(asdict(run))))
+                text = key(asdict(run))
                 if text not in waiting.values() and len(waiting) < options.workers:
                     waiting[pool.submit(work, run, starts)] = text
             if not waiting:
@@ -69,9 +70,9 @@ def main() -> None:
                 del waiting[future]
                 runs.append(future.result())
                 runs.sort(key=lambda item: key(item["run"]))
-                write(name, {"summary": summarise(bed, runs), "runs": runs})
+                write(name, {"summary": summarise(bed, runs, options.seeds), "runs": runs})
                 _say(future.result(), (time.perf_counter() - started) / 60)
-    show(summarise(bed, runs))
+    show(summarise(bed, runs, options.seeds))
 
 
 def _say(found: dict[str, Any], minutes: float) -> None:

@@ -19,8 +19,9 @@ ROWS = 128
 class EWC(Phased):
     """`strength` is lambda: the loss gains ``lambda / 2 * sum F (w - w*)^2`` for every earlier domain.
 
-    F is the diagonal of the Fisher matrix of a domain's last rollouts: the mean over completions of the squared
-    gradient of their log-probability.
+    F is the diagonal of the Fisher matrix of a domain's last rollouts, the mean over completions of the squared
+    gradient of their log-probability, over its own mean: the Fisher matrix of a mastered domain is a hundred
+    times smaller, and no one lambda would serve both (Schwarz et al., 2018, normalise it too).
     """
 
     def attach(self, trainer: Any, result: Result) -> None:
@@ -56,6 +57,9 @@ class EWC(Phased):
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is not None:
                     fisher[name] += parameter.grad.square() / count
+        scale = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
+        for value in fisher.values():
+            value.div_(scale.clamp(min=1e-20))
         self.anchors.append(
             {name: (p.detach().clone(), fisher[name]) for name, p in self.model.named_parameters()}
         )

@@ -37,6 +37,8 @@ def draw(bed: str, path: Path) -> None:
     grid = figure.add_gridspec(2, len(shown), height_ratios=(1.25, 1))
     axis = figure.add_subplot(grid[0, :])
     for name, row in rows.items():
+        if name not in cost and name != "plain":
+            continue
         extra = 100 * (cost[name]["ratio"] - 1) if name in cost else 0.0
         colour = "#0f766e" if name.startswith("guard") else "#b45309" if name == "mixed" else "#475569"
         axis.errorbar(extra, row["average"], row["standard_error"], fmt="o", color=colour, capsize=3)

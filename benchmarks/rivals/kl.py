@@ -10,7 +10,7 @@ from .phased import Phased
 
 
 class PhaseKL(Phased):
-    """`strength` is `beta`."""
+    """`strength` is `beta`; in the first phase too, as there is one `beta` for all."""
 
     def arguments(self) -> dict[str, Any]:
         return {"beta": float(self.run.strength)}

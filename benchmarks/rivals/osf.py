@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from interference_guard.integrations.trl import order_by_domain
 from ..bed.method import Method, Rows, tensor_bytes
 
 
-class OSF(Method):
-    """`strength` is the share of singular directions that are frozen in each domain's phase."""
+class Separate(Method):
+    """A trainer, and so an optimizer, of its own for each domain."""
 
     def plan(self, rows: Rows) -> list[Dataset]:
         order = {"batches": self.run.steps, "seed": self.run.seed}
@@ -23,19 +24,39 @@ class OSF(Method):
             for name in self.run.order
         ]
 
+
+class OSF(Separate):
+    """`strength` is the share of singular directions that are frozen in each domain's phase.
+
+    ``"progressive"`` is the share of domains that are trained, as PEFT's documentation advises. The first domain
+    is trained with all weights: there is no earlier one.
+    """
+
+    phase, extra = 0, 0
+
     def policy(self, student: Any, folder: Path) -> Any:
-        config = OSFConfig(effective_rank=float(self.run.strength), target_modules="all-linear")
-        policy = get_peft_model(student, config)
-        # What is frozen is kept in factors beside the weights' own place.
+        share = self.phase / len(self.run.order) if self.run.strength == "progressive" else self.run.strength
+        self.phase += 1
+        if self.phase == 1:
+            return student
+        # Taken first: the wrapper changes the model in place.
         whole = tensor_bytes(list(student.parameters()))
+        started = time.perf_counter()
+        policy = get_peft_model(student, OSFConfig(effective_rank=float(share), target_modules="all-linear"))
+        self.seconds += time.perf_counter() - started
+        # What is frozen is kept in factors beside the weights' own place.
         self.extra = tensor_bytes([list(policy.parameters()), list(policy.buffers())]) - whole
         return policy
 
     def release(self, policy: Any) -> Any:
+        if self.phase == 1:
+            return policy
+        started = time.perf_counter()
         student = policy.merge_and_unload()
         for parameter in student.parameters():
             parameter.requires_grad_(True)
+        self.seconds += time.perf_counter() - started
         return student
 
     def bytes(self) -> int:
-        return max(self.extra, 0)
+        return self.extra

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -69,20 +70,30 @@ class Rollouts:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.latest: dict[str, Tensor] = {}
-        Seams(trainer).wrap("_generate_and_score_completions", self._generate)
+        self.rewards = torch.zeros(0)
+        seams = Seams(trainer)
+        seams.wrap("_generate_and_score_completions", self._generate)
+        seams.wrap("_calculate_rewards", self._calculate)
 
     def _generate(self, method: Any) -> Any:
         def generate(inputs: Any) -> Any:
             output = method(inputs)
             self.latest = {name: output[name] for name in KEPT}
+            self.latest["rewards"] = self.rewards
             return output
 
         return generate
 
+    def _calculate(self, method: Any) -> Any:
+        def calculate(*args: Any, **kwargs: Any) -> Any:
+            every = method(*args, **kwargs)
+            self.rewards = every.nansum(1)
+            return every
+
+        return calculate
+
     def log_probabilities(self, rows: dict[str, Tensor]) -> Tensor:
         """``(rows,)``: of each completion under the present weights, with a gradient."""
-        import torch
-
         ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], 1)
         mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], 1)
         length = rows["completion_ids"].shape[1]

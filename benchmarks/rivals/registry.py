@@ -16,14 +16,22 @@ class Rival:
     Args:
         about: What it does, in a few words.
         make: Its name in its module: ``"module:Class"``, so that a table needs no trainer.
-        strengths: What it is tuned over beside the rate; the rate is tuned at the first.
+        strengths: What it is tuned over beside the rate.
         settings: The guard's settings at a strength.
+        rehearses: Whether it trains rows of earlier domains.
     """
 
     about: str
     make: str
     strengths: tuple[Any, ...] = (None,)
     settings: Callable[[Any], Mapping[str, Any]] = lambda strength: {}
+    rehearses: bool = False
+
+    @property
+    def ordered(self) -> list[float]:
+        """The strengths that are numbers, where there are several: their ends are edges of the search."""
+        numbers = [value for value in self.strengths if isinstance(value, int | float)]
+        return numbers if len(numbers) > 1 else []
 
     def method(self) -> Callable[[Run], Any]:
         """The class, imported now."""
@@ -34,7 +42,6 @@ class Rival:
         return found
 
 
-BUDGETS = (0.02, 0.01, 0.05, 0.1)
 GUARD = "bed.method:Guarded"
 
 
@@ -54,19 +61,22 @@ def _both(budget: float) -> dict[str, Any]:
 
 RIVALS: dict[str, Rival] = {
     "plain": Rival("one domain after the other", "bed.method:Method"),
-    "guard": Rival("projection, by its budget", GUARD, BUDGETS, lambda budget: {"budget": budget}),
-    "guard, recovery alone": Rival("recovery phases, by their budget", GUARD, (0.05, 0.02, 0.1), _alone),
-    "guard, both": Rival("a projection by its budget, and recovery", GUARD, (0.1, 0.05, 0.2), _both),
-    "mixed": Rival("rows of all domains, or a domain a step", "bed.method:Mixed", ("rows", "batches")),
-    "replay": Rival("a share of rows of earlier domains", "rivals.replay:Replay", (0.25, 0.5)),
-    "KL": Rival("beta against the phase's start", "rivals.kl:PhaseKL", (0.03, 0.01, 0.1, 0.3)),
-    "EWC": Rival("a penalty by each domain's Fisher", "rivals.ewc:EWC", (10.0, 1.0, 100.0, 1000.0)),
-    "A-GEM": Rival("gradients turned, by remembered rollouts", "rivals.agem:AGEM", (64, 128)),
-    "OSF": Rival("PEFT's, by its frozen share", "rivals.osf:OSF", (0.5, 0.25, 0.75)),
+    "plain, a trainer each": Rival("the same with a new optimizer for each domain", "rivals.osf:Separate"),
+    "guard": Rival("projection, by its budget", GUARD, (0.02, 0.05, 0.1), lambda budget: {"budget": budget}),
+    "guard, recovery alone": Rival("recovery phases, by their budget", GUARD, (0.05, 0.1), _alone, True),
+    "guard, both": Rival("a projection by its budget, and recovery", GUARD, (0.05, 0.1), _both, True),
+    "mixed": Rival(
+        "rows of all domains, or a domain a step", "bed.method:Mixed", ("rows", "batches"), rehearses=True
+    ),
+    "replay": Rival("a share of rows of earlier domains", "rivals.replay:Replay", (0.25, 0.5), rehearses=True),
+    "KL": Rival("beta against the phase's start", "rivals.kl:PhaseKL", (0.01, 0.1, 1.0)),
+    "EWC": Rival("a penalty by each domain's Fisher", "rivals.ewc:EWC", (0.1, 1.0, 10.0)),
+    "A-GEM": Rival("gradients turned, by remembered rollouts", "rivals.agem:AGEM", (64, 256)),
+    "OSF": Rival("PEFT's, by its frozen share", "rivals.osf:OSF", ("progressive", 0.25, 0.5)),
     "OSFT-like": Rival(
         "steps kept out of leading directions",
         "rivals.subspaces:OSFTLike",
-        ("right 0.5", "right 0.25", "right 0.75", "left 0.5", "both 0.5"),
+        ("both progressive", "both 0.5", "right 0.5", "right 0.75"),
     ),
-    "random subspace": Rival("steps in random directions", "rivals.subspaces:RandomSubspace", (0.25, 0.1, 0.5)),
+    "random subspace": Rival("steps in random directions", "rivals.subspaces:RandomSubspace", (0.1, 0.25, 0.5)),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,17 @@ from .phased import Phased
 
 
 class _Confined(Phased):
-    """After every step, each matrix's displacement since the phase began is projected: ``L D R``."""
+    """After every step, each matrix's displacement since the phase began is projected: ``L D R``.
+
+    The first phase is free: there is no earlier domain yet.
+    """
+
+    sides: ClassVar[dict[str, tuple[Tensor | None, Tensor | None]]] = {}
 
     def begin(self, phase: int) -> None:
+        if not phase:
+            return
+        self.phase = phase
         self.starts = {name: weight.clone() for name, weight in self.matrices()}
         generator = torch.Generator().manual_seed(1000 * self.run.seed + phase)
         self.sides = {name: self.projections(weight, generator) for name, weight in self.matrices()}
@@ -22,7 +32,7 @@ class _Confined(Phased):
         raise NotImplementedError
 
     def after_step(self) -> None:
-        for name, weight in self.matrices():
+        for name, weight in self.matrices() if self.sides else ():
             left, right = self.sides[name]
             moved = weight - self.starts[name]
             if left is not None:
@@ -32,20 +42,22 @@ class _Confined(Phased):
             weight.copy_(self.starts[name] + moved)
 
     def bytes(self) -> int:
-        return tensor_bytes([self.starts, list(self.sides.values())])
+        return tensor_bytes([self.starts, list(self.sides.values())]) if self.sides else 0
 
 
 class OSFTLike(_Confined):
     """Updates stay out of the leading singular directions of the weights that a phase begins with.
 
-    `strength` is ``"side share"``: ``right``, ``left`` or ``both``, and the share of directions kept from change.
-    The rule of orthogonal subspace fine-tuning (Nayak et al., 2025), as a projection of realised weights.
+    `strength` is ``"side share"``: ``right``, ``left`` or ``both``, and the share of directions kept from change,
+    or ``progressive`` for the share of domains that are trained. After orthogonal subspace fine-tuning (Nayak et
+    al., 2025), which keeps both sides, as a projection of realised weights.
     """
 
     def projections(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
         side, share = str(self.run.strength).split()
         left, _, right = torch.linalg.svd(weight, full_matrices=False)
-        count = round(float(share) * min(weight.shape))
+        part = self.phase / len(self.run.order) if share == "progressive" else float(share)
+        count = round(part * min(weight.shape))
 
         def away(leading: Tensor) -> Tensor:
             return torch.eye(len(leading)) - leading @ leading.T

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..bed.beds import Bed
 from ..bed.run import Run
 from .registry import Rival
 
-# A rate outside the middle ones is tried only where its neighbour won.
-RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
-MIDDLE = RATES[1:5]
+# Each strength climbs from the third rate to where both neighbours are worse.
+RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
+FIRST = 3
+# Plain training is compared at these, whatever its best one is.
+SHOWN = (1e-4, 2e-4, 3e-4, 5e-4)
 TUNING_SEED = 3
 SEEDS = (0, 1, 2)
+TESTS = 512
 
 
 def key(run: dict[str, Any]) -> str:
     """What tells one run from another; `run` is a `Run` as a mapping."""
-    kept = {name: run[name] for name in ("method", "rate", "seed", "order", "guard", "strength")}
-    return json.dumps(kept, sort_keys=True)
+    return json.dumps(run, sort_keys=True)
 
 
 class Tuning:
@@ -53,12 +56,11 @@ class Tuning:
             dict(self.rival.settings(strength)),
             bed=self.bed.name,
             strength=strength,
+            tests=TESTS,
         )
 
     def score(self, run: Run) -> float | None:
         """Its average, or None where it is still to be run."""
-        from dataclasses import asdict
-
         return self.found.get(key(asdict(run)))
 
     def needed(self) -> tuple[list[Run], tuple[float, Any] | None]:
@@ -69,8 +71,8 @@ class Tuning:
         return [run for run in self.compared(*chosen) if self.score(run) is None], chosen
 
     def compared(self, rate: float, strength: Any) -> list[Run]:
-        """The runs that a table shows; plain training at each rate."""
-        rates = sorted({*MIDDLE, rate}) if self.name == "plain" else [rate]
+        """The runs that a table shows; plain training at several rates."""
+        rates = sorted({*SHOWN, rate}) if self.name == "plain" else [rate]
         return [
             self.run(rate, strength, seed, order)
             for rate in rates
@@ -78,30 +80,36 @@ class Tuning:
             for order in range(len(self.bed.orders))
         ]
 
+    def at_edge(self, rate: float, strength: Any) -> bool:
+        """Whether a better setting may lie outside what was tried."""
+        order = self.rival.ordered
+        return rate in (RATES[0], RATES[-1]) or (order and strength in (min(order), max(order)))
+
     def _tuned(self) -> list[Run] | tuple[float, Any]:
-        first = self.rival.strengths[0]
-        rate = self._best_rate(first, MIDDLE)
-        if isinstance(rate, list):
-            return rate
-        runs = {strength: self.run(rate, strength) for strength in self.rival.strengths}
-        strength = self._best(runs)
-        if isinstance(strength, list) or strength == first:
-            return strength if isinstance(strength, list) else (rate, first)
-        # Another strength may want another rate.
-        place = RATES.index(rate)
-        again = self._best_rate(strength, RATES[max(place - 1, 0) : place + 2])
-        return again if isinstance(again, list) else (again, strength)
+        best: dict[Any, Run] = {}
+        missing: list[Run] = []
+        # A rate that suits one strength says little of another: each is tuned by itself.
+        for strength in self.rival.strengths:
+            found = self._climb(strength)
+            if isinstance(found, list):
+                missing += found
+            else:
+                best[strength] = found
+        if missing:
+            return missing
+        strength = max(best, key=lambda value: self.score(best[value]) or 0.0)
+        return best[strength].rate, strength
 
-    def _best_rate(self, strength: Any, rates: Sequence[float]) -> list[Run] | float:
-        best = self._best({rate: self.run(rate, strength) for rate in rates})
-        if isinstance(best, list):
-            return best
-        place = RATES.index(best)
-        beyond = [rate for rate in RATES[max(place - 1, 0) : place + 2] if rate not in rates]
-        return self._best_rate(strength, [*rates, *beyond]) if beyond else float(best)
-
-    def _best(self, runs: dict[Any, Run]) -> Any:
-        """The value whose run scored best, or the runs that are missing."""
-        scores = {value: self.score(run) for value, run in runs.items()}
-        missing = [runs[value] for value, score in scores.items() if score is None]
-        return missing or max(scores, key=lambda value: scores[value] or 0.0)
+    def _climb(self, strength: Any) -> list[Run] | Run:
+        place = FIRST
+        while True:
+            near = range(max(place - 1, 0), min(place + 2, len(RATES)))
+            runs = {index: self.run(RATES[index], strength) for index in near}
+            scores = {index: self.score(run) for index, run in runs.items()}
+            missing = [runs[index] for index in near if scores[index] is None]
+            if missing:
+                return missing
+            best = max(scores, key=lambda index: (scores[index] or 0.0, index == place))
+            if best == place:
+                return runs[place]
+            place = best
