@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Places = dict[tuple[int | None, str], float]
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
+# Names that one layer uses for several modules (GPT-2, GPT-NeoX, BERT): they are told apart by their parents'.
+_SHARED = frozenset({"c_proj", "dense"})
 _SKIPPED = re.compile(r"^(lora_\w+|default|base_layer|modules_to_save|weight|bias|\d+)$")
 
 
@@ -28,10 +30,13 @@ def place(name: str) -> tuple[int | None, str]:
     (11, 'q_proj')
     >>> place("model.embed_tokens.weight")
     (None, 'embed_tokens')
+    >>> place("transformer.h.0.mlp.c_proj.weight")
+    (0, 'mlp.c_proj')
     """
     found = _NUMBER.search(name)
     parts = [part for part in name.partition(".lora_")[0].split(".") if not _SKIPPED.match(part)]
-    return (int(found[1]) if found else None), parts[-1] if parts else name
+    module = ".".join(parts[-2:] if parts[-1] in _SHARED else parts[-1:]) if parts else name
+    return (int(found[1]) if found else None), module
 
 
 def by_place(values: Iterable[tuple[str, float]]) -> Places:

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from interference_guard import Guard, GuardedOptimizer
+from interference_guard.places import place
 from tests.unit.helpers import CONFIG, guarded, train
+
+
+def test_modules_of_one_name_in_a_layer_have_places_of_their_own():
+    attention, mlp = (place(f"transformer.h.3.{part}.c_proj.bias") for part in ("attn", "mlp"))
+    assert attention == (3, "attn.c_proj")
+    assert mlp == (3, "mlp.c_proj")
 
 
 def record_changes(guard):
