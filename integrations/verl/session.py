@@ -111,11 +111,16 @@ class Session:
     # State
 
     def save(self, folder: Path) -> None:
-        """Write this rank's state.
+        """Write this rank's state, and the sums by layer and module so far into the history.
 
         Raises:
             StateError: If it cannot be written; the engine's checkpoint is complete by now.
         """
+        if self.settings.folder is not None:
+            # All ranks: energies of a sharded model are sums over them. An engine is not told of a run's end.
+            places = self.guard.places()
+            if self.history is not None:
+                self.history.places(self.guard.steps, places)
         self.guard.save(folder, folders=dist.get_world_size())
 
     def load(self, folder: Path) -> None:

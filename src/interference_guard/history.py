@@ -1,9 +1,9 @@
 """A run's history: JSON lines beside the checkpoints, of bounded length, that a report is drawn from.
 
 The first line says what the run is. Each further line is one report of metrics (``"step"``), one evaluation
-(``"evaluation"``), or, once, the sums by layer and module at the end (``"places"``). When more than `limit` lines
-lie in the file, every second step line is dropped and from then on only every second one is written, so that the
-whole run keeps one resolution.
+(``"evaluation"``), or the sums by layer and module so far (``"places"``), of which the latest counts. When more
+than `limit` lines lie in the file, every second step line is dropped and from then on only every second one is
+written, so that the whole run keeps one resolution.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class History:
         self._append({"kind": "evaluation", "step": step, "rewards": _finite(rewards)})
 
     def places(self, step: int, places: Mapping[str, Mapping[str, Places]]) -> None:
-        """Add what `Guard.places` returned; a run needs it once, when it ends.
+        """Add what `Guard.places` returned; only the latest is read, so that of a run's end is enough.
 
         Args:
             step: Steps done.

@@ -102,6 +102,11 @@ def test_the_run_keeps_a_history(folder, guarded):
     assert found.settings["recovery"]
     for line, step in zip(found.steps, guarded, strict=True):
         assert line["metrics"]["guard/recovery/steps"] == step["actor/guard/recovery/steps"]
+    # Written with every checkpoint, the last step's too.
+    places = found.places["curvature"]
+    assert set(places) == set(NAMES)
+    assert {layer for layer, _ in places[FIRST]} == {None, 0, 1}
+    assert found.lines[-1] == {**found.lines[-1], "kind": "places", "step": STEPS}
 
 
 def test_a_resumed_run_goes_on_with_the_same_rows_and_losses(folder, guarded):
