@@ -10,7 +10,7 @@ from DeepSpeed and nothing is kept but the optimizer: engines move buffers, so r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,15 @@ from .flat import Cut
 
 # Of stage 3, of stages 1 and 2, and of stage 1 in bf16 with fp32 accumulation.
 BUFFERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+
+# Settings of ``zero_optimization`` that the guard does not follow: what turns each off, and what it does.
+SPECIAL: Mapping[str, tuple[object, str]] = {
+    "zero_quantized_weights": (False, "ZeRO++ computes with rounded copies of the weights"),
+    "zero_quantized_gradients": (False, "ZeRO++ rounds gradients"),
+    "zero_hpz_partition_size": (1, "ZeRO++ keeps a second partition of the weights"),
+    "mics_shard_size": (-1, "MiCS shards over a part of the ranks"),
+    "zenflow": (None, "ZenFlow updates the weights late"),
+}
 
 
 @dataclass(frozen=True)
@@ -249,52 +258,57 @@ def check_engine(engine: Any) -> None:
     """Refuse engines whose weights the guard cannot follow.
 
     Raises:
-        UnsupportedError: Under stage 0, offload, ZeRO++, MiCS, ZenFlow, fp16 autocast, tensor or sequence
-            parallelism.
+        UnsupportedError: As `check_settings`, and under fp16 autocast, tensor or sequence parallelism.
     """
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0 or partitioned(optimizer) is None:
+    optimizer = engine.optimizer
+    # A path, or the table itself.
+    settings = engine.config if isinstance(engine.config, dict) else engine._config._param_dict
+    check_settings(settings.get("zero_optimization", {}))
+    if partitioned(optimizer) is None or not any(hasattr(optimizer, name) for name in BUFFERS):
         raise UnsupportedError(
-            f"DeepSpeed runs with ZeRO stage {stage} and {type(optimizer).__name__}, which shards nothing. "
-            "Set zero_optimization.stage to 1, 2 or 3, or train data parallel (DDP)."
+            f"DeepSpeed runs with {type(optimizer).__name__}, which the guard does not know. Tested are the "
+            "optimizers of ZeRO stages 1, 2 and 3 in deepspeed 0.19."
         )
-    reason = next((text for found, text in _obstacles(engine, optimizer) if found), None)
-    if reason is not None:
-        raise UnsupportedError(f"DeepSpeed runs with {reason}")
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+        raise UnsupportedError(
+            "DeepSpeed runs with torch_autocast in fp16, where parts of a step can be left out. Use bf16."
+        )
+    sizes = [getattr(engine, name, None) for name in ("mp_world_size", "sequence_parallel_size")]
+    parallel = max(int(size or 1) for size in sizes if not callable(size))
+    if parallel > 1:
+        raise UnsupportedError(
+            f"DeepSpeed runs with tensor or sequence parallelism of {parallel}. The guard follows data parallel "
+            "ranks alone."
+        )
 
 
-def _obstacles(engine: Any, optimizer: Any) -> Iterator[tuple[bool, str]]:
-    def ask(name: str) -> Any:
-        found = getattr(engine, name, None)
-        return found() if callable(found) else found
+def check_settings(zero: Mapping[str, Any]) -> None:
+    """Refuse settings under which the guard cannot follow the weights.
 
-    kept = ("cpu_offload", "offload_optimizer", "offload_param")
-    yield (
-        any(getattr(optimizer, name, False) for name in kept),
-        "weights or optimizer states offloaded, which would have to come back for every prediction. Take "
-        "offload_optimizer and offload_param out of zero_optimization, or shard over more ranks.",
-    )
-    quantized = ask("zero_quantized_weights") or ask("zero_quantized_gradients")
-    hierarchical = (ask("zero_hpz_partition_size") or 1) > 1
-    yield (
-        bool(quantized or hierarchical),
-        "ZeRO++ (quantized or hierarchical communication), which keeps further copies of the weights. Take "
-        "zero_quantized_weights, zero_quantized_gradients and zero_hpz_partition_size out of zero_optimization.",
-    )
-    yield (
-        type(optimizer).__name__.startswith("MiCS"),
-        "MiCS, which shards over sub-groups of the ranks. Take mics_shard_size out of zero_optimization.",
-    )
-    yield bool(getattr(optimizer, "zenflow", False)), "ZenFlow, whose updates are late. Take zenflow out."
-    yield (
-        getattr(optimizer, "torch_autocast_gradscaler", None) is not None,
-        "torch_autocast in fp16, where parts of a step can be left out. Use bf16.",
-    )
-    parallel = max(int(ask(name) or 1) for name in ("mp_world_size", "sequence_parallel_size", "autotp_size"))
-    yield (
-        parallel > 1,
-        f"tensor or sequence parallelism of {parallel}. The guard follows data parallel ranks alone.",
-    )
+    Args:
+        zero: The table ``zero_optimization`` of DeepSpeed's configuration.
+
+    Raises:
+        UnsupportedError: Under stage 0, offload, ZeRO++, MiCS and ZenFlow.
+    """
+    if zero.get("stage", 0) == 0:
+        raise UnsupportedError(
+            "DeepSpeed runs with ZeRO stage 0, which shards nothing. Set zero_optimization.stage to 1, 2 or 3, "
+            "or train data parallel (DDP)."
+        )
+    devices = [(zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")]
+    if any(device not in ("none", None) for device in devices):
+        raise UnsupportedError(
+            f"DeepSpeed keeps optimizer states and weights on {devices} (offload_optimizer, offload_param), and "
+            "the guard reads the fp32 weights at every step. Take both out of zero_optimization, or shard over "
+            "more ranks."
+        )
+    for name, (off, kind) in SPECIAL.items():
+        if (zero.get(name) or off) != off:
+            raise UnsupportedError(
+                f"DeepSpeed runs with {name}={zero[name]!r}: {kind}, which the guard does not follow. Take it "
+                "out of zero_optimization."
+            )
 
 
 def _ranks(group: Any) -> list[int]:

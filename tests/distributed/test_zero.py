@@ -41,8 +41,7 @@ BF16 = {
     "stage 3": (3, {"groups": True}),
 }
 REFUSALS = {
-    "offload": r"UnsupportedError: DeepSpeed runs with weights or optimizer states offloaded.* Take",
-    "offload 3": r"UnsupportedError: DeepSpeed runs with weights or optimizer states offloaded.* Take",
+    "offload": r"UnsupportedError: DeepSpeed keeps optimizer states and weights on \['cpu', 'none'\].* Take both",
     "stage 0": r"UnsupportedError: DeepSpeed runs with ZeRO stage 0 .* Set zero_optimization.stage to 1, 2 or 3",
     "module": r"HostError: The optimizer is DeepSpeed's .* Build it on what deepspeed.initialize returned",
     "before the engine": r"HostError: Parameter 'embed.weight' belongs to a DeepSpeed engine.*Guard\(engine\)",

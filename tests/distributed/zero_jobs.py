@@ -216,12 +216,10 @@ def skipped():
 
 def refusal(kind):
     """The message with which the guard refuses."""
-    offload = {"offload_optimizer": {"device": "cpu"}}
     if kind == "offload":
-        engine = engine_of(Toy(), 2, zero=offload, zero_force_ds_cpu_optimizer=False)
-        attempt = lambda: Guard(engine)  # noqa: E731
-    elif kind == "offload 3":
-        engine = engine_of(Toy(), 3, zero=offload, zero_force_ds_cpu_optimizer=False)
+        engine = engine_of(
+            Toy(), 2, zero={"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False
+        )
         attempt = lambda: Guard(engine)  # noqa: E731
     elif kind == "stage 0":
         engine = engine_of(Toy(), 0)
