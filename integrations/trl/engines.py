@@ -37,4 +37,5 @@ def steps_in_backward(trainer: Any) -> bool:
 
 def guarded_model(trainer: Any) -> Any:
     """What the guard is built on: DeepSpeed's engine, which there is once training begins, or the model."""
-    return trainer.model_wrapped if is_engine(trainer.model_wrapped) else trainer.model
+    wrapped = getattr(trainer, "model_wrapped", None)
+    return wrapped if is_engine(wrapped) else trainer.model

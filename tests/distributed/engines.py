@@ -61,13 +61,8 @@ def zero(stage, **changes):
     zero_jobs.deepspeed_on_cpu()
     table = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True} | changes
     settings = {"zero_optimization": table, "zero_allow_untested_optimizer": True}
-    left = (
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "train_batch_size",
-    )
-    return {"deepspeed": settings | dict.fromkeys(left, "auto")}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {"deepspeed": settings | dict.fromkeys((*sizes, "gradient_clipping"), "auto")}
 
 
 def weights_of(trainer):
@@ -133,13 +128,26 @@ def load_on_cpu():
     torch.load = load
 
 
-def rollouts_run(folder, name, stop=None, resume=False, **config):
+def in_turn(calls):
+    """Results of several trainers in one process, each with the state of accelerate and DeepSpeed to itself."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    found = []
+    for call in calls:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
+        found.append(call())
+    return found
+
+
+def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, **config):
     """GRPO over all ranks: one prompt a rank and step, two domains, recovery if the settings say so."""
     load_on_cpu()
     # The parent wrote the model; two ranks that write it again would read each other's half of it.
     host.known(folder / "model")
     options = {
-        "max_steps": 12,
+        "max_steps": steps,
         "per_device_train_batch_size": 4,
         "num_generations": 4,
         "save_strategy": "steps",
@@ -147,6 +155,11 @@ def rollouts_run(folder, name, stop=None, resume=False, **config):
         "learning_rate": 3e-3,
         "ddp_find_unused_parameters": False,
     }
+    if stage is not None:
+        options |= zero(stage)
+    if stage == 3:
+        # Two micro-batches make a step.
+        options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "num_generations": 2}
     trainer = online("grpo", folder, rows([("math", 10), ("code", 20)]), **options)
     trainer.args.output_dir = str(folder / name)
     callback = InterferenceGuardCallback(trainer, dataclasses.replace(CONFIG, **config))

@@ -99,7 +99,8 @@ def followed(stage, **options):
         excess.extend((state.subspace / state.radius).item() for state in states)
 
     guard.after_step = after_step
-    train(engine, guard, ORDER, after=lambda step: apart.append(weights_of(engine)[1]))
+    # At the first guarded step, and now and then.
+    train(engine, guard, ORDER, after=lambda step: step % 5 or apart.append(weights_of(engine)[1]))
     return {**result(engine, guard), "apart": max(apart), "excess": excess}
 
 
