@@ -258,7 +258,8 @@ def check_engine(engine: Any) -> None:
     """Refuse engines whose weights the guard cannot follow.
 
     Raises:
-        UnsupportedError: As `check_settings`, and under fp16 autocast, tensor or sequence parallelism.
+        UnsupportedError: As `check_settings`, and under fp16 autocast, DeepSpeed's Muon, tensor or sequence
+            parallelism.
     """
     optimizer = engine.optimizer
     # A path, or the table itself.
@@ -272,6 +273,11 @@ def check_engine(engine: Any) -> None:
     if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
         raise UnsupportedError(
             "DeepSpeed runs with torch_autocast in fp16, where parts of a step can be left out. Use bf16."
+        )
+    if any(group.get("use_muon") for group in optimizer.optimizer.param_groups):
+        raise UnsupportedError(
+            "DeepSpeed's Muon puts its updates in place of the gradients before the optimizer steps, so there "
+            "are no gradients to learn from. Use AdamW, or torch.optim.Muon without DeepSpeed."
         )
     sizes = [getattr(engine, name, None) for name in ("mp_world_size", "sequence_parallel_size")]
     parallel = max(int(size or 1) for size in sizes if not callable(size))

@@ -41,6 +41,7 @@ BF16 = {
 REFUSALS = {
     "offload": r"UnsupportedError: DeepSpeed keeps optimizer states and weights on \['cpu', 'none'\].* Take both",
     "stage 0": r"UnsupportedError: DeepSpeed runs with ZeRO stage 0.* Set zero_optimization.stage to 1, 2 or 3",
+    "muon": r"UnsupportedError: DeepSpeed's Muon puts its updates in place of the gradients .* Use AdamW",
     "module": r"HostError: The optimizer is DeepSpeed's .* Build it on what deepspeed.initialize returned",
     "before the engine": r"HostError: Parameter 'embed.weight' belongs to a DeepSpeed engine.*Guard\(engine\)",
     "frozen late": r"HostError: Parameter 'extra.weight' is trainable, but DeepSpeed's optimizer does not",

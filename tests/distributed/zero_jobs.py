@@ -225,6 +225,11 @@ def refusal(kind):
     elif kind == "stage 0":
         engine = engine_of(Toy(), 0)
         attempt = lambda: Guard(engine)  # noqa: E731
+    elif kind == "muon":
+        engine = engine_of(Toy(), 2)
+        # As DeepSpeed marks them; its own Muon needs a compiler.
+        engine.optimizer.optimizer.param_groups[0]["use_muon"] = True
+        attempt = lambda: Guard(engine)  # noqa: E731
     elif kind == "module":
         engine = engine_of(Toy(), 2)
         attempt = lambda: attach(engine.optimizer, Guard(engine.module))  # noqa: E731
