@@ -96,6 +96,7 @@ def supervised_run(how, folder, steps=25):
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )
+    away = any(hasattr(parameter, "ds_tensor") for parameter in trainer.model.parameters())
     callback = InterferenceGuardCallback(trainer, CONFIG)
     trainer.add_callback(callback)
     trainer.train()
@@ -105,6 +106,7 @@ def supervised_run(how, folder, steps=25):
     table = {
         "kept": min(kept),
         "kind": kind,
+        "away": away,
         "engine": str(trainer.accelerator.distributed_type),
         "weights": weights_of(trainer),
         "radius": state.radius.item(),

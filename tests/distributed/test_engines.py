@@ -99,6 +99,7 @@ def test_zero_equals_ddp_after_twenty_guarded_steps(zero, stage):
     ddp, (found, other) = zero["ddp"][0], zero[f"zero{stage}"]
     alike(found, other, "radius", "subspace", "loss", "foreign")
     assert "DEEPSPEED" in found["engine"]
+    assert found["away"] == (stage == 3), "stage 3 must have shared the weights out before the guard was built"
     assert found["foreign"] == 20
     assert found["kept"] < 0.99, "the projection must have acted"
     for name, value in ddp["weights"].items():
