@@ -31,7 +31,8 @@ class Guard(GuardState):
     """Keeps every earlier domain inside a trust region measured in its own reward.
 
     Args:
-        model: The policy. Its trainable parameters are read here and changed only by `after_step`.
+        model: The policy. Its trainable parameters are read here and changed only by `after_step`. Under
+            DeepSpeed the engine that ``deepspeed.initialize`` returned.
         config: Settings.
         policy: Gives log-probabilities of completions under the present weights; `model_policy(model)`
             by default. Hosts that compute them in a special way pass their own.
