@@ -24,7 +24,7 @@ from interference_guard.probe import Completions
 
 from .card import add_section
 from .completions import trainer_policy
-from .engines import check_engine
+from .engines import check_engine, guarded_model, steps_in_backward
 from .live import LiveDisplay
 from .passing import PassingRows
 from .recovery import RecoveryRows
@@ -137,10 +137,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             for name, dataset in (self.reference or {}).items()
             if name not in known
         }
+        model = guarded_model(trainer)
         if self.guard is None:
-            self.guard = Guard(trainer.model, self.config)
-        else:
-            self.guard.bind(trainer.model)
+            self.guard = Guard(model, self.config)
+        elif model is not trainer.model or not steps_in_backward(trainer):
+            self.guard.bind(model)
         self.guard.policy = trainer_policy(trainer)
         accelerator = trainer.accelerator
         several = accelerator.num_processes > 1
@@ -275,7 +276,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if name not in self._guard().domains:
                 self._guard().protect(name, rows)
         self._reference = {}
-        self._hooks = attach(self._trainer.optimizer, self._guard())
+        early = steps_in_backward(self._trainer)
+        self._hooks = attach(self._trainer.optimizer, self._guard(), self._begin_step if early else None)
         self._began = perf_counter()
         self.history = None
         if state.is_world_process_zero:
@@ -286,6 +288,13 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         """Tell the guard which domains the step's rows are of."""
         if not self.config.enabled:
             return
+        if steps_in_backward(self._trainer):
+            # The step is over. Counts that are left are of one that was skipped.
+            self._passing().take_counts()
+        else:
+            self._begin_step()
+
+    def _begin_step(self) -> None:
         counts: dict[str, float] = dict(self._passing().take_counts())
         accelerator = self._trainer.accelerator
         if accelerator.num_processes > 1:
@@ -347,7 +356,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
     def _bind(self) -> None:
         # The trainer may have sharded the model since the callback was attached.
-        self._guard().bind(self._trainer.model)
+        self._guard().bind(guarded_model(self._trainer))
         self._guard().policy = trainer_policy(self._trainer)
 
     @staticmethod

@@ -1,17 +1,19 @@
-"""Which of accelerate's engines the guard can follow."""
+"""Which of accelerate's engines the guard can follow, and where they keep the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from interference_guard.errors import UnsupportedError
+from interference_guard.zero import check_settings, is_engine
 
 
 def check_engine(accelerator: Any) -> None:
     """Refuse engines that hide the weights from the optimizer's step hooks.
 
     Raises:
-        UnsupportedError: Under DeepSpeed, FSDP version 1 or Megatron-LM.
+        UnsupportedError: Under FSDP version 1, Megatron-LM, and settings of DeepSpeed that keep the weights
+            elsewhere.
     """
     name = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if name == "FSDP" and not accelerator.is_fsdp2:
@@ -20,12 +22,20 @@ def check_engine(accelerator: Any) -> None:
             "apart. Set fsdp_config={'version': 2}."
         )
     if name == "DEEPSPEED":
-        raise UnsupportedError(
-            "DeepSpeed steps on flat partitions of the weights, which the guard does not follow yet. Train with "
-            "FSDP2 (fsdp=True, fsdp_config={'version': 2}), which shards the same states, or with DDP."
-        )
+        check_settings(accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}))
     if name in ("MEGATRON_LM", "TP"):
         raise UnsupportedError(
             f"The accelerate engine {name} spreads single matrices over several mesh dimensions, which the guard "
-            "does not follow. Train with FSDP2 (fsdp=True, fsdp_config={'version': 2}) or DDP."
+            "does not follow. Train with FSDP2 (fsdp=True, fsdp_config={'version': 2}), DeepSpeed's ZeRO or DDP."
         )
+
+
+def steps_in_backward(trainer: Any) -> bool:
+    """Whether the optimizer steps within `accelerator.backward`, before the trainer's own events of the step."""
+    return bool(getattr(trainer, "is_deepspeed_enabled", False))
+
+
+def guarded_model(trainer: Any) -> Any:
+    """What the guard is built on: DeepSpeed's engine, which there is once training begins, or the model."""
+    wrapped = getattr(trainer, "model_wrapped", None)
+    return wrapped if is_engine(wrapped) else trainer.model

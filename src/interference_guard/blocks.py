@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shards import Region, Shards
+from .flat import FlatView
+from .regions import Region
+from .shards import Shards
 from .units import UnitLayout, UnitView
 
 # Above this many elements a matrix is a block of its own and is read where it lies, without a copy.
@@ -34,7 +36,7 @@ class Block:
     units: int
     width: int
     region: Region
-    pieces: tuple[UnitView, ...]
+    pieces: tuple[UnitView | FlatView, ...]
 
     @property
     def name(self) -> str:
@@ -46,8 +48,13 @@ class Block:
         """Elements of all members."""
         return self.matrices * self.units * self.width
 
+    @property
+    def padded(self) -> bool:
+        """Whether a member's box holds more than the piece here, so that its view is a copy."""
+        return any(isinstance(piece, FlatView) and any(piece.padding) for piece in self.pieces)
+
     def targets(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Unit views of the members' pieces; writing to them writes to `tensors`."""
+        """Unit views of the members' pieces; writing to them writes to `tensors`, unless `padded`."""
         return [view.view(tensors[view.name]) for view in self.pieces]
 
     def gather(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> Tensor:

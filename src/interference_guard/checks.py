@@ -8,6 +8,7 @@ from torch import nn
 
 from .errors import UnsupportedError
 from .units import canonical_name
+from .zero import is_put_away
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -15,7 +16,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         UnsupportedError: If there are none, or if one of them is a DoRA magnitude, a packed low-bit
-            weight, flattened by FSDP version 1, partitioned by DeepSpeed, or not real floating point.
+            weight, flattened by FSDP version 1, or not real floating point.
     """
     _check_wrappers(model)
     dora = [name for name, _ in model.named_parameters() if "lora_magnitude_vector" in name]
@@ -36,7 +37,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 "packed low-bit weights or numbers without a gradient direction. Protected weights must be "
                 "floating point (fp32, bf16, fp16). Freeze it and train adapters on top, as QLoRA does."
             )
-        if parameter.device.type == "meta" or parameter.numel() == 0:
+        if parameter.device.type == "meta" or (parameter.numel() == 0 and not is_put_away(parameter)):
             raise UnsupportedError(
                 f"Parameter {name!r} has no values here (device {parameter.device}, {parameter.numel()} "
                 "elements): it is sharded or not loaded. Build the guard after the weights are in place."
@@ -70,9 +71,3 @@ def _check_wrappers(model: nn.Module) -> None:
             "The model is wrapped by FullyShardedDataParallel (FSDP version 1), which packs the weights of a "
             "block into one flat parameter, in which units cannot be told apart. Use fully_shard (FSDP2)."
         )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
-            raise UnsupportedError(
-                f"Parameter {name!r} belongs to DeepSpeed's ZeRO, whose optimizer steps on flat partitions that "
-                "the guard does not follow. Use fully_shard (FSDP2), which shards the same states."
-            )

@@ -31,7 +31,8 @@ class Guard(GuardState):
     """Keeps every earlier domain inside a trust region measured in its own reward.
 
     Args:
-        model: The policy. Its trainable parameters are read here and changed only by `after_step`.
+        model: The policy. Its trainable parameters are read here and changed only by `after_step`. Under
+            DeepSpeed the engine that ``deepspeed.initialize`` returned.
         config: Settings.
         policy: Gives log-probabilities of completions under the present weights; `model_policy(model)`
             by default. Hosts that compute them in a special way pass their own.
@@ -118,7 +119,18 @@ class Guard(GuardState):
                 "`with guard.domain(name):`, or call guard.begin({name: share}) before it."
             )
         self.view.place()
-        stepping.take_gradients(self)
+        stepping.open_step(self)
+        if self.view.zero is None:
+            stepping.take_gradients(self)
+
+    @torch.no_grad()
+    def before_last_part(self) -> None:
+        """Take in the gradients of a step that DeepSpeed takes in parts; call when those of all parts are held.
+
+        `attach` does it. There `before_step` is called before the first part and `after_step` after the last.
+        """
+        if self.enabled:
+            stepping.take_gradients(self)
 
     @torch.no_grad()
     def after_step(self) -> None:

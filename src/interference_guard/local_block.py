@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shards import Region
+from .regions import Region
 
 
 class Correction(NamedTuple):

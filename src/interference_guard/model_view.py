@@ -7,21 +7,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import STACK_LIMIT, make_blocks
+from .blocks import STACK_LIMIT, Block, make_blocks
 from .checks import difference, trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
 from .errors import ShapeError, StateError
+from .flat import FlatView
 from .local_block import Correction
-from .shards import Shards, Spread, local, local_gradient, reshard
+from .shards import Shards, Spread, reshard
 from .units import UnitLayout, canonical_name
+from .zero import Zero, whole_shape, zero_of
 
 
 class ModelView:
     """Reads weights and gradients in unit view, same-shaped matrices batched, and changes weights in place.
 
     Args:
-        model: The policy; its trainable parameters are meant.
+        model: The policy; its trainable parameters are meant. Under DeepSpeed the engine around it.
         config: Settings.
 
     Raises:
@@ -31,8 +33,12 @@ class ModelView:
     def __init__(self, model: nn.Module, config: GuardConfig) -> None:
         self._model = model
         self._parameters = trainable_parameters(model)
-        self.layout = UnitLayout(self._parameters.items(), config.overrides(), module=model)
+        shapes = {
+            name: torch.empty(whole_shape(tensor), device="meta") for name, tensor in self._parameters.items()
+        }
+        self.layout = UnitLayout(shapes.items(), config.overrides(), module=model)
         self._config = config
+        self.shards = Shards(self._parameters, zero_of(model))
         self._lay_out()
         self.place()
 
@@ -48,8 +54,8 @@ class ModelView:
             StateError: If they lie on the ranks in other pieces and there are sums of the former ones.
         """
         found = trainable_parameters(model)
-        mine = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        mine = {name: whole_shape(tensor) for name, tensor in self._parameters.items()}
+        theirs = {name: whole_shape(tensor) for name, tensor in found.items()}
         if mine != theirs:
             count, name = difference(mine, theirs)
             raise ShapeError(
@@ -57,13 +63,15 @@ class ModelView:
                 f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
                 "model, or build a new guard."
             )
-        agrees = self.shards.agrees(Shards(found))
+        shards = Shards(found, zero_of(model))
+        agrees = self.shards.agrees(shards)
         if known and not agrees:
             raise StateError(
                 f"The guard knows {sorted(known)} from a model that lay on the ranks in other pieces. "
                 "Go on with the model as it was sharded, or build the guard after it is sharded."
             )
         self._model, self._parameters = model, found
+        self.shards = shards
         if not agrees:
             self._lay_out()
         self.place()
@@ -78,9 +86,13 @@ class ModelView:
         """Where the parameters lie, and with them all tensors of the guard."""
         return next(iter(self._parameters.values())).device
 
+    @property
+    def zero(self) -> Zero | None:
+        """The buffers of the DeepSpeed engine the model is trained by, or None."""
+        return self.shards.zero
+
     def _lay_out(self) -> None:
         config = self._config
-        self.shards = Shards(self._parameters)
         self.blocks = make_blocks(self.layout, self._pieces(), self.shards)
         self.omegas = block_matrices(self.blocks, config.sketch, config.seed, "test")
         """Test matrices of the curvature per block, ``(width, sketch)`` fp32; shared by blocks of one width."""
@@ -88,7 +100,7 @@ class ModelView:
         """Random directions R of the residual part per block, ``(width, residual)`` fp32."""
 
     def _pieces(self) -> dict[str, Tensor]:
-        return {name: local(parameter) for name, parameter in self._parameters.items()}
+        return {name: self.shards.local(name, parameter) for name, parameter in self._parameters.items()}
 
     def place(self) -> None:
         """Follow the model to another device."""
@@ -113,7 +125,7 @@ class ModelView:
 
     def gradients(self) -> list[Tensor]:
         """The parameters' gradients, laid out as `weights`."""
-        table = {name: local_gradient(name, parameter) for name, parameter in self._parameters.items()}
+        table = {name: self.shards.gradient(name, parameter) for name, parameter in self._parameters.items()}
         return [block.gather(table, self.device) for block in self.blocks]
 
     def arrange(self, gradients: Mapping[str, Tensor | None]) -> list[Tensor]:
@@ -126,7 +138,20 @@ class ModelView:
         """Subtract a correction of every block from the parameters in place."""
         tensors = self._pieces()
         for block, correction in zip(self.blocks, corrections, strict=True):
-            _subtract(block.targets(tensors), correction)
+            if block.padded:
+                _subtract_ranges(block, tensors, correction)
+            else:
+                _subtract(block.targets(tensors), correction)
+        self.shards.publish(self._parameters.values())
+
+
+def _subtract_ranges(block: Block, tensors: Mapping[str, Tensor], correction: Correction) -> None:
+    """The same where the boxes hold more than the pieces, and their views are copies."""
+    changes = correction.dense()
+    for piece, change in zip(block.pieces, changes.chunk(len(block.pieces)), strict=True):
+        if isinstance(piece, FlatView):
+            target = tensors[piece.name]
+            target.sub_(piece.back(change).to(target.dtype))
 
 
 def _subtract(targets: list[Tensor], correction: Correction) -> None:

@@ -28,11 +28,15 @@ class Observation:
     def __init__(self, gradients: Sequence[Tensor], omegas: Sequence[Tensor], spread: Spread) -> None:
         self.gradients = gradients
         self.energies = [gradient.square().sum(-1) for gradient in gradients]
+        self._regions = spread.regions
         self.products = [
             gradient @ region.across(omega)
             for gradient, omega, region in zip(gradients, omegas, spread.regions, strict=True)
         ]
-        self._split = [region.split for region in spread.regions]
+        """Per block G Omega: of the units here, or of all units where they are cut and it is a sum over ranks."""
+        for index, region in enumerate(spread.regions):
+            if region.split:
+                self.products[index] = region.whole_units(self.products[index])
         own = [
             energy.sum()
             for energy, region in zip(self.energies, spread.regions, strict=True)
@@ -45,8 +49,8 @@ class Observation:
     @property
     def shared(self) -> list[Tensor]:
         """What must be summed over ranks, in place."""
-        products = [seen for seen, split in zip(self.products, self._split, strict=True) if split]
-        return [self.total, *products]
+        cut = [seen for seen, region in zip(self.products, self._regions, strict=True) if region.split]
+        return [self.total, *cut]
 
     @property
     def counted(self) -> Tensor:
@@ -65,5 +69,5 @@ class Observation:
                 "guard reads them once more after it. Use an optimizer that leaves parameter.grad as it is "
                 "(all of torch.optim do, without fused=True)."
             )
-        for gradient, seen in zip(self.gradients, self.products, strict=True):
-            yield gradient.mT @ seen
+        for gradient, seen, region in zip(self.gradients, self.products, self._regions, strict=True):
+            yield gradient.mT @ (region.units(seen) if region.split else seen)

@@ -9,7 +9,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch.optim import Optimizer
 
-from .errors import UnsupportedError
+from .errors import HostError, UnsupportedError
+from .zero import Zero, partitioned
 
 HOOK_TABLES = (
     "_optimizer_step_pre_hooks",
@@ -95,24 +96,36 @@ def innermost(optimizer: Any) -> Optimizer:
     return found
 
 
-def attach(optimizer: Any, guard: StepGuard) -> StepHooks:
+def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = None) -> StepHooks:
     """Call `guard.before_step` and `guard.after_step` around every step of an optimizer.
 
     Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. With a
-    closure, `before_step` runs after its first evaluation, when the gradients exist.
+    closure, `before_step` runs after its first evaluation, when the gradients exist. DeepSpeed's ZeRO steps its
+    optimizer once for each of its flat buffers, which makes one step of the guard.
 
     Args:
-        optimizer: A torch optimizer, or a wrapper around one (accelerate's `AcceleratedOptimizer`).
-        guard: What to call.
+        optimizer: A torch optimizer, or a wrapper around one (accelerate's `AcceleratedOptimizer`, the
+            ``engine.optimizer`` of DeepSpeed).
+        guard: What to call. Under ZeRO a `Guard` that was built on the engine.
+        begin: Called before `guard.before_step`, by hosts that know the step's domains only then.
 
     Returns:
         The hooks; `detach()` removes them.
 
     Raises:
         UnsupportedError: If the optimizer cannot be hooked; nothing is attached then.
+        HostError: If it is a ZeRO optimizer and the guard was not built on its engine.
     """
     inner = innermost(optimizer)
-    before_step, after_step = _eager(guard.before_step), _eager(guard.after_step)
+
+    def open_step() -> None:
+        if begin is not None:
+            begin()
+        guard.before_step()
+
+    if (sharded := partitioned(optimizer)) is not None and getattr(guard, "enabled", True):
+        return _hooks(inner, *_in_parts(sharded, guard, open_step))
+    before_step, after_step = _eager(open_step), _eager(guard.after_step)
 
     def before(_: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure, place = _closure(args, kwargs)
@@ -127,13 +140,49 @@ def attach(optimizer: Any, guard: StepGuard) -> StepHooks:
     def after(_: Optimizer, args: Any, kwargs: Any) -> None:
         after_step()
 
-    handles: list[Any] = [inner.register_step_pre_hook(before)]
+    return _hooks(inner, before, after)
+
+
+def _hooks(optimizer: Optimizer, before: Callable[..., Any], after: Callable[..., Any]) -> StepHooks:
+    handles: list[Any] = [optimizer.register_step_pre_hook(before)]
     try:
-        handles.append(inner.register_step_post_hook(after))
+        handles.append(optimizer.register_step_post_hook(after))
     except BaseException:
         handles[0].remove()
         raise
     return StepHooks(handles)
+
+
+def _in_parts(
+    sharded: Any, guard: Any, open_step: Callable[[], None]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks for an optimizer that ZeRO steps once for each of its buffers."""
+
+    def zero() -> Zero:
+        found: Zero | None = getattr(getattr(guard, "view", None), "zero", None)
+        if found is None or found.optimizer is not sharded:
+            raise HostError(
+                f"The optimizer is DeepSpeed's {type(sharded).__name__}, and the guard does not know its engine. "
+                "Build it on what deepspeed.initialize returned, Guard(engine), or call guard.bind(engine)."
+            )
+        return found
+
+    zero()
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        buffers = zero()
+        if buffers.hold(optimizer):
+            open_step()
+            buffers.put_away()
+        if buffers.complete:
+            guard.before_last_part()
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if zero().complete:
+            guard.after_step()
+            zero().release()
+
+    return before, after
 
 
 def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, int | None]:

@@ -69,7 +69,7 @@ def pack(guard: Guard, folders: int = 1) -> dict[str, object]:
         "transposed": sorted(guard.view.layout.transposed),
         "shards": shards_of(guard),
         "blocks": [[view.name for view in block.views] for block in guard.view.blocks],
-        "cuts": {name: part.axis for name, part in guard.view.shards.parts.items() if part.axis is not None},
+        "cuts": guard.view.shards.cuts,
         # Whether the ranks keep different completions.
         "dealt": guard.ranks.reduce is not None,
         "folders": folders,

@@ -19,7 +19,8 @@ from .blocks import block_shape
 from .errors import StateError
 from .local_block import LocalBlock
 from .local_model import LocalModel
-from .shards import Region, Shards
+from .regions import Region
+from .shards import Shards
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -205,21 +206,18 @@ def _cut(guard: Guard, wholes: Mapping[str, Mapping[str, Tensor]]) -> Iterator[t
         region = block.region
         moved += [whole["moved"].flatten()] if "moved" in whole else []
 
-        def mine(values: Tensor) -> Tensor:
-            own = region.units(values)  # noqa: B023
-            return own.clone() if first or not region.split else torch.zeros_like(own)  # noqa: B023
-
         if "sums" in whole:
-            yield f"sums/{index}/energy", mine(whole["sums"])
+            yield f"sums/{index}/energy", region.own_units(whole["sums"], first)
         if "sketch" in whole:
             yield f"sums/{index}/sketch", region.own(whole["sketch"], first)
         for key in ("basis", "eigenvalues"):
             if key in whole:
                 yield f"sums/{index}/{key}", whole[key]
         if "start" in whole:
-            yield f"start/{index}", mine(whole["start"])
+            yield f"start/{index}", region.own_units(whole["start"], first)
         if "gradient" in whole:
-            yield f"gradient/{index}", region.units(whole["gradient"]).clone()
+            seen = whole["gradient"]
+            yield f"gradient/{index}", seen if region.split else region.units(seen).clone()
         if "lam" not in whole:
             continue
         mask = whole["mask"].flatten()
@@ -235,7 +233,7 @@ def _cut(guard: Guard, wholes: Mapping[str, Mapping[str, Tensor]]) -> Iterator[t
             yield f"model/{index}/rows", rows
         here = LocalBlock(U, lam, rho, scale, energy, rows, lam, lam, None if spread is None else region)
         for key in ("z0", "q0"):
-            yield f"model/{index}/{key}", here.take(mine(whole[key]))
+            yield f"model/{index}/{key}", here.take(region.own_units(whole[key], first))
         if "slopes" in whole:
             yield f"slopes/{index}", model.select(whole["slopes"])
     if moved:

@@ -31,7 +31,7 @@ def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_siz
             f"Domain {domain!r} is known already: {sorted(guard.domains)}. A reference domain is protected once, "
             "before training, under a name of its own."
         )
-    if guard.view.spread is not None:
+    if guard.view.spread is not None or guard.view.zero is not None:
         raise UnsupportedError(
             f"The model's parameters lie on {guard.view.shards.world} ranks in pieces, and a reference domain's "
             "backward passes need them whole. Protect it before the model is sharded and load the guard's state, "

@@ -5,14 +5,15 @@ along one axis. In unit view a piece is a box of ``(matrices, units, width)``. W
 (rows of q or gate under `fully_shard`), everything about a unit is known to one rank. Where it goes through
 them (columns of o and down), a rank knows a part of each unit's width: products with directions are then sums
 over ranks. Both cases, and parameters that every rank holds whole, become one rule: each rank writes what it
-knows into zeros, and one sum of one flat buffer makes it whole on all ranks.
+knows into zeros, and one sum of one flat buffer makes it whole on all ranks. DeepSpeed's ZeRO cuts between any
+two elements; `flat` says which box such a range is, and the same rule holds.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import ShapeError, UnsupportedError
+from .errors import HostError, ShapeError, UnsupportedError
+from .flat import Cut, FlatView
+from .regions import Region
 from .units import UnitView
-
-Box = tuple[slice, slice, slice]
+from .zero import Zero, is_put_away, whole_shape
 
 
 @dataclass(frozen=True)
@@ -35,94 +37,22 @@ class Part:
         axis: Axis it is cut along, or None where this rank holds all of it.
         start: First index of the piece on that axis.
         length: Indices of the piece on that axis.
+        cut: Where it is cut between elements and not along an axis; the piece is then the range of elements
+            from `start` on, `length` long.
     """
 
     shape: tuple[int, ...]
     axis: int | None = None
     start: int = 0
     length: int = 0
+    cut: Cut | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the piece."""
+        if self.cut is not None:
+            return (self.length,)
         return tuple(self.length if axis == self.axis else size for axis, size in enumerate(self.shape))
-
-
-@dataclass(frozen=True)
-class Region:
-    """This rank's box of a block's ``(matrices, units, width)``.
-
-    Args:
-        shape: The whole block.
-        box: What of it lies here.
-        owner: Whether this rank adds its box to sums over ranks; only one rank adds what all hold.
-        split: Whether units are cut, so that their products need a sum over ranks.
-    """
-
-    shape: tuple[int, int, int]
-    box: Box
-    owner: bool = True
-    split: bool = False
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Shape of the box."""
-        matrices, units, width = (piece.stop - piece.start for piece in self.box)
-        return matrices, units, width
-
-    def across(self, matrix: Tensor) -> Tensor:
-        """The rows of a ``(width, n)`` matrix, or of a ``(matrices, width, n)`` batch, that meet the box."""
-        return matrix[self.box[2]] if matrix.dim() == 2 else matrix[self.box[0], self.box[2]]
-
-    def units(self, values: Tensor) -> Tensor:
-        """The box's units of ``(matrices, units, ...)`` values; a view."""
-        return values[self.box[0], self.box[1]]
-
-    def spread_units(self, values: Tensor) -> Tensor:
-        """What this rank adds to a sum: values of the box's units, the rest 0, as ``(matrices, units, ...)``."""
-        full = values.new_zeros(*self.shape[:2], *values.shape[2:])
-        if self.owner:
-            self.units(full).copy_(values)
-        return full
-
-    def spread_across(self, matrix: Tensor) -> Tensor:
-        """The same for ``(matrices, width, n)`` values of the box, summed over its units."""
-        full = matrix.new_zeros(self.shape[0], self.shape[2], *matrix.shape[2:])
-        if self.owner:
-            self.across(full).copy_(matrix)
-        return full
-
-    def own(self, matrix: Tensor, first: bool) -> Tensor:
-        """A whole ``(matrices, width, n)`` sum as pieces that add up to it over ranks; a copy.
-
-        Args:
-            matrix: The sum, the same on every rank.
-            first: Whether this is the first rank, which takes what several could.
-        """
-        piece = self.across(matrix).clone()
-        apart = self.split or self.size[0] < self.shape[0]
-        return piece if apart or first else piece.zero_()
-
-    def rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the chosen units lie here.
-
-        Args:
-            chosen: Indices into the flattened ``(matrices * units,)``.
-
-        Returns:
-            Their places in `chosen`, and their indices into the box's own flattened units.
-        """
-        matrix, unit = chosen // self.shape[1], chosen % self.shape[1]
-        m, u = self.box[0], self.box[1]
-        inside = (matrix >= m.start) & (matrix < m.stop) & (unit >= u.start) & (unit < u.stop)
-        places = inside.nonzero().flatten()
-        local = (matrix[places] - m.start) * self.size[1] + unit[places] - u.start
-        return places, local
-
-
-def whole_region(matrices: int, units: int, width: int) -> Region:
-    """The region of a block that lies here whole."""
-    return Region((matrices, units, width), (slice(0, matrices), slice(0, units), slice(0, width)))
 
 
 class Shards:
@@ -130,14 +60,23 @@ class Shards:
 
     Args:
         parameters: By canonical name.
+        zero: The buffers of the DeepSpeed engine that trains them, or None.
 
     Raises:
         UnsupportedError: If a parameter is cut in a way the guard cannot follow.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], zero: Zero | None = None) -> None:
         self.parts: dict[str, Part] = {}
         self.group: Any = None
+        self.zero = zero
+        if zero is not None:
+            for name, tensor in parameters.items():
+                place = zero.place(name, tensor)
+                self.parts[name] = _range(whole_shape(tensor), place.cut, zero.rank)
+                zero.check(name, tensor)
+            self.group, self.rank, self.world = zero.group, zero.rank, zero.world
+            return
         for name, tensor in parameters.items():
             self.parts[name], group = _part(name, tensor)
             if group is not None and self.group is None:
@@ -152,20 +91,36 @@ class Shards:
         self.world = 1 if self.group is None else dist.get_world_size(self.group)
 
     @classmethod
-    def planned(cls, cuts: Mapping[str, tuple[tuple[int, ...], int | None]], rank: int, world: int) -> Shards:
+    def planned(
+        cls, cuts: Mapping[str, tuple[tuple[int, ...], int | Sequence[int] | None]], rank: int, world: int
+    ) -> Shards:
         """The pieces on another rank, or in another run; without a group, so that nothing can be summed.
 
         Args:
-            cuts: By canonical name the whole shape of a parameter and the axis it is cut along, or None.
+            cuts: By canonical name the whole shape of a parameter and how it is cut, as `cuts` gives it, or None.
             rank: The rank.
             world: Number of ranks.
         """
         found = cls({})
-        found.parts = {
-            name: Part(shape) if axis is None or world == 1 else _piece(shape, axis, rank, world)
-            for name, (shape, axis) in cuts.items()
-        }
+        for name, (shape, cut) in cuts.items():
+            if cut is None or world == 1:
+                found.parts[name] = Part(shape)
+            elif isinstance(cut, int):
+                found.parts[name] = _piece(shape, cut, rank, world)
+            else:
+                found.parts[name] = _range(shape, Cut(*cut), rank)
         found.rank, found.world = rank, world
+        return found
+
+    @property
+    def cuts(self) -> dict[str, int | list[int]]:
+        """How the cut parameters are cut: the axis, or offset and size of a `Cut`."""
+        found: dict[str, int | list[int]] = {}
+        for name, part in self.parts.items():
+            if part.cut is not None:
+                found[name] = [part.cut.offset, part.cut.size]
+            elif part.axis is not None:
+                found[name] = part.axis
         return found
 
     @property
@@ -189,20 +144,76 @@ class Shards:
         """Whether another model lies on the ranks in the same pieces."""
         return self.parts == other.parts and (self.rank, self.world) == (other.rank, other.world)
 
-    def view(self, view: UnitView) -> UnitView:
+    def local(self, name: str, tensor: Tensor) -> Tensor:
+        """What of a parameter lies on this rank, sharing its memory; take it afresh at every step.
+
+        Engines swap the memory behind a sharded parameter (CPU offload, resharding), so it must not be kept.
+        """
+        if self.zero is not None:
+            return self.zero.master(tensor)
+        if is_put_away(tensor):
+            # Not yet shared out: there is an optimizer only once training begins.
+            return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
+        return tensor.to_local().detach() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+    def gradient(self, name: str, parameter: Tensor) -> Tensor | None:
+        """The piece of a parameter's gradient that belongs to the parameter's own piece.
+
+        Raises:
+            UnsupportedError: If the gradient is not laid out as its parameter.
+            HostError: If a DeepSpeed engine has it and the guard was not built on that engine.
+        """
+        if self.zero is not None:
+            return self.zero.gradient(name, parameter)
+        gradient = parameter.grad
+        if gradient is None and (is_put_away(parameter) or hasattr(parameter, "_hp_mapping")):
+            raise HostError(
+                f"Parameter {name!r} belongs to a DeepSpeed engine, whose optimizer steps on parts of it. Build "
+                "the guard on what deepspeed.initialize returned, Guard(engine), and attach it to its optimizer."
+            )
+        if gradient is None or not is_sharded(gradient):
+            return gradient
+        if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"The gradient of {name!r} is placed as {gradient.placements}, "  # type: ignore[attr-defined]
+                f"the parameter as {parameter.placements}. "  # type: ignore[attr-defined]
+                "Gradients must be reduced before the optimizer steps, as fully_shard does."
+            )
+        return self.local(name, gradient)
+
+    def publish(self, parameters: Iterable[Tensor]) -> None:
+        """Call after pieces were changed: an engine may keep the weights the model computes with elsewhere."""
+        if self.zero is not None:
+            for tensor in parameters:
+                self.zero.publish(tensor)
+
+    def view(self, view: UnitView) -> UnitView | FlatView:
         """The unit view of the local piece of one parameter."""
         part = self.parts[view.name]
+        if part.cut is not None:
+            return FlatView(view, part.start, part.start + part.length)
         return view if part.axis is None else replace(view, shape=part.local_shape)
 
-    def cut(self, view: UnitView) -> tuple[int, int] | None:
+    def cut(self, view: UnitView) -> object:
         """Where a parameter is cut in unit view, equal for parameters that may share a block."""
         part = self.parts[view.name]
+        if part.cut is not None:
+            owner = part.cut.owner(math.prod(part.shape))
+            return (part.cut, view.kind == "row") if owner is None else owner
         return None if part.axis is None else (_unit_axis(view, part.axis)[0], part.shape[part.axis])
 
     def region(self, views: Sequence[UnitView], shape: tuple[int, int, int]) -> Region:
         """The region of a block of equally sharded parameters; `shape` is the whole block's."""
         view, part = views[0], self.parts[views[0].name]
         axes = [slice(0, size) for size in shape]
+        if part.cut is not None:
+            piece = FlatView(view, part.start, part.start + part.length)
+            matrices, units, width = piece.box
+            # Members of a block follow each other in it, and each is cut alike.
+            matrices = matrices if view.stacked else axes[0]
+            _, rows, length = piece.memory
+            whole = part.cut.falls_on(rows * length if piece.by_width else length, math.prod(part.shape))
+            return Region(shape, (matrices, units, width), True, not whole, piece.held)
         if part.axis is None:
             return Region(shape, (axes[0], axes[1], axes[2]), self.rank == 0)
         place, times = _unit_axis(view, part.axis)
@@ -234,11 +245,12 @@ class Spread:
 
     def whole_products(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The same for products with directions, which every rank has whole where units are cut."""
-        own = [
-            torch.zeros_like(value) if region.split and self.shards.rank else value
+        full = [
+            value if region.split else region.spread_units(value)
             for region, value in zip(self.regions, values, strict=True)
         ]
-        return self.whole_units(own)
+        self.add([value for region, value in zip(self.regions, full, strict=True) if not region.split])
+        return full
 
     def whole_across(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Per-block sums over the units here, summed over all units: ``(matrices, width, n)``."""
@@ -249,32 +261,6 @@ class Spread:
     def own(self, index: int, matrix: Tensor) -> Tensor:
         """This rank's part of a block's whole ``(matrices, width, n)`` sum; see `Region.own`."""
         return self.regions[index].own(matrix, self.shards.rank == 0)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank, sharing its memory; take it afresh at every step.
-
-    Engines swap the memory behind a sharded parameter (CPU offload, resharding), so it must not be kept.
-    """
-    return tensor.to_local().detach() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
-    """The piece of a parameter's gradient that belongs to the parameter's own piece.
-
-    Raises:
-        UnsupportedError: If the gradient is not laid out as its parameter.
-    """
-    gradient = parameter.grad
-    if gradient is None or not is_sharded(gradient):
-        return gradient
-    if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
-        raise UnsupportedError(
-            f"The gradient of {name!r} is placed as {gradient.placements}, "  # type: ignore[attr-defined]
-            f"the parameter as {parameter.placements}. "  # type: ignore[attr-defined]
-            "Gradients must be reduced before the optimizer steps, as fully_shard does."
-        )
-    return local(gradient)
 
 
 def reshard(model: nn.Module) -> None:
@@ -305,7 +291,7 @@ def _ranks(group: Any) -> list[int]:
 
 
 def _part(name: str, tensor: Tensor) -> tuple[Part, Any]:
-    shape = tuple(tensor.shape)
+    shape = whole_shape(tensor)
     if not is_sharded(tensor):
         return Part(shape), None
     from torch.distributed.tensor import Replicate, Shard
@@ -324,7 +310,7 @@ def _part(name: str, tensor: Tensor) -> tuple[Part, Any]:
     axis = placements[cuts[0]].dim % len(shape)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     part = _piece(shape, axis, rank, world)
-    found = tuple(local(tensor).shape)
+    found = tuple(tensor.to_local().shape)  # type: ignore[attr-defined]
     if found != part.local_shape:
         raise ShapeError(
             f"Parameter {name!r} has a local piece of shape {found} on rank {rank} of {world}, expected was "
@@ -339,6 +325,12 @@ def _piece(shape: tuple[int, ...], axis: int, rank: int, world: int) -> Part:
     chunk = math.ceil(shape[axis] / world)
     start = min(rank * chunk, shape[axis])
     return Part(shape, axis, start, min(chunk, shape[axis] - start))
+
+
+def _range(shape: tuple[int, ...], cut: Cut, rank: int) -> Part:
+    """A rank's piece as DeepSpeed's ZeRO cuts it: a range of elements."""
+    start, stop = cut.range(rank, math.prod(shape))
+    return Part(shape, None, start, stop - start, cut)
 
 
 def _unit_axis(view: UnitView, axis: int) -> tuple[int, int]:

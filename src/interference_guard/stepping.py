@@ -21,29 +21,37 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 
-def take_gradients(guard: Guard) -> None:
-    """Anchor the domains that stop being trained, then add the step's gradients to the active ones' sums.
-
-    Of a model spread over ranks the gradients are only looked at: `take_in` adds them after the step, when
-    one sum over ranks serves the observation and the prediction.
-    """
-    active = guard.active
+def open_step(guard: Guard) -> None:
+    """Anchor the domains that stop being trained, at weights that are still unchanged."""
+    active, spread = guard.active, guard.view.spread
     guard.trained = active
     started = perf_counter()
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
     for name in sorted(guard.domains):
         if name not in active and guard.domains[name].own_steps and name != guard.recovery:
             set_anchor(guard, guard.domains[name])
-    started = guard.clock.add("anchor", started)
-    batch, spread = guard.view.gradients(), guard.view.spread
+    for name in active:
+        state = guard.domains[name]
+        if state.start is None and guard.config.selection == "edits" and not state.anchored:
+            state.start = see_through(guard.view.weights(), guard.view.residuals, spread)
+    guard.clock.add("anchor", started)
+
+
+def take_gradients(guard: Guard) -> None:
+    """Add the step's gradients to the active domains' sums.
+
+    Of a model spread over ranks the gradients are only looked at: `take_in` adds them after the step, when
+    one sum over ranks serves the observation and the prediction.
+    """
+    active, spread = guard.active, guard.view.spread
+    started = perf_counter()
+    batch = guard.view.gradients()
     if spread is not None:
         guard.observation = Observation(batch, guard.view.omegas, spread)
     if len(active) > 1:
         guard.warn_mixed(active)
     for name in active:
         state = guard.domains[name]
-        if state.start is None and guard.config.selection == "edits" and not state.anchored:
-            state.start = see_through(guard.view.weights(), guard.view.residuals, spread)
         if guard.config.first_order and state.gradient is None and len(active) == 1:
             state.gradient = GradientMean(guard.view.omegas, spread=spread)
         if spread is None and len(active) == 1:

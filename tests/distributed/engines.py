@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from interference_guard import GuardConfig
 from interference_guard.integrations.trl import InterferenceGuardCallback
+from tests.distributed import zero_jobs
 from tests.distributed.jobs import whole
 from tests.trl import host
 from tests.trl.host import COMMON, online, rows
@@ -35,6 +36,42 @@ def fsdp_on_cpu():
     AcceleratorState.__init__ = after
 
 
+def accelerate_on_cpu():
+    """accelerate takes DeepSpeed on the CPU for DDP too; this keeps it."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    before = AcceleratorState.__init__
+
+    def after(self, *args, **kwargs):
+        before(self, *args, **kwargs)
+        plugin = kwargs.get("deepspeed_plugin")
+        if plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+            plugin.set_mixed_precision("no")
+            plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins = plugin
+
+    AcceleratorState.__init__ = after
+
+
+def zero(stage, **changes):
+    """A trainer's options for DeepSpeed."""
+    accelerate_on_cpu()
+    zero_jobs.deepspeed_on_cpu()
+    table = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True} | changes
+    settings = {"zero_optimization": table, "zero_allow_untested_optimizer": True}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {"deepspeed": settings | dict.fromkeys((*sizes, "gradient_clipping"), "auto")}
+
+
+def weights_of(trainer):
+    """The whole weights by name."""
+    if trainer.is_deepspeed_enabled:
+        return zero_jobs.weights_of(trainer.model_wrapped)[0]
+    return {name: whole(p) for name, p in trainer.model.named_parameters()}
+
+
 def supervised_run(how, folder, steps=25):
     """25 steps of 4 rows over all ranks, 5 of one domain and 20 guarded ones of another."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -42,19 +79,24 @@ def supervised_run(how, folder, steps=25):
         fsdp_on_cpu()
     data = rows(PHASES).map(lambda row: {"completion": " " + row["answer"]}, remove_columns="answer")
     options = dict(FSDP2) if how == "fsdp2" else {}
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    if how.startswith("zero"):
+        options = zero(int(how[-1]))
     settings = {
         "output_dir": str(folder / how),
         "train_sampling_strategy": "sequential",
         "max_steps": steps,
         "per_device_train_batch_size": 4 // ranks,
     }
+    args = SFTConfig(**(COMMON | settings | {"learning_rate": 3e-3} | options))
+    # After the settings: under ZeRO-3 the weights are shared out as they are read.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     trainer = SFTTrainer(
         model,
-        args=SFTConfig(**(COMMON | settings | {"learning_rate": 3e-3} | options)),
+        args=args,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )
+    away = any(hasattr(parameter, "ds_tensor") for parameter in trainer.model.parameters())
     callback = InterferenceGuardCallback(trainer, CONFIG)
     trainer.add_callback(callback)
     trainer.train()
@@ -64,8 +106,9 @@ def supervised_run(how, folder, steps=25):
     table = {
         "kept": min(kept),
         "kind": kind,
+        "away": away,
         "engine": str(trainer.accelerator.distributed_type),
-        "weights": {name: whole(p) for name, p in trainer.model.named_parameters()},
+        "weights": weights_of(trainer),
         "radius": state.radius.item(),
         "foreign": state.foreign_steps,
         "subspace": state.subspace.item(),
@@ -87,13 +130,26 @@ def load_on_cpu():
     torch.load = load
 
 
-def rollouts_run(folder, name, stop=None, resume=False, **config):
+def in_turn(calls):
+    """Results of several trainers in one process, each with the state of accelerate and DeepSpeed to itself."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    found = []
+    for call in calls:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
+        found.append(call())
+    return found
+
+
+def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, **config):
     """GRPO over all ranks: one prompt a rank and step, two domains, recovery if the settings say so."""
     load_on_cpu()
     # The parent wrote the model; two ranks that write it again would read each other's half of it.
     host.known(folder / "model")
     options = {
-        "max_steps": 12,
+        "max_steps": steps,
         "per_device_train_batch_size": 4,
         "num_generations": 4,
         "save_strategy": "steps",
@@ -101,6 +157,11 @@ def rollouts_run(folder, name, stop=None, resume=False, **config):
         "learning_rate": 3e-3,
         "ddp_find_unused_parameters": False,
     }
+    if stage is not None:
+        options |= zero(stage)
+    if stage == 3:
+        # Two micro-batches make a step.
+        options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "num_generations": 2}
     trainer = online("grpo", folder, rows([("math", 10), ("code", 20)]), **options)
     trainer.args.output_dir = str(folder / name)
     callback = InterferenceGuardCallback(trainer, dataclasses.replace(CONFIG, **config))
@@ -120,7 +181,7 @@ def rollouts_run(folder, name, stop=None, resume=False, **config):
         "taken": taken,
         "kept": min(kept, default=1.0),
         "engine": str(trainer.accelerator.distributed_type),
-        "weights": {name: whole(p) for name, p in trainer.model.named_parameters()},
+        "weights": weights_of(trainer),
         "losses": {name: state.region.loss for name, state in guard.domains.items()},
         "radii": {name: state.radius.item() for name, state in guard.domains.items() if state.radius is not None},
         "schedule": guard.schedule.state(),

@@ -118,7 +118,8 @@ def went_on(how, at, folder, **options):
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), host["weights"], strict=True):
             parameter.copy_(placed(value, parameter))
-    for parameter, moments in zip(model.parameters(), host["moments"], strict=True):
+    # An optimizer without any keeps none.
+    for parameter, moments in zip(model.parameters(), host["moments"], strict=False):
         optimizer.state[parameter] = {key: placed(value, parameter) for key, value in moments.items()}
     guard.load(folder)
     train(model, guard, optimizer, ORDER[at:], start=at)

@@ -1,4 +1,4 @@
-"""The guard inside a real trainer on two processes: DDP and FSDP2 give the same weights."""
+"""The guard inside a real trainer on two processes: DDP, FSDP2 and ZeRO give the same weights."""
 
 import functools
 
@@ -72,3 +72,53 @@ def test_grpo_on_two_ranks_decides_alike_and_resumes_exactly(tmp_path, settings)
     for whole, resumed in zip((first, second), run("parts", "resumed", resume=True), strict=True):
         alike(whole, resumed, "radii", "losses", "schedule")
         assert resumed["taken"] == whole["taken"][8:]
+
+
+STOPPED = {2: 8, 3: 5}
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """What two ranks found under DDP and DeepSpeed, by run: they are started once."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("zero")
+    model_and_words(folder / "model")
+    # DDP first: DeepSpeed leaves its mark in the environment.
+    calls = {how: functools.partial(engines.supervised_run, how, folder) for how in ("ddp", "zero2", "zero3")}
+    for stage, settings in ((2, RECOVERING), (3, {"steps": 7})):
+        run = functools.partial(engines.rollouts_run, folder, stage=stage, **settings)
+        calls[f"whole {stage}"] = functools.partial(run, f"whole{stage}")
+        calls[f"stopped {stage}"] = functools.partial(run, f"parts{stage}", stop=STOPPED[stage])
+        calls[f"resumed {stage}"] = functools.partial(run, f"parts{stage}", resume=True)
+    results = run_ranks(2, engines.in_turn, list(calls.values()), folder=folder / "ranks")
+    return {name: [result[index] for result in results] for index, name in enumerate(calls)}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_equals_ddp_after_twenty_guarded_steps(zero, stage):
+    ddp, (found, other) = zero["ddp"][0], zero[f"zero{stage}"]
+    alike(found, other, "radius", "subspace", "loss", "foreign")
+    assert "DEEPSPEED" in found["engine"]
+    assert found["away"] == (stage == 3), "stage 3 must have shared the weights out before the guard was built"
+    assert found["foreign"] == 20
+    assert found["kept"] < 0.99, "the projection must have acted"
+    for name, value in ddp["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-4, atol=1e-5)
+    for name in ("radius", "subspace", "loss"):
+        assert found[name] == pytest.approx(ddp[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_grpo_under_zero_decides_alike_and_resumes_exactly(zero, stage):
+    first, second = zero[f"whole {stage}"]
+    assert "DEEPSPEED" in first["engine"]
+    assert first["kept"] < 0.999, "the projection must have acted"
+    alike(first, second, "taken", "radii", "losses", "schedule")
+    if stage == 2:
+        assert first["schedule"]["phases"] > 0
+    else:
+        # One prompt of each domain, in the two micro-batches of a step.
+        assert ("code", "math") in first["taken"]
+    for whole, resumed in zip((first, second), zero[f"resumed {stage}"], strict=True):
+        alike(whole, resumed, "radii", "losses", "schedule")
+        assert resumed["taken"] == whole["taken"][STOPPED[stage] :]
