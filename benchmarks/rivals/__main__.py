@@ -23,7 +23,7 @@ from ..bed.run import Run
 from ..provenance import RESULTS, write
 from .registry import RIVALS
 from .running import work
-from .table import show, summarise
+from .table import markdown, show, summarise
 from .tuning import SEEDS, TUNING_SEED, Tuning, key
 
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="only show the results there are")
+    parser.add_argument("--markdown", action="store_true", help="only print the documentation's table")
     options = parser.parse_args()
     if TUNING_SEED in options.seeds:
         parser.error(f"--seeds {options.seeds}: seed {TUNING_SEED} is what methods are tuned on; leave it out.")
@@ -44,8 +45,9 @@ def main() -> None:
     bed, name = BEDS[options.bed], f"rivals_{options.bed}"
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
-    if options.show:
-        show(summarise(bed, runs, options.seeds))
+    if options.show or options.markdown:
+        summary = summarise(bed, runs, options.seeds)
+        print(markdown(summary)) if options.markdown else show(summary)
         return
     context = multiprocessing.get_context("spawn")
     started = time.perf_counter()

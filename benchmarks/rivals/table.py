@@ -92,12 +92,27 @@ def show(summary: dict[str, Any]) -> None:
         edge = " (edge)" if row["at_edge"] and row["tuned"] else ""
         place = (row["method"] + mark, _text(row["strength"]), f"{row['rate']:g}{edge}", str(row["runs"]))
         table.add_row(*place, *cells, style=None if row["tuned"] else "dim")
-    Console().print(table)
+    # Wider than a narrow terminal: a table without its figures says nothing.
+    Console(width=max(Console().width, 130)).print(table)
     for name, items in summary["tuning"].items():
         tries = [f"{rate:g} {_text(strength)}: {average:.3f}" for rate, strength, average in items]
         print(f"{name}: {', '.join(tries)}")
     if summary["missing"]:
         print(f"Still to be run: {summary['missing']}")
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table as a page of the documentation shows it."""
+    head = ("method", "strength", "rate", "own", "final", "± s.e.", "worst run", "forgetting", "guard beyond")
+    lines = [head, ("---",) * len(head)]
+    for row in summary["rows"]:
+        beyond = "" if row["method"] == HEADLINE else _signed(row["guard_beyond"])
+        numbers = [f"{row[name]:.3f}" for name in ("own", "average")]
+        numbers += [_signed(row["standard_error"], "{:.3f}")]
+        numbers += [f"{row[name]:.3f}" for name in ("worst", "forgetting")]
+        name = f"**{row['method']}**" if row["tuned"] else row["method"]
+        lines.append((name, _text(row["strength"]), f"{row['rate']:g}", *numbers, beyond))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _signed(value: float | None, form: str = "{:+.3f}") -> str:

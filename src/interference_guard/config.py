@@ -67,6 +67,13 @@ class GuardConfig:
         default=20,
         metadata={"help": "Own steps before a domain's directions are computed anew (its anchor always is)."},
     )
+    stochastic_rounding: bool = field(
+        default=True,
+        metadata={
+            "help": "Round projected bf16 weights up or down at random, in proportion. To the nearest, "
+            "corrections smaller than half a step of bf16 are lost."
+        },
+    )
     sweeps: int = field(
         default=3, metadata={"help": "Cyclic passes of the projection when several domains are protected."}
     )

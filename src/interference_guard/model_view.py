@@ -14,9 +14,13 @@ from .curvature import block_matrices
 from .errors import ShapeError, StateError
 from .flat import FlatView
 from .local_block import Correction
+from .rounding import round_at_random
 from .shards import Shards, Spread, reshard
 from .units import UnitLayout, canonical_name
 from .zero import Zero, whole_shape, zero_of
+
+# Steps between two seeds, more than a run has.
+SEEDS = 1 << 40
 
 
 class ModelView:
@@ -134,14 +138,24 @@ class ModelView:
         return [block.gather(table, self.device) for block in self.blocks]
 
     @torch.no_grad()
-    def subtract(self, corrections: Sequence[Correction]) -> None:
-        """Subtract a correction of every block from the parameters in place."""
+    def subtract(self, corrections: Sequence[Correction], step: int = 0) -> None:
+        """Subtract a correction of every block from the parameters in place.
+
+        Args:
+            corrections: In the order of `blocks`.
+            step: Of the guard. With the seed it says how bf16 weights are rounded, so that ranks that hold the
+                same weights round alike, and a resumed run as an uninterrupted one.
+        """
         tensors = self._pieces()
+        generator = None
+        if self._config.stochastic_rounding and any(item.dtype == torch.bfloat16 for item in tensors.values()):
+            seed = (SEEDS * self._config.seed + step) % 2**63
+            generator = torch.Generator(device=self.device).manual_seed(seed)
         for block, correction in zip(self.blocks, corrections, strict=True):
             if block.padded:
                 _subtract_ranges(block, tensors, correction)
             else:
-                _subtract(block.targets(tensors), correction)
+                _subtract(block.targets(tensors), correction, generator)
         self.shards.publish(self._parameters.values())
 
 
@@ -154,7 +168,7 @@ def _subtract_ranges(block: Block, tensors: Mapping[str, Tensor], correction: Co
             target.sub_(piece.back(change).to(target.dtype))
 
 
-def _subtract(targets: list[Tensor], correction: Correction) -> None:
+def _subtract(targets: list[Tensor], correction: Correction, generator: torch.Generator | None) -> None:
     coefficients, directions = correction
     if len(targets) == 1 and targets[0].dtype == torch.float32 and targets[0].numel() > STACK_LIMIT:
         # In place and in one pass: a change of the weights' size would double the memory traffic.
@@ -165,4 +179,10 @@ def _subtract(targets: list[Tensor], correction: Correction) -> None:
     parts = [change.squeeze(0) if targets[0].dim() == 2 else change]
     if len(targets) > 1:
         parts = list(change.unbind(0))
-    torch._foreach_sub_(targets, [part.to(targets[0].dtype) for part in parts])
+    if targets[0].dtype == torch.float32:
+        torch._foreach_sub_(targets, parts)
+        return
+    for target, part in zip(targets, parts, strict=True):
+        projected = target.float() - part
+        at_random = generator is not None and target.dtype == torch.bfloat16
+        target.copy_(round_at_random(projected, generator) if at_random else projected)

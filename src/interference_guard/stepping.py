@@ -113,7 +113,7 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
     before = _subspaces(states)
     changes = project(models, seen, radii, guard.config.sweeps, guard.reads_back, guard.grams)
     if changes is not None:
-        guard.view.subtract(changes)
+        guard.view.subtract(changes, guard.steps)
         for state, displacement in zip(states, seen, strict=True):
             state.subspace = displacement.energy()
             if displacement.taken is not None and state.model is not None:
