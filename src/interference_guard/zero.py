@@ -32,6 +32,9 @@ SPECIAL: Mapping[str, tuple[object, str]] = {
     "zero_hpz_partition_size": (1, "ZeRO++ keeps a second partition of the weights"),
     "mics_shard_size": (-1, "MiCS shards over a part of the ranks"),
     "zenflow": (None, "ZenFlow updates the weights late"),
+    # Former names of offload_optimizer and offload_param, which DeepSpeed still reads.
+    "cpu_offload": (False, "DeepSpeed keeps optimizer states on the CPU"),
+    "cpu_offload_param": (False, "DeepSpeed keeps weights on the CPU"),
 }
 
 
@@ -258,8 +261,8 @@ def check_engine(engine: Any) -> None:
     """Refuse engines whose weights the guard cannot follow.
 
     Raises:
-        UnsupportedError: As `check_settings`, and under fp16 autocast, DeepSpeed's Muon, tensor or sequence
-            parallelism.
+        UnsupportedError: As `check_settings`, and under fp16 autocast, DeepSpeed's Muon, DeepCompile, tensor or
+            sequence parallelism.
     """
     optimizer = engine.optimizer
     # A path, or the table itself.
@@ -278,6 +281,13 @@ def check_engine(engine: Any) -> None:
         raise UnsupportedError(
             "DeepSpeed's Muon puts its updates in place of the gradients before the optimizer steps, so there "
             "are no gradients to learn from. Use AdamW, or torch.optim.Muon without DeepSpeed."
+        )
+    compiled = getattr(engine, "is_deepcompile_enabled", None)
+    if compiled is not None and compiled():
+        raise UnsupportedError(
+            "DeepSpeed runs with DeepCompile, which takes over when weights are gathered and given back, and the "
+            "guard's own forward passes go past it. Take compile.deepcompile out of DeepSpeed's configuration; "
+            "engine.compile() without it is no matter."
         )
     sizes = [getattr(engine, name, None) for name in ("mp_world_size", "sequence_parallel_size")]
     parallel = max(int(size or 1) for size in sizes if not callable(size))

@@ -17,6 +17,8 @@ from interference_guard.zero import check_settings, is_engine, partitioned
         ({"stage": 3, "zero_quantized_gradients": True}, "zero_quantized_gradients=True: ZeRO.. .* Take it out"),
         ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size=8: ZeRO.. .* Take it out"),
         ({"stage": 3, "mics_shard_size": 4}, "mics_shard_size=4: MiCS .* Take it out"),
+        ({"stage": 2, "cpu_offload": True}, "cpu_offload=True: DeepSpeed keeps optimizer states .* Take it out"),
+        ({"stage": 3, "cpu_offload_param": True}, "cpu_offload_param=True: DeepSpeed keeps weights .* Take it"),
         ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow=.*: ZenFlow .* Take it out"),
     ],
 )
@@ -31,6 +33,7 @@ def test_what_hides_the_weights_is_refused(settings, message):
         {"stage": 1},
         {"stage": 2, "offload_optimizer": {"device": "none"}, "offload_param": None},
         {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1, "zero_quantized_weights": False},
+        {"stage": 2, "cpu_offload": False, "cpu_offload_param": None},
     ],
 )
 def test_stages_that_are_followed_pass(settings):
