@@ -22,7 +22,7 @@ def check_engine(accelerator: Any) -> None:
             "apart. Set fsdp_config={'version': 2}."
         )
     if name == "DEEPSPEED":
-        check_settings(accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}))
+        check_settings(accelerator.state.deepspeed_plugin.deepspeed_config)
     if name in ("MEGATRON_LM", "TP"):
         raise UnsupportedError(
             f"The accelerate engine {name} spreads single matrices over several mesh dimensions, which the guard "

@@ -32,7 +32,23 @@ SPECIAL: Mapping[str, tuple[object, str]] = {
     "zero_hpz_partition_size": (1, "ZeRO++ keeps a second partition of the weights"),
     "mics_shard_size": (-1, "MiCS shards over a part of the ranks"),
     "zenflow": (None, "ZenFlow updates the weights late"),
+    # Former names of offload_optimizer and offload_param, which DeepSpeed still reads.
+    "cpu_offload": (False, "DeepSpeed keeps optimizer states on the CPU"),
+    "cpu_offload_param": (False, "DeepSpeed keeps weights on the CPU"),
 }
+MUON = (
+    "DeepSpeed's Muon puts its updates in place of the gradients before the optimizer steps, so there are no "
+    "gradients to learn from. Use AdamW, or torch.optim.Muon without DeepSpeed."
+)
+DEEPCOMPILE = (
+    "DeepSpeed runs with DeepCompile, which takes over when weights are gathered and given back, and the guard's "
+    "own forward passes go past it. Take compile.deepcompile out of DeepSpeed's configuration; engine.compile() "
+    "without it is no matter."
+)
+PARALLEL = (
+    "DeepSpeed runs with tensor or sequence parallelism of {}. The guard follows data parallel ranks alone: train "
+    "without it."
+)
 
 
 @dataclass(frozen=True)
@@ -258,13 +274,13 @@ def check_engine(engine: Any) -> None:
     """Refuse engines whose weights the guard cannot follow.
 
     Raises:
-        UnsupportedError: As `check_settings`, and under fp16 autocast, DeepSpeed's Muon, tensor or sequence
-            parallelism.
+        UnsupportedError: As `check_settings`, and under fp16 autocast, DeepSpeed's Muon, DeepCompile, tensor or
+            sequence parallelism.
     """
     optimizer = engine.optimizer
     # A path, or the table itself.
     settings = engine.config if isinstance(engine.config, dict) else engine._config._param_dict
-    check_settings(settings.get("zero_optimization", {}))
+    check_settings(settings)
     if partitioned(optimizer) is None or not any(hasattr(optimizer, name) for name in BUFFERS):
         raise UnsupportedError(
             f"DeepSpeed runs with {type(optimizer).__name__}, which the guard does not know. Tested are the "
@@ -275,28 +291,33 @@ def check_engine(engine: Any) -> None:
             "DeepSpeed runs with torch_autocast in fp16, where parts of a step can be left out. Use bf16."
         )
     if any(group.get("use_muon") for group in optimizer.optimizer.param_groups):
-        raise UnsupportedError(
-            "DeepSpeed's Muon puts its updates in place of the gradients before the optimizer steps, so there "
-            "are no gradients to learn from. Use AdamW, or torch.optim.Muon without DeepSpeed."
-        )
+        raise UnsupportedError(MUON)
+    compiled = getattr(engine, "is_deepcompile_enabled", None)
+    if compiled is not None and compiled():
+        raise UnsupportedError(DEEPCOMPILE)
     sizes = [getattr(engine, name, None) for name in ("mp_world_size", "sequence_parallel_size")]
     parallel = max(int(size or 1) for size in sizes if not callable(size))
     if parallel > 1:
-        raise UnsupportedError(
-            f"DeepSpeed runs with tensor or sequence parallelism of {parallel}. The guard follows data parallel "
-            "ranks alone."
-        )
+        raise UnsupportedError(PARALLEL.format(parallel))
 
 
-def check_settings(zero: Mapping[str, Any]) -> None:
-    """Refuse settings under which the guard cannot follow the weights.
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings under which the guard cannot follow the weights, before there is an engine.
 
     Args:
-        zero: The table ``zero_optimization`` of DeepSpeed's configuration.
+        settings: DeepSpeed's configuration.
 
     Raises:
-        UnsupportedError: Under stage 0, offload, ZeRO++, MiCS and ZenFlow.
+        UnsupportedError: Under stage 0, offload, ZeRO++, MiCS, ZenFlow, DeepSpeed's Muon, DeepCompile and tensor
+            parallelism.
     """
+    zero = settings.get("zero_optimization") or {}
+    if str((settings.get("optimizer") or {}).get("type", "")).lower() == "muon":
+        raise UnsupportedError(MUON)
+    if (settings.get("compile") or {}).get("deepcompile"):
+        raise UnsupportedError(DEEPCOMPILE)
+    if (size := (settings.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1:
+        raise UnsupportedError(PARALLEL.format(size))
     if zero.get("stage", 0) == 0:
         raise UnsupportedError(
             "DeepSpeed runs with ZeRO stage 0, which shards nothing. Set zero_optimization.stage to 1, 2 or 3, "

@@ -40,6 +40,8 @@ BF16 = {
 }
 REFUSALS = {
     "offload": r"UnsupportedError: DeepSpeed keeps optimizer states and weights on \['cpu', 'none'\].* Take both",
+    "offload by its former name": r"UnsupportedError: DeepSpeed runs with cpu_offload=True: .* Take it out",
+    "deepcompile": r"UnsupportedError: DeepSpeed runs with DeepCompile.* Take compile.deepcompile out",
     "stage 0": r"UnsupportedError: DeepSpeed runs with ZeRO stage 0.* Set zero_optimization.stage to 1, 2 or 3",
     "muon": r"UnsupportedError: DeepSpeed's Muon puts its updates in place of the gradients .* Use AdamW",
     "module": r"HostError: The optimizer is DeepSpeed's .* Build it on what deepspeed.initialize returned",

@@ -222,6 +222,12 @@ def refusal(kind):
             Toy(), 2, zero={"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False
         )
         attempt = lambda: Guard(engine)  # noqa: E731
+    elif kind == "offload by its former name":
+        engine = engine_of(Toy(), 2, zero={"cpu_offload": True}, zero_force_ds_cpu_optimizer=False)
+        attempt = lambda: Guard(engine)  # noqa: E731
+    elif kind == "deepcompile":
+        engine = engine_of(Toy(), 3, compile={"deepcompile": True})
+        attempt = lambda: Guard(engine)  # noqa: E731
     elif kind == "stage 0":
         engine = engine_of(Toy(), 0)
         attempt = lambda: Guard(engine)  # noqa: E731
