@@ -184,5 +184,6 @@ def _subtract(targets: list[Tensor], correction: Correction, generator: torch.Ge
         return
     for target, part in zip(targets, parts, strict=True):
         projected = target.float() - part
-        at_random = generator is not None and target.dtype == torch.bfloat16
-        target.copy_(round_at_random(projected, generator) if at_random else projected)
+        if generator is not None and target.dtype == torch.bfloat16:
+            projected = round_at_random(projected, generator)
+        target.copy_(projected)

@@ -46,8 +46,8 @@ DEEPCOMPILE = (
     "without it is no matter."
 )
 PARALLEL = (
-    "DeepSpeed runs with tensor or sequence parallelism of {}. The guard follows data parallel ranks alone: train "
-    "without it."
+    "DeepSpeed runs with tensor or sequence parallelism of {}. The guard follows data parallel ranks alone: "
+    "train without it."
 )
 
 
