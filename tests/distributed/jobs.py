@@ -17,6 +17,17 @@ from tests.unit.helpers import CONFIG, Toy, policy_gradient, rollout, train
 ORDER = ["math"] * 5 + ["code"] * 8 + ["qa"] * 12
 
 
+def answer(attempt):
+    """What a call raises, as text for the process that compares the ranks; empty where it raises nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            attempt()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -243,10 +254,4 @@ def refusal(kind, folder):
             placed = distribute_tensor(layer.weight.data, grid[name], [Shard(0)])
             layer.weight = torch.nn.Parameter(placed)
         attempt = lambda: Guard(model)  # noqa: E731
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            attempt()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    return ""
+    return answer(attempt)
