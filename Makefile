@@ -27,7 +27,7 @@ export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-verl demo demo-reference demo-verl test test-verl test-verl-versions lint format typing unit bench docs wheel clean distclean
+.PHONY: help env env-verl demo demo-reference demo-verl test test-verl test-verl-versions lint format typing unit bench bench-rivals docs wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,13 @@ bench: env  ## the committed results again (hours)
 	$(BIN)/python -m benchmarks.reference
 	$(BIN)/python -m benchmarks.paper
 	$(BIN)/python -m benchmarks.tooling
+	$(BIN)/python -m benchmarks.precision
+
+bench-rivals: env  ## the guard against other methods, its ablations, what is predicted (many hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.rivals --bed digits
+	$(BIN)/python -m benchmarks.rivals --bed gym
+	$(BIN)/python -m benchmarks.ablations --bed digits
+	$(BIN)/python -m benchmarks.prediction --bed digits
 
 docs: env  ## build the site into site/
 	$(BIN)/mkdocs build --strict

@@ -5,7 +5,7 @@
 Two matrices of width 1,024 in a residual stream, one domain whose gradients fill 16 directions, then 100 guarded
 steps of AdamW on another one whose gradients have a constant part, at the sizes of weights and rates of a real
 run. The radius is what the first 5 or 20 of these steps reach in fp32; no measurement moves it. Writes
-`benchmarks/results/precision.json`; takes two minutes.
+`benchmarks/results/precision.json`; takes five minutes.
 """
 
 from __future__ import annotations

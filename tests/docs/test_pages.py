@@ -30,3 +30,13 @@ def test_verdict_on_short_refreshes():
     # The page says that some phases brought their domain back and others did not.
     assert 0 < phases["regained"] < phases["all"]
     assert "holds in part" in (ROOT / "docs/paper.md").read_text()
+
+
+def test_the_excess_in_bf16_is_the_result():
+    page, found = (ROOT / "docs/concepts/projection.md").read_text(), results("precision")
+    assert len(found["rows"]) == 10
+    for row in found["rows"]:
+        numbers = [row[kind]["mean"] for kind in ("fp32", "bf16, to the nearest", "bf16, at random")]
+        cells = " | ".join(f"{max(number, 0):.3f}" for number in numbers)
+        assert f"| {row['reach']} steps | {row['rate']:g} | {cells} |" in page
+        assert max(abs(number) for number in row["fp32"]["seeds"]) < 1e-3
