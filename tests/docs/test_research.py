@@ -40,3 +40,20 @@ def test_every_row_has_all_its_runs(bed):
 def test_the_page_names_every_method():
     for name in RIVALS:
         assert name.partition(",")[0] in PAGE
+
+
+def test_the_readme_quotes_the_digits():
+    readme = (ROOT / "README.md").read_text()
+    rows = {row["method"]: row for row in FOUND["digits"]["summary"]["rows"] if row["tuned"]}
+    assert f"the guard ends {rows['plain']['guard_beyond']:.3f} above plain training" in readme
+    assert f"and {-rows['mixed']['guard_beyond']:.3f} below mixed" in readme
+    for name in ("plain", "mixed"):
+        assert f"{rows[name]['guard_beyond_error']:.3f}" in PAGE
+
+
+def test_the_page_quotes_what_tuning_found():
+    tried = FOUND["digits"]["summary"]["tuning"]
+    near = [average for rate, budget, average in tried["guard"] if 2e-4 <= rate <= 5e-4]
+    assert f"between {min(near):.3f} and {max(near):.3f}" in PAGE
+    plain = {rate: average for rate, _, average in tried["plain"]}
+    assert f"falls from {plain[1e-4]:.3f} to {plain[5e-4]:.3f}" in PAGE
