@@ -103,15 +103,14 @@ def show(summary: dict[str, Any]) -> None:
 
 def markdown(summary: dict[str, Any]) -> str:
     """The table as a page of the documentation shows it."""
-    head = ("method", "strength", "rate", "own", "final", "± s.e.", "worst run", "forgetting", "guard beyond")
+    head = ("method", "strength", "rate", "final", "± s.e.", "guard beyond", "forgetting", "own", "worst run")
     lines = [head, ("---",) * len(head)]
     for row in summary["rows"]:
         beyond = "" if row["method"] == HEADLINE else _signed(row["guard_beyond"])
-        numbers = [f"{row[name]:.3f}" for name in ("own", "average")]
-        numbers += [_signed(row["standard_error"], "{:.3f}")]
-        numbers += [f"{row[name]:.3f}" for name in ("worst", "forgetting")]
         name = f"**{row['method']}**" if row["tuned"] else row["method"]
-        lines.append((name, _text(row["strength"]), f"{row['rate']:g}", *numbers, beyond))
+        cells = (f"{row['average']:.3f}", _signed(row["standard_error"], "{:.3f}"), beyond)
+        cells += tuple(f"{row[key]:.3f}" for key in ("forgetting", "own", "worst"))
+        lines.append((name, _text(row["strength"]), f"{row['rate']:g}", *cells))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
