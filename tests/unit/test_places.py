@@ -19,9 +19,9 @@ def record_changes(guard):
     """Squared length of everything projections subtract from the weights, by parameter."""
     sums, subtract = {}, guard.view.subtract
 
-    def seen(changes):
+    def seen(changes, step):
         before = {name: parameter.detach().clone() for name, parameter in guard.model.named_parameters()}
-        subtract(changes)
+        subtract(changes, step)
         for name, parameter in guard.model.named_parameters():
             sums[name] = sums.get(name, 0.0) + float((parameter.detach() - before[name]).square().sum())
 

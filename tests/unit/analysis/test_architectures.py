@@ -119,7 +119,7 @@ def test_a_state_says_which_layers_are_stored_transposed(transposed_run):
     found = predict_damage(state.domain("math"), open_checkpoint(folder / "after"))
     assert found.raw == pytest.approx(guard.raw("math"), rel=1e-3)
     layers = {place for place in state.domain("math").projected_places() if place[0] is not None}
-    assert {(0, "c_attn"), (1, "c_proj")} <= layers
+    assert {(0, "c_attn"), (1, "attn.c_proj"), (1, "mlp.c_proj")} <= layers
     edits = measure_edits(open_checkpoint(folder / "before"), open_checkpoint(folder / "after"))
     assert set(edits.neurons()) == {"transformer.h.0.mlp", "transformer.h.1.mlp"}
 
