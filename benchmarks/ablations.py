@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -24,10 +21,9 @@ from transformers import TrainerCallback
 from .bed.beds import BEDS
 from .bed.method import Guarded
 from .bed.run import Result, Run
+from .processes import finished
 from .provenance import RESULTS, write
 from .rivals.running import result_of
-
-RATE = {"gym": 7e-4, "digits": 5e-4}
 
 
 class ByKL(Guarded):
@@ -107,7 +103,7 @@ def one(variant: str, bed: str, seed: int, order: int, starts: str) -> dict[str,
     """One run in a process of its own."""
     settings = {name: value for name, value in VARIANTS[variant].items() if name != "kind"}
     where = BEDS[bed]
-    run = Run("guard", RATE[bed], seed, where.orders[order], where.steps, settings, bed=bed)
+    run = Run("guard", where.rate, seed, where.orders[order], where.steps, settings, bed=bed)
     kind = KINDS.get(VARIANTS[variant].get("kind", ""), Guarded)
     return {"variant": variant, "order": order, **result_of(run, kind(run), starts)}
 
@@ -151,7 +147,6 @@ def main() -> None:
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     name = f"ablations_{options.bed}"
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
@@ -163,13 +158,8 @@ def main() -> None:
         for variant in options.only
         if (variant, seed, order) not in there
     ]
-    context = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as starts,
-        ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool,
-    ):
-        for done in as_completed([pool.submit(one, *job, starts) for job in jobs]):
-            found = done.result()
+    with tempfile.TemporaryDirectory() as starts:
+        for found in finished(one, [(*job, starts) for job in jobs], options.workers, 1):
             runs.append(found)
             runs.sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["run"]["seed"], run["order"]))
             write(name, {"rows": summarise(runs), "runs": runs})

@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+from .processes import finished
 from .provenance import RESULTS, write
 
 RATE = 7e-4
@@ -168,7 +166,6 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="keep other runs that the results file holds")
     parser.add_argument("--name", default="forgetting", help="name of the results file")
     options = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     jobs = [
         job for job in plan(options.seeds, options.only) if options.rates is None or job["rate"] in options.rates
     ]
@@ -178,21 +175,17 @@ def main() -> None:
         earlier = json.loads((RESULTS / f"{options.name}.json").read_text(encoding="utf-8"))["runs"]
         runs = [r for r in earlier if (r["run"]["method"], r["run"]["rate"], r["run"]["seed"]) not in keys]
     started = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        waiting = [pool.submit(work, job) for job in jobs]
-        for count, done in enumerate(as_completed(waiting), 1):
-            runs.append(done.result())
-            runs.sort(key=lambda r: (r["run"]["method"], r["run"]["rate"], r["run"]["seed"]))
-            path = write(options.name, {"summary": summarise(runs), "runs": runs})
-            last = done.result()
-            minutes = (time.perf_counter() - started) / 60
-            label = f"{last['run']['method']} {last['run']['rate']:g} seed {last['run']['seed']}"
-            print(
-                f"{count}/{len(jobs)} after {minutes:.0f} min: {label}: average {last['average']:.3f}, "
-                f"forgetting {last['forgetting']:.3f}",
-                flush=True,
-            )
+    for count, last in enumerate(finished(work, [(job,) for job in jobs], options.workers), 1):
+        runs.append(last)
+        runs.sort(key=lambda r: (r["run"]["method"], r["run"]["rate"], r["run"]["seed"]))
+        path = write(options.name, {"summary": summarise(runs), "runs": runs})
+        minutes = (time.perf_counter() - started) / 60
+        label = f"{last['run']['method']} {last['run']['rate']:g} seed {last['run']['seed']}"
+        print(
+            f"{count}/{len(jobs)} after {minutes:.0f} min: {label}: average {last['average']:.3f}, "
+            f"forgetting {last['forgetting']:.3f}",
+            flush=True,
+        )
     summary = summarise(runs)
     show(summary)
     assert all(math.isfinite(row["average"]) for row in summary["by_method"])

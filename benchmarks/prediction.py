@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from statistics import fmean
 from typing import Any
 
@@ -24,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .ablations import RATE
 from .bed import model as policy
 from .bed.beds import BEDS
 from .bed.method import Guarded
 from .bed.run import Result, Run
 from .forgetting import spearman
+from .processes import finished
 from .provenance import write
 from .rivals.phased import Rollouts
 from .rivals.running import result_of
@@ -159,7 +156,7 @@ def one(bed: str, seed: int, order: int, guarded: bool, starts: str) -> dict[str
     """One run in a process of its own."""
     where = BEDS[bed]
     method = "guard" if guarded else "observed"
-    run = Run(method, RATE[bed], seed, where.orders[order], where.steps, bed=bed)
+    run = Run(method, where.rate, seed, where.orders[order], where.steps, bed=bed)
     return result_of(run, Predicting(run), starts, pairs=True)
 
 
@@ -256,17 +253,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--guarded", action="store_true", help="predict guarded training")
     options = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     name = f"prediction_{options.bed}{'_guarded' if options.guarded else ''}"
     jobs = [(options.bed, seed, order, options.guarded) for seed in options.seeds for order in options.orders]
     runs: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as starts,
-        ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool,
-    ):
-        for done in as_completed([pool.submit(one, *job, starts) for job in jobs]):
-            runs.append(done.result())
+    with tempfile.TemporaryDirectory() as starts:
+        for found in finished(one, [(*job, starts) for job in jobs], options.workers, 1):
+            runs.append(found)
             runs.sort(key=lambda run: json.dumps(run["run"], sort_keys=True))
             path = write(name, {"summary": summarise(runs), "runs": runs})
             print(f"{len(runs)} of {len(jobs)} runs", flush=True)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from .forgetting import RATE, mean, work
+from .processes import finished
 from .provenance import RESULTS, write
 
 LOOSE = 0.1
@@ -90,23 +88,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--add", action="store_true", help="keep other runs that the results file holds")
     options = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     jobs = [(variant, seed) for variant in options.only for seed in options.seeds]
     runs: list[dict[str, Any]] = []
     if options.add and (RESULTS / "recovery.json").is_file():
         earlier = json.loads((RESULTS / "recovery.json").read_text(encoding="utf-8"))["runs"]
         runs = [run for run in earlier if (run["variant"], run["run"]["seed"]) not in jobs]
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(one, *job) for job in jobs]):
-            runs.append(done.result())
-            runs.sort(key=lambda run: (run["variant"], run["run"]["seed"]))
-            path = write("recovery", {"summary": summarise(runs), "runs": runs})
-            last = done.result()
-            print(
-                f"{last['variant']}, seed {last['run']['seed']}: average {last['average']:.3f}, forgetting "
-                f"{last['forgetting']:.3f}, {last['recovery_share']:.1%} of the steps",
-                flush=True,
-            )
+    for last in finished(one, jobs, options.workers):
+        runs.append(last)
+        runs.sort(key=lambda run: (run["variant"], run["run"]["seed"]))
+        path = write("recovery", {"summary": summarise(runs), "runs": runs})
+        print(
+            f"{last['variant']}, seed {last['run']['seed']}: average {last['average']:.3f}, forgetting "
+            f"{last['forgetting']:.3f}, {last['recovery_share']:.1%} of the steps",
+            flush=True,
+        )
     print(json.dumps(summarise(runs), indent=1))
     print(f"written to {path}")
 

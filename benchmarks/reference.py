@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from .forgetting import RATE, mean, work
+from .processes import finished
 from .provenance import RESULTS, write
 
 REFERENCE = "caesar_cipher"
@@ -72,19 +70,16 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     jobs = [(method, options.rate, seed) for seed in options.seeds for method in METHODS]
     runs: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(one, *job) for job in jobs]):
-            runs.append(done.result())
-            runs.sort(key=lambda run: (run["run"]["method"], run["run"]["seed"]))
-            path = write("reference", {"summary": summarise(runs), "runs": runs}, options.out)
-            last = done.result()
-            print(
-                f"{last['run']['method']}, seed {last['run']['seed']}: {json.dumps(last['reference'])}",
-                flush=True,
-            )
+    for last in finished(one, jobs, options.workers):
+        runs.append(last)
+        runs.sort(key=lambda run: (run["run"]["method"], run["run"]["seed"]))
+        path = write("reference", {"summary": summarise(runs), "runs": runs}, options.out)
+        print(
+            f"{last['run']['method']}, seed {last['run']['seed']}: {json.dumps(last['reference'])}",
+            flush=True,
+        )
     show(summarise(runs))
     print(f"written to {path}")
 

@@ -21,6 +21,7 @@ class Bed:
         prompts: Prompts of a step.
         longest: Most tokens of a completion.
         warm_steps: Supervised steps of the warm start.
+        rate: Learning rate of runs that do not tune it, one at which plain training forgets.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Bed:
     prompts: int
     longest: int
     warm_steps: int
+    rate: float
 
 
 def _other(order: tuple[str, ...]) -> tuple[str, ...]:
@@ -38,6 +40,26 @@ def _other(order: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(order[(3 * place + 1) % len(order)] for place in range(len(order)))
 
 
-GYM = Bed("gym", (domains.ORDER, _other(domains.ORDER)), domains.rows, domains.templates, 60, 32, 6, 800)
-DIGITS = Bed("digits", (digits.ORDER, _other(digits.ORDER)), digits.rows, digits.templates, 100, 16, 4, 1600)
+GYM = Bed(
+    "gym",
+    (domains.ORDER, _other(domains.ORDER)),
+    domains.rows,
+    domains.templates,
+    steps=60,
+    prompts=32,
+    longest=6,
+    warm_steps=800,
+    rate=7e-4,
+)
+DIGITS = Bed(
+    "digits",
+    (digits.ORDER, _other(digits.ORDER)),
+    digits.rows,
+    digits.templates,
+    steps=100,
+    prompts=16,
+    longest=4,
+    warm_steps=1600,
+    rate=5e-4,
+)
 BEDS = {bed.name: bed for bed in (GYM, DIGITS)}

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import tempfile
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from typing import Any
 
 from ..bed.run import Run
+from ..processes import pool
 from ..provenance import RESULTS, write
 from .registry import RIVALS
 from .running import work
@@ -41,21 +40,19 @@ def main() -> None:
     options = parser.parse_args()
     if TUNING_SEED in options.seeds:
         parser.error(f"--seeds {options.seeds}: seed {TUNING_SEED} is what methods are tuned on; leave it out.")
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     bed, name = BEDS[options.bed], f"rivals_{options.bed}"
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     if options.show or options.markdown:
         summary = summarise(bed, runs, options.seeds)
-        print(markdown(summary)) if options.markdown else show(summary)
+        if options.markdown:
+            print(markdown(summary))
+        else:
+            show(summary)
         return
-    context = multiprocessing.get_context("spawn")
     started = time.perf_counter()
     # A process for each run: what one leaves behind cannot reach another.
-    with (
-        tempfile.TemporaryDirectory() as starts,
-        ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool,
-    ):
+    with tempfile.TemporaryDirectory() as starts, pool(options.workers, runs_each=1) as running:
         waiting: dict[Future[dict[str, Any]], str] = {}
         while True:
             found = {key(run["run"]): run["average"] for run in runs}
@@ -65,7 +62,7 @@ def main() -> None:
             for run in wanted:
                 text = key(asdict(run))
                 if text not in waiting.values() and len(waiting) < options.workers:
-                    waiting[pool.submit(work, run, starts)] = text
+                    waiting[running.submit(work, run, starts)] = text
             if not waiting:
                 break
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:

@@ -6,23 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import OSFConfig, get_peft_model
 
-from interference_guard.integrations.trl import order_by_domain
-
-from ..bed.method import Method, Rows, tensor_bytes
-
-
-class Separate(Method):
-    """A trainer, and so an optimizer, of its own for each domain."""
-
-    def plan(self, rows: Rows) -> list[Dataset]:
-        order = {"batches": self.run.steps, "seed": self.run.seed}
-        return [
-            order_by_domain(Dataset.from_list(list(rows[name])), self.bed.prompts, "sequential", **order)
-            for name in self.run.order
-        ]
+from ..bed.method import tensor_bytes
+from .separate import Separate
 
 
 class OSF(Separate):

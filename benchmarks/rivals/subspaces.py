@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from ..bed.method import tensor_bytes
 from .phased import Phased
 
 
-class _Confined(Phased):
+class _Confined(Phased, ABC):
     """After every step, each matrix's displacement since the phase began is projected: ``L D R``.
 
     The first phase is free: there is no earlier domain yet.
@@ -27,9 +28,9 @@ class _Confined(Phased):
         generator = torch.Generator().manual_seed(1000 * self.run.seed + phase)
         self.sides = {name: self.projections(weight, generator) for name, weight in self.matrices()}
 
+    @abstractmethod
     def projections(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
         """The symmetric projections for the left and the right side; None leaves a side free."""
-        raise NotImplementedError
 
     def after_step(self) -> None:
         for name, weight in self.matrices() if self.sides else ():

@@ -12,8 +12,9 @@ from benchmarks.bed.training import share_start, train
 from benchmarks.rivals.agem import AGEM, turn
 from benchmarks.rivals.ewc import EWC
 from benchmarks.rivals.kl import PhaseKL
-from benchmarks.rivals.osf import OSF, Separate
+from benchmarks.rivals.osf import OSF
 from benchmarks.rivals.replay import Replay
+from benchmarks.rivals.separate import Separate
 from benchmarks.rivals.subspaces import OSFTLike, RandomSubspace
 
 ORDER, STEPS = DIGITS.orders[0][:3], 3
