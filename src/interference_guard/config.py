@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from .errors import ConfigError
 
 SELECTIONS = ("energy", "edits", "random")
+METRICS = ("euclidean", "gradient")
 UNIT_KINDS = ("row", "column", "vector")
 
 
@@ -76,6 +77,13 @@ class GuardConfig:
     )
     sweeps: int = field(
         default=3, metadata={"help": "Cyclic passes of the projection when several domains are protected."}
+    )
+    metric: str = field(
+        default="euclidean",
+        metadata={
+            "help": "What a projection keeps: 'euclidean' changes the weights least; 'gradient' weighs each unit "
+            "by the gradient energy of the domain in training, so that it loses less of what it learns."
+        },
     )
     retain: int = field(
         default=128, metadata={"help": "Latest completions kept per domain to measure interference on."}
@@ -157,6 +165,7 @@ class GuardConfig:
             value = getattr(self, name)
             self._check(name, _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
         self._check("selection", self.selection in SELECTIONS, f"one of {list(SELECTIONS)}")
+        self._check("metric", self.metric in METRICS, f"one of {list(METRICS)}")
         self._check("seed", _is_integer(self.seed), "an integer")
         self._check(
             "domain_column", isinstance(self.domain_column, str) and self.domain_column != "", "a column name"

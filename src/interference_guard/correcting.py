@@ -24,6 +24,7 @@ def project(
     sweeps: int,
     early: bool,
     grams: Grams | None = None,
+    metrics: Sequence[Tensor] | None = None,
 ) -> list[Correction] | None:
     """Bring the displacement of every domain inside its radius, by cyclic passes.
 
@@ -38,6 +39,8 @@ def project(
         sweeps: Most passes over the domains.
         early: Stop as soon as all are inside; reads the device, so only for the CPU.
         grams: Products of the models' directions by their `id`, kept from call to call; filled in place.
+        metrics: What a change of each coordinate counts, by domain like `Displacement.flat`, from one metric of
+            the units; None counts all alike.
 
     Returns:
         Per block the change to subtract from the weights (from this rank's part of them), or None when
@@ -52,7 +55,8 @@ def project(
             if early and seen.energy().item() <= radius.item() * slack:
                 continue
             still = False
-            change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, early))
+            metric = None if metrics is None else metrics[i]
+            change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, early, metric))
             seen.flat.sub_(change)
             seen.taken = change if seen.taken is None else seen.taken.add_(change)
             parts = seen.split(change)

@@ -56,14 +56,18 @@ class LocalBlock:
     region: Region | None = None
 
     @property
+    def width(self) -> int:
+        """Length of a unit."""
+        return self.U.shape[1]
+
+    @property
     def rank(self) -> int:
         """Columns of U."""
         return self.U.shape[2]
 
     def unit_scale(self) -> Tensor:
         """C e_j of each protected unit, ``(rows,)``."""
-        scale = (self.energy * self.scale.unsqueeze(-1)).flatten()
-        return scale if self.rows is None else scale[self.rows]
+        return self.protected(self.energy * self.scale.unsqueeze(-1))
 
     def _by_unit(self, values: Tensor) -> Tensor:
         """Per-matrix values ``(matrices, ...)`` repeated for each protected unit, ``(rows, ...)``."""
@@ -79,6 +83,10 @@ class LocalBlock:
             scaled = self.energy * self.scale.unsqueeze(-1)
             return (scaled.unsqueeze(-1) * self.lam.unsqueeze(1)).view(-1, self.rank)
         return self.unit_scale().unsqueeze(-1) * self._by_unit(self.lam)
+
+    def protected(self, values: Tensor) -> Tensor:
+        """Values of the protected units, ``(rows,)``, out of ``(matrices, units)``."""
+        return values.flatten() if self.rows is None else values.flatten()[self.rows]
 
     def select(self, values: Tensor) -> Tensor:
         """Protected rows of ``(matrices, units, columns)``, as ``(rows, columns)``."""

@@ -24,7 +24,7 @@ def subspace_energy(z: Tensor, w: Tensor) -> Tensor:
     return torch.dot((w * z).flatten(), z.flatten()) / 2
 
 
-def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False) -> Tensor:
+def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False, metric: Tensor | None = None) -> Tensor:
     """Factors that move z to the nearest point of the region: the point is ``factors * z``.
 
     No host synchronisation, unless `early`.
@@ -35,13 +35,16 @@ def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False) -> Tens
         radius: 0-d fp32 tensor, above 0.
         early: Stop as soon as the equation holds to 1e-4 (the rest is scaled off); reads the device, so only
             for the CPU.
+        metric: What a change of each coordinate counts, ``(n,)`` fp32 above 0: the point is the one that is
+            nearest by ``sum(metric * change^2)``. None counts all alike.
 
     Returns:
         ``(n,)`` fp32 in (0, 1]; exactly 1 everywhere when z is inside.
     """
-    # Unit-free: with a_i the terms over the radius and v_i = w_i / max w, f(nu) = sum a / (1 + nu v)^2.
-    top = w.max().clamp(min=torch.finfo(w.dtype).tiny)
-    v = w / top
+    # Unit-free: with a_i the terms over the radius and v_i = w_i / max w, f(nu) = sum a / (1 + nu v)^2. In a
+    # metric m the point is z / (1 + mu w / m), so only v differs.
+    price = w if metric is None else w / metric
+    v = price / price.max().clamp(min=torch.finfo(w.dtype).tiny)
     a = _terms(z, w, radius)
     total = a.sum()
     if early:

@@ -14,6 +14,7 @@ from .anchoring import set_anchor
 from .correcting import project
 from .first_order import GradientMean
 from .local_model import displacements, see_through
+from .metric import active_energies, metrics_for
 from .observation import Observation
 
 if TYPE_CHECKING:
@@ -89,9 +90,11 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
     models = [state.model for state in states if state.model is not None]
     seen = displacements(guard.view.weights(), models) if models else []
     spread, (observation, guard.observation) = guard.view.spread, (guard.observation, None)
+    energies = active_energies(guard, observation) if models else None
     if spread is not None:
         # The one collective of a step.
-        spread.add([item.flat for item in seen] + ([] if observation is None else observation.shared))
+        shared = [] if observation is None else observation.shared
+        spread.add([item.flat for item in seen] + shared + (energies or []))
         if observation is not None:
             take_in(guard, observation)
     if not models:
@@ -111,7 +114,8 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         return
     radii = [state.radius for state in states if state.radius is not None]
     before = _subspaces(states)
-    changes = project(models, seen, radii, guard.config.sweeps, guard.reads_back, guard.grams)
+    metrics = metrics_for(states, energies)
+    changes = project(models, seen, radii, guard.config.sweeps, guard.reads_back, guard.grams, metrics)
     if changes is not None:
         guard.view.subtract(changes, guard.steps)
         for state, displacement in zip(states, seen, strict=True):

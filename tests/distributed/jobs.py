@@ -155,9 +155,9 @@ def several(calls):
     return [call() for call in calls]
 
 
-def collectives(order):
+def collectives(order, metric):
     """Collectives of each step's guarded part, and how many domains were protected."""
-    model, guard, optimizer = guarded("fsdp2")
+    model, guard, optimizer = guarded("fsdp2", metric=metric)
     inner, found = optimizer.detach(), []
     for step, domain in enumerate(order):
         rows = rollout(model, domain, seed=step)

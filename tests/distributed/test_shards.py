@@ -57,10 +57,12 @@ CASES = {
         ("fsdp2", {"coverage": 0.6}),
         ("fsdp2", {"coverage": 0.6, "selection": "edits"}),
         ("fsdp2", {"first_order": True}),
+        ("fsdp2", {"metric": "gradient"}),
+        ("fsdp2", {"hidden": 15, "metric": "gradient", "coverage": 0.6}),
         ("ignored", {}),
     ],
     # A vector of 5 over 4 ranks leaves the last one without any of it.
-    4: [("fsdp2", {"hidden": 5}), ("hybrid", {})],
+    4: [("fsdp2", {"hidden": 5}), ("hybrid", {}), ("hybrid", {"metric": "gradient"})],
 }
 
 
@@ -128,9 +130,10 @@ def test_another_number_of_ranks_goes_on(before, after, tmp_path):
         assert_agrees(found[0], expected)
 
 
-def test_a_step_makes_one_collective(tmp_path):
+@pytest.mark.parametrize("metric", ["euclidean", "gradient"])
+def test_a_step_makes_one_collective(metric, tmp_path):
     order = ["math"] * 3 + ["code"] * 3 + ["qa"] * 4
-    for found in run_ranks(2, jobs.collectives, order, folder=tmp_path):
+    for found in run_ranks(2, jobs.collectives, order, metric, folder=tmp_path):
         assert [protected for protected, _ in found] == [0] * 3 + [1] * 3 + [2] * 4
         for step, (_, calls) in enumerate(found):
             # Where the domain changes an anchor is set, which has collectives of its own.

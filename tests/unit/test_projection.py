@@ -38,6 +38,21 @@ def test_point_is_inside_and_the_nearest(early, region):
     assert gap < 1e-3
 
 
+@pytest.mark.parametrize("early", [False, True])
+@settings(max_examples=100, deadline=None)
+@given(region=regions(), seed=st.integers(0, 2**31))
+def test_point_is_the_nearest_in_a_metric(early, region, seed):
+    z, w, radius = region
+    metric = torch.rand(len(z), generator=torch.Generator().manual_seed(seed)) * 10 + 0.01
+    point = shrinkage(z, w, radius, early, metric) * z
+    assert energy_of(point, w) <= float(radius) * (1 + 1e-3)
+    # Measured in units in which the metric is the Euclidean one.
+    root = metric.double().sqrt()
+    truth = nearest_in_ellipsoid(z.double() * root, w.double() / root.square(), float(radius))
+    gap = (point.double() * root - truth).norm() / max(float((z.double() * root).norm()), 1e-300)
+    assert gap < 1e-3
+
+
 @settings(max_examples=200, deadline=None)
 @given(region=regions())
 def test_optimality_conditions_hold(region):
