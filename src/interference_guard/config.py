@@ -82,7 +82,7 @@ class GuardConfig:
         default="euclidean",
         metadata={
             "help": "What a projection keeps: 'euclidean' changes the weights least; 'gradient' weighs each unit "
-            "by the gradient energy of the domain in training, so that it loses less of what it learns."
+            "by the gradient energy of the domain in training."
         },
     )
     retain: int = field(
