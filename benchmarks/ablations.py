@@ -92,7 +92,7 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "budget 0.15": {"budget": 0.15},
     "first order": {"first_order": True},
     "one sweep": {"sweeps": 1},
-    "gradient metric": {"metric": "gradient"},
+    "gradient metric": {"projection_metric": "gradient"},
     "measured in nats": {"kind": "nats"},
     "measured in nats, 0.03": {"kind": "nats", "budget_nats": 0.03},
     "softened Gauss-Newton": {"kind": "softened"},

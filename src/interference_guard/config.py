@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from .errors import ConfigError
 
 SELECTIONS = ("energy", "edits", "random")
-METRICS = ("euclidean", "gradient")
+PROJECTION_METRICS = ("euclidean", "gradient")
 UNIT_KINDS = ("row", "column", "vector")
 
 
@@ -78,7 +78,7 @@ class GuardConfig:
     sweeps: int = field(
         default=3, metadata={"help": "Cyclic passes of the projection when several domains are protected."}
     )
-    metric: str = field(
+    projection_metric: str = field(
         default="euclidean",
         metadata={
             "help": "What a projection keeps: 'euclidean' changes the weights least; 'gradient' weighs each unit "
@@ -165,7 +165,11 @@ class GuardConfig:
             value = getattr(self, name)
             self._check(name, _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
         self._check("selection", self.selection in SELECTIONS, f"one of {list(SELECTIONS)}")
-        self._check("metric", self.metric in METRICS, f"one of {list(METRICS)}")
+        self._check(
+            "projection_metric",
+            self.projection_metric in PROJECTION_METRICS,
+            f"one of {list(PROJECTION_METRICS)}",
+        )
         self._check("seed", _is_integer(self.seed), "an integer")
         self._check(
             "domain_column", isinstance(self.domain_column, str) and self.domain_column != "", "a column name"

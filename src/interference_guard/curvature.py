@@ -153,6 +153,22 @@ class DomainCurvature:
         own = [sums.energy for sums in self.sums]
         return own if self.spread is None else self.spread.whole_units(own)
 
+    def energies_with(self, seen: Observation | None) -> list[Tensor]:
+        """The energies as they are after this step; empty before the first counted one.
+
+        Args:
+            seen: Of a model spread over ranks, the step that `add` is about to take in. They are then what
+                this rank adds to a sum over ranks, ``(matrices, units)`` each.
+        """
+        kept = [sums.energy for sums in self.sums]
+        if self.spread is None or seen is None:
+            return kept if self.spread is None else []
+        # A step that is not finite is not counted, and must not spoil what other ranks add.
+        fresh = [torch.where(seen.total.isfinite(), energy, 0.0) for energy in seen.energies]
+        for new, old in zip(fresh, kept, strict=False):
+            new.add_(old, alpha=self.decay)
+        return [region.spread_units(energy) for region, energy in zip(self.spread.regions, fresh, strict=True)]
+
     def factor(self, energies: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Eigenvectors and eigenvalues of E[G'G] per block, and its trace.
 

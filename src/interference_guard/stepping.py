@@ -14,8 +14,8 @@ from .anchoring import set_anchor
 from .correcting import project
 from .first_order import GradientMean
 from .local_model import displacements, see_through
-from .metric import active_energies, metrics_for
 from .observation import Observation
+from .weighing import active_energies, coordinate_metric
 
 if TYPE_CHECKING:
     from .domain import DomainState
@@ -114,7 +114,7 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         return
     radii = [state.radius for state in states if state.radius is not None]
     before = _subspaces(states)
-    metrics = metrics_for(states, energies)
+    metrics = None if energies is None else [coordinate_metric(model, energies) for model in models]
     changes = project(models, seen, radii, guard.config.sweeps, guard.reads_back, guard.grams, metrics)
     if changes is not None:
         guard.view.subtract(changes, guard.steps)

@@ -157,7 +157,7 @@ def several(calls):
 
 def collectives(order, metric):
     """Collectives of each step's guarded part, and how many domains were protected."""
-    model, guard, optimizer = guarded("fsdp2", metric=metric)
+    model, guard, optimizer = guarded("fsdp2", projection_metric=metric)
     inner, found = optimizer.detach(), []
     for step, domain in enumerate(order):
         rows = rollout(model, domain, seed=step)

@@ -57,12 +57,12 @@ CASES = {
         ("fsdp2", {"coverage": 0.6}),
         ("fsdp2", {"coverage": 0.6, "selection": "edits"}),
         ("fsdp2", {"first_order": True}),
-        ("fsdp2", {"metric": "gradient"}),
-        ("fsdp2", {"hidden": 15, "metric": "gradient", "coverage": 0.6}),
+        ("fsdp2", {"projection_metric": "gradient"}),
+        ("fsdp2", {"hidden": 15, "projection_metric": "gradient", "coverage": 0.6}),
         ("ignored", {}),
     ],
     # A vector of 5 over 4 ranks leaves the last one without any of it.
-    4: [("fsdp2", {"hidden": 5}), ("hybrid", {}), ("hybrid", {"metric": "gradient"})],
+    4: [("fsdp2", {"hidden": 5}), ("hybrid", {}), ("hybrid", {"projection_metric": "gradient"})],
 }
 
 

@@ -37,6 +37,18 @@ def test_every_row_has_all_its_runs(bed):
     assert all(run["run"]["seed"] in (*SEEDS, TUNING_SEED) for run in FOUND[bed]["runs"])
 
 
+def test_the_table_of_the_metric_is_the_result():
+    runs = json.loads((ROOT / "benchmarks/results/ablations_digits.json").read_text())["runs"]
+    cells = {
+        (run["variant"], run["run"]["seed"], run["order"]): f"{run['average']:.3f}, {run['forgetting']:.3f}"
+        for run in runs
+    }
+    for seed in SEEDS:
+        for order, word in enumerate(("first", "second")):
+            pair = (cells[name, seed, order].replace("0.", ".") for name in ("default", "gradient metric"))
+            assert f"| {seed}, {word} | {' | '.join(pair)} |" in PAGE
+
+
 def test_the_page_names_every_method():
     for name in RIVALS:
         assert name.partition(",")[0] in PAGE

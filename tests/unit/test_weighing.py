@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from interference_guard import ConfigError, Guard, GuardConfig, GuardedOptimizer
-from interference_guard.metric import FLOOR, coordinate_metric
+from interference_guard.weighing import FLOOR, coordinate_metric
 from tests.unit.helpers import CONFIG, guarded, train
 
 
@@ -18,7 +18,7 @@ def two_units(metric, first_unit):
     model = nn.Linear(8, 2, bias=False)
     with torch.no_grad():
         model.weight.zero_()
-    guard = Guard(model, GuardConfig(rank=1, sketch=4, metric=metric))
+    guard = Guard(model, GuardConfig(rank=1, sketch=4, projection_metric=metric))
     optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), guard)
     direction = torch.eye(8)[0]
 
@@ -85,7 +85,7 @@ def test_without_energy_all_count_alike(size):
 def test_a_step_of_several_domains_is_projected_as_without_a_metric():
     ends = []
     for metric in ("euclidean", "gradient"):
-        model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, metric=metric))
+        model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, projection_metric=metric))
         train(model, guard, optimizer, ["math"] * 5)
         for step in range(6):
             guard.begin({"code": 0.5, "qa": 0.5})
@@ -101,5 +101,7 @@ def test_a_step_of_several_domains_is_projected_as_without_a_metric():
 
 
 def test_another_metric_is_refused():
-    with pytest.raises(ConfigError, match=r"metric='fisher' is not allowed: it must be one of \['euclidean'"):
-        GuardConfig(metric="fisher")
+    with pytest.raises(
+        ConfigError, match=r"projection_metric='fisher' is not allowed: it must be one of \['euclidean'"
+    ):
+        GuardConfig(projection_metric="fisher")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .domain import DomainState
     from .guard import Guard
     from .local_model import LocalModel
     from .observation import Observation
@@ -31,22 +30,13 @@ def active_energies(guard: Guard, observation: Observation | None) -> list[Tenso
 
     Args:
         guard: The guard, at the end of a step.
-        observation: The step's gradients of a model spread over ranks, before they are summed and counted. The
-            energies are then this rank's parts, with the step's own, and must be summed before they are read.
+        observation: The step's gradients of a model spread over ranks, not yet summed. The energies are then this
+            rank's parts, which must be summed before they are read.
     """
-    if guard.config.metric != "gradient" or not guard.config.project or len(guard.active) != 1:
+    config = guard.config
+    if config.projection_metric != "gradient" or not config.project or len(guard.active) != 1:
         return None
-    curvature = guard.domains[next(iter(guard.active))].curvature
-    kept = [sums.energy for sums in curvature.sums]
-    if curvature.spread is None:
-        return kept or None
-    if observation is None:
-        return None
-    # What is not finite here ends in no curvature, and must not spoil the other ranks' parts.
-    seen = [torch.where(observation.total.isfinite(), energy, 0.0) for energy in observation.energies]
-    if kept:
-        seen = [torch.add(new, old, alpha=curvature.decay) for new, old in zip(seen, kept, strict=True)]
-    return [region.spread_units(energy) for region, energy in zip(curvature.spread.regions, seen, strict=True)]
+    return guard.domains[next(iter(guard.active))].curvature.energies_with(observation) or None
 
 
 def coordinate_metric(model: LocalModel, energies: Sequence[Tensor]) -> Tensor:
@@ -70,10 +60,3 @@ def coordinate_metric(model: LocalModel, energies: Sequence[Tensor]) -> Tensor:
     ]
     # Energies can be as small as 1e-24: without any, or with a mean that underflowed, all count alike.
     return torch.where(mean > 0, torch.cat(parts) / mean.clamp(min=tiny), 1.0).clamp_(min=FLOOR)
-
-
-def metrics_for(states: Sequence[DomainState], energies: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """`coordinate_metric` of every protected domain; None where the projection is Euclidean."""
-    if energies is None:
-        return None
-    return [coordinate_metric(state.model, energies) for state in states if state.model is not None]
