@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -70,6 +71,27 @@ class Completions:
             self.completion_mask[chosen],
             None if self.rewards is None else self.rewards[chosen],
         )
+
+    @cached_property
+    def distinct(self) -> tuple[Completions, Tensor]:
+        """Each different row once, without rewards, and the place of every row among them.
+
+        A mastered domain answers alike time after time, and what is alike need be scored only once. Found at the
+        first call and kept, so the rows must not change afterwards. The second item is ``(rows,)`` int64:
+        ``scores_of_the_different[places]`` are all rows' scores.
+        """
+        count = len(self)
+        kept, places = self.rows(slice(None)), torch.arange(count, device=self.input_ids.device)
+        # torch.unique refuses tensors without rows.
+        if count > 1:
+            keys = torch.cat([self.input_ids, self.attention_mask, self.completion_mask], 1)
+            found, among = torch.unique(keys, dim=0, return_inverse=True)
+            if len(found) < count:
+                first = torch.full((len(found),), count, device=places.device)
+                kept = self.rows(first.scatter_reduce_(0, among, places, "amin"))
+                places = among
+        kept.rewards = None
+        return kept, places
 
     def to(self, device: torch.device) -> Completions:
         """The same rows on `device`."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .probe import Measurement
 
-# Largest change of the radius at one measurement.
+# Largest change of the radius at one measurement, from where the weights were.
 GROW, SHRINK = 2.0, 0.5
 # The projection is at its surface from this part of the radius on.
 SURFACE = 0.9
@@ -176,15 +176,18 @@ class TrustRegion:
             factor = SHRINK
         else:
             factor = budget / loss
+        # From where the loss was measured. Regions that have no point in common leave the weights outside, and
+        # one that shrank from its own radius there would pull ever harder at weights it cannot have.
+        reached = max(self.radius, subspace)
         if factor > 1:
             if subspace > SURFACE * self.radius:
-                self.radius *= factor
-        elif residual > subspace and self.radius * factor < self.largest * FLOOR:
+                self.radius = reached * factor
+        elif residual > subspace and reached * factor < self.largest * FLOOR:
             # What is lost lies outside the directions: a smaller radius would only freeze learning.
             self.radius = min(self.radius, self.largest * FLOOR)
             self.at_floor = True
         else:
-            self.radius *= factor
+            self.radius = reached * factor
         self.radius = max(min(self.radius, self.ceiling), self.largest * LEAST)
         self.largest = max(self.largest, self.radius)
 

@@ -143,7 +143,7 @@ def in_turn(calls):
     return found
 
 
-def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, **config):
+def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, iterations=1, **config):
     """GRPO over all ranks: one prompt a rank and step, two domains, recovery if the settings say so."""
     load_on_cpu()
     # The parent wrote the model; two ranks that write it again would read each other's half of it.
@@ -156,6 +156,7 @@ def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, **
         "save_steps": stop or 100,
         "learning_rate": 3e-3,
         "ddp_find_unused_parameters": False,
+        "num_iterations": iterations,
     }
     if stage is not None:
         options |= zero(stage)

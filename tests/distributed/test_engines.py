@@ -79,7 +79,13 @@ def test_grpo_on_two_ranks_decides_alike_and_resumes_exactly(tmp_path, settings)
         assert resumed["taken"] == whole["taken"][8:]
 
 
-STOPPED = {2: 8, 3: 5}
+# By name: settings of the run, and the step it is stopped after. With two iterations a generation serves two.
+UNDER_ZERO = {
+    "2 recovering": ({"stage": 2, **RECOVERING}, 8),
+    "2 with two iterations": ({"stage": 2, "steps": 10, "iterations": 2}, 6),
+    "3 accumulating": ({"stage": 3, "steps": 7}, 5),
+    "3 with two iterations": ({"stage": 3, "steps": 10, "iterations": 2}, 6),
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +96,11 @@ def zero(tmp_path_factory):
     model_and_words(folder / "model")
     # DDP first: DeepSpeed leaves its mark in the environment.
     calls = {how: functools.partial(engines.supervised_run, how, folder) for how in ("ddp", "zero2", "zero3")}
-    for stage, settings in ((2, RECOVERING), (3, {"steps": 7})):
-        run = functools.partial(engines.rollouts_run, folder, stage=stage, **settings)
-        calls[f"whole {stage}"] = functools.partial(run, f"whole{stage}")
-        calls[f"stopped {stage}"] = functools.partial(run, f"parts{stage}", stop=STOPPED[stage])
-        calls[f"resumed {stage}"] = functools.partial(run, f"parts{stage}", resume=True)
+    for name, (settings, stop) in UNDER_ZERO.items():
+        run = functools.partial(engines.rollouts_run, folder, **settings)
+        calls[f"whole {name}"] = functools.partial(run, f"whole {name}")
+        calls[f"stopped {name}"] = functools.partial(run, f"parts {name}", stop=stop)
+        calls[f"resumed {name}"] = functools.partial(run, f"parts {name}", resume=True)
     results = run_ranks(2, engines.in_turn, list(calls.values()), folder=folder / "ranks")
     return {name: [result[index] for result in results] for index, name in enumerate(calls)}
 
@@ -108,17 +114,19 @@ def test_zero_equals_ddp_after_twenty_guarded_steps(zero, stage):
     equal_to_ddp(found, ddp, rtol=1e-4, atol=1e-5, rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_grpo_under_zero_decides_alike_and_resumes_exactly(zero, stage):
-    first, second = zero[f"whole {stage}"]
+@pytest.mark.parametrize("name", UNDER_ZERO)
+def test_grpo_under_zero_decides_alike_and_resumes_exactly(zero, name):
+    first, second = zero[f"whole {name}"]
     assert "DEEPSPEED" in first["engine"]
     assert first["kept"] < 0.999, "the projection must have acted"
     alike(first, second, "taken", "radii", "losses", "schedule")
-    if stage == 2:
+    if name == "2 recovering":
         assert first["schedule"]["phases"] > 0
-    else:
+    if name == "3 accumulating":
         # One prompt of each domain, in the two micro-batches of a step.
         assert ("code", "math") in first["taken"]
-    for whole, resumed in zip((first, second), zero[f"resumed {stage}"], strict=True):
+    if "iterations" in name:
+        assert first["taken"][::2] == first["taken"][1::2], "both steps of a generation train its domain"
+    for whole, resumed in zip((first, second), zero[f"resumed {name}"], strict=True):
         alike(whole, resumed, "radii", "losses", "schedule")
-        assert resumed["taken"] == whole["taken"][STOPPED[stage] :]
+        assert resumed["taken"] == whole["taken"][UNDER_ZERO[name][1] :]

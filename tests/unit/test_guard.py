@@ -137,7 +137,8 @@ def test_an_empty_probe_costs_no_forward_pass():
     train(model, guard, optimizer, ["math"] * 3 + ["code"] * 11)
     # Scores at the anchor, then after foreign steps 1, 2, 4, 5 and 10.
     assert len(calls) == 6
-    assert max(calls) <= guard.config.retain
+    # The toy's answers are few, and each is scored once.
+    assert max(calls) < len(guard.domains["math"].retained)
 
 
 def test_measurement_is_near_the_true_loss():

@@ -26,6 +26,9 @@ def found(loss, ratio="sequence"):
         (0.025, 0.1, 0.0, 0.8),  # shrinking does not wait for the surface
         (0.5, 1.0, 0.0, 0.5),
         (0.5, 0.4, 0.6, 0.5),  # the residual leads, the floor is far
+        (0.005, 3.0, 0.0, 6.0),  # left outside by other regions, and harmless there
+        (0.025, 3.0, 0.0, 2.4),  # over budget from there on
+        (0.5, 3.0, 0.0, 1.5),
     ],
 )
 def test_radius_follows_the_measurement(loss, subspace, residual, radius):
@@ -48,8 +51,15 @@ def test_radius_stops_at_the_floor_where_the_residual_leads():
 def test_radius_has_no_floor_where_the_subspace_leads():
     control = region()
     for _ in range(20):
-        control.measured(found(0.5), Raw(0.5, 0.01))
+        control.measured(found(0.5), Raw(control.radius, 0.01 * control.radius))
     assert control.radius == pytest.approx(0.5**20)
+
+
+def test_radius_stays_near_weights_that_it_cannot_have():
+    control = region()
+    for _ in range(20):
+        control.measured(found(0.5), Raw(0.8, 0.01))
+    assert control.radius == pytest.approx(0.4), "half of where the weights are, measurement after measurement"
 
 
 def test_prediction_is_calibrated_by_measurements():
@@ -139,7 +149,7 @@ def test_state_round_trip():
 def test_radius_never_vanishes():
     control = region()
     for _ in range(300):
-        control.measured(found(0.5), Raw(0.5, 0.01))
+        control.measured(found(0.5), Raw(control.radius, 0.01 * control.radius))
     assert control.radius == pytest.approx(1e-9)
 
 
