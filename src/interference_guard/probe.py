@@ -84,7 +84,9 @@ class Completions:
         kept, places = self.rows(slice(None)), torch.arange(count, device=self.input_ids.device)
         # torch.unique refuses tensors without rows.
         if count > 1:
-            keys = torch.cat([self.input_ids, self.attention_mask, self.completion_mask], 1)
+            parts = (self.input_ids, self.attention_mask, self.completion_mask)
+            # Masks of another type must not round the ids.
+            keys = torch.cat([part.to(torch.int64) for part in parts], 1)
             found, among = torch.unique(keys, dim=0, return_inverse=True)
             if len(found) < count:
                 first = torch.full((len(found),), count, device=places.device)
@@ -132,7 +134,8 @@ def join(parts: Sequence[Completions]) -> Completions:
 
 Policy = Callable[[Completions], Tensor]
 """Log-probability of each token given those before it, ``(rows, length)`` fp32: position t scores
-``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0."""
+``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0. A probe asks for each different row once, in
+any order and without its rewards."""
 
 
 def model_policy(model: nn.Module, temperature: float = 1.0, batch_size: int = 64) -> Policy:

@@ -98,15 +98,17 @@ def _begin(guard: Guard, state: DomainState) -> None:
 def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Policy | None) -> None:
     schedule = guard.schedule
     if schedule.taken == 0:
+        raw = guard.interference([state.name])[state.name]
         if guard.config.project:
             # Only now: a phase that its host could not serve has cost nobody a step.
-            state.region.tighten()
+            state.region.tighten(raw.inside)
             state.follow_region()
-        after = guard.interference([state.name])[state.name].quadratic
         within = guard.config.regained_within
         if state.measurement is not None:
             within *= limit_of(guard, state.measurement) / guard.config.recovery_threshold
-        schedule = replace(schedule, expected=expected_steps(schedule.displaced, after, schedule.loss, within))
+        schedule = replace(
+            schedule, expected=expected_steps(schedule.displaced, raw.quadratic, schedule.loss, within)
+        )
     regained, judged = _regained(guard, state, schedule, limits, policy)
     guard.schedule = replace(schedule, judged=schedule.judged + judged).step(regained, guard.steps, limits)
     _close(guard, state)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .probe import Measurement
 
-# Largest change of the radius at one measurement, from where the weights were.
+# Largest change of the radius at one measurement, from where the loss was measured.
 GROW, SHRINK = 2.0, 0.5
 # The projection is at its surface from this part of the radius on.
 SURFACE = 0.9
@@ -48,7 +48,7 @@ class TrustRegion:
         budget: Allowed loss, as a part of the reward range.
         budget_nats: The same for measurements in nats per token.
         radius: Bound of the raw subspace term; 0 until the first foreign step has set it.
-        largest: Largest radius so far.
+        largest: Largest radius so far that a measurement within the budget led to.
         ceiling: Radius above which it does not grow, since the domain needed a recovery there.
         at_floor: The last measurement was over budget while the floor held the radius.
         xy, xx: Running sums of raw x loss and raw^2 (quadratic parts), whose quotient is the calibration.
@@ -151,13 +151,17 @@ class TrustRegion:
             self.truth_xy = MEMORY * self.truth_xy + self.estimate * loss
             self.truth_xx = MEMORY * self.truth_xx + self.estimate**2
 
-    def tighten(self) -> None:
+    def tighten(self, subspace: float = 0.0) -> None:
         """The domain must recover: hold it closer from now on, until its own training resumes.
 
         A recovery takes steps from others, and what it brings back would be spent again at the same radius. Below
-        the floor nothing is gained: what is lost then lies elsewhere, and others could no longer learn.
+        the floor nothing is gained: what is lost then lies elsewhere, and others could no longer learn. Nor is it
+        where the weights are outside already: then it was not the radius that let them go.
+
+        Args:
+            subspace: The subspace term of the weights that need the recovery.
         """
-        if self.radius > 0:
+        if self.radius > 0 and SURFACE * subspace <= self.radius:
             self.radius = max(self.radius * SHRINK, min(self.radius, self.largest * FLOOR))
             self.ceiling = self.radius
 
@@ -178,18 +182,18 @@ class TrustRegion:
             factor = budget / loss
         # From where the loss was measured. Regions that have no point in common leave the weights outside, and
         # one that shrank from its own radius there would pull ever harder at weights it cannot have.
-        reached = max(self.radius, subspace)
+        reached = max(self.radius, subspace) if math.isfinite(subspace) else self.radius
         if factor > 1:
             if subspace > SURFACE * self.radius:
-                self.radius = reached * factor
+                self.radius = min(reached * factor, self.ceiling)
+                # Only a measurement within the budget says that a radius was in order.
+                self.largest = max(self.largest, self.radius)
         elif residual > subspace and reached * factor < self.largest * FLOOR:
             # What is lost lies outside the directions: a smaller radius would only freeze learning.
             self.radius = min(self.radius, self.largest * FLOOR)
             self.at_floor = True
         else:
-            self.radius = reached * factor
-        self.radius = max(min(self.radius, self.ceiling), self.largest * LEAST)
-        self.largest = max(self.largest, self.radius)
+            self.radius = max(min(reached * factor, self.ceiling), self.largest * LEAST)
 
     def state(self) -> dict[str, object]:
         """Everything as plain numbers and words, for JSON."""

@@ -172,7 +172,8 @@ def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, it
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             taken.append(callback.guard.trained)
-            control.should_training_stop = state.global_step == stop
+            if state.global_step == stop:
+                control.should_training_stop = True
 
     trainer.add_callback(Watch())
     trainer.train(resume_from_checkpoint=True if resume else None)
@@ -180,6 +181,7 @@ def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, it
     kept = [log["guard/update_kept"] for log in trainer.state.log_history if "guard/update_kept" in log]
     table = {
         "taken": taken,
+        "protected": {name: state.foreign_steps for name, state in guard.domains.items() if state.anchored},
         "kept": min(kept, default=1.0),
         "engine": str(trainer.accelerator.distributed_type),
         "weights": weights_of(trainer),

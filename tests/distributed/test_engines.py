@@ -82,9 +82,9 @@ def test_grpo_on_two_ranks_decides_alike_and_resumes_exactly(tmp_path, settings)
 # By name: settings of the run, and the step it is stopped after. With two iterations a generation serves two.
 UNDER_ZERO = {
     "2 recovering": ({"stage": 2, **RECOVERING}, 8),
-    "2 with two iterations": ({"stage": 2, "steps": 10, "iterations": 2}, 6),
+    "2 with two iterations": ({"stage": 2, "steps": 16, "iterations": 2}, 14),
     "3 accumulating": ({"stage": 3, "steps": 7}, 5),
-    "3 with two iterations": ({"stage": 3, "steps": 10, "iterations": 2}, 6),
+    "3 with two iterations": ({"stage": 3, "steps": 12, "iterations": 2}, 8),
 }
 
 
@@ -127,6 +127,10 @@ def test_grpo_under_zero_decides_alike_and_resumes_exactly(zero, name):
         assert ("code", "math") in first["taken"]
     if "iterations" in name:
         assert first["taken"][::2] == first["taken"][1::2], "both steps of a generation train its domain"
+    stop = UNDER_ZERO[name][1]
+    for stopped in zero[f"stopped {name}"]:
+        assert len(stopped["taken"]) == stop
+        assert stopped["protected"]["math"] > 0, "a domain must be protected where the run goes on"
     for whole, resumed in zip((first, second), zero[f"resumed {name}"], strict=True):
-        alike(whole, resumed, "radii", "losses", "schedule")
-        assert resumed["taken"] == whole["taken"][UNDER_ZERO[name][1] :]
+        alike(whole, resumed, "radii", "losses", "schedule", "protected")
+        assert resumed["taken"] == whole["taken"][stop:]

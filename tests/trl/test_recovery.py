@@ -130,7 +130,8 @@ def test_resume_inside_a_phase_is_bit_identical(stop, tmp_path):
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == stop
+            if state.global_step == stop:
+                control.should_training_stop = True
 
     options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": 1}
     first, _ = start(tmp_path / "b", **options)

@@ -69,7 +69,8 @@ def test_a_resumed_run_takes_it_from_its_checkpoint(tmp_path):
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 3
+            if state.global_step == 3:
+                control.should_training_stop = True
 
     first = online("grpo", tmp_path / "b", rows([("math", 12)]), **options)
     guarded(first, reference={"general": general()})

@@ -28,7 +28,8 @@ def test_resume_is_bit_identical(shape, stop, tmp_path):
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == stop
+            if state.global_step == stop:
+                control.should_training_stop = True
 
     first.add_callback(Stop())
     first.train()

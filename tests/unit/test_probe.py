@@ -214,6 +214,12 @@ def test_rows_that_are_alike_are_scored_once():
     torch.testing.assert_close(rows.rewards, torch.arange(5.0))
 
 
+def test_masks_do_not_round_the_tokens():
+    ids = torch.tensor([[50_000, 7], [50_001, 7]])
+    mask = torch.ones(2, 2, dtype=torch.bfloat16)
+    assert len(Completions(ids, mask, mask).distinct[0]) == 2
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_rows_that_all_differ_stay_as_they_are(count):
     ids = torch.arange(2 * count, dtype=torch.int64).flip(0).reshape(count, 2)

@@ -27,8 +27,9 @@ def found(loss, ratio="sequence"):
         (0.5, 1.0, 0.0, 0.5),
         (0.5, 0.4, 0.6, 0.5),  # the residual leads, the floor is far
         (0.005, 3.0, 0.0, 6.0),  # left outside by other regions, and harmless there
-        (0.025, 3.0, 0.0, 2.4),  # over budget from there on
+        (0.025, 3.0, 0.0, 2.4),  # over budget: from there on
         (0.5, 3.0, 0.0, 1.5),
+        (0.5, math.inf, 0.0, 0.5),
     ],
 )
 def test_radius_follows_the_measurement(loss, subspace, residual, radius):
@@ -60,6 +61,16 @@ def test_radius_stays_near_weights_that_it_cannot_have():
     for _ in range(20):
         control.measured(found(0.5), Raw(0.8, 0.01))
     assert control.radius == pytest.approx(0.4), "half of where the weights are, measurement after measurement"
+
+
+def test_only_a_loss_within_the_budget_raises_the_floor():
+    control = region()
+    for _ in range(10):
+        control.measured(found(0.5), Raw(160.0, 0.01))
+    assert control.radius == 80.0
+    assert control.largest == 1.0
+    control.measured(found(0.005), Raw(80.0, 0.01))
+    assert control.largest == 160.0
 
 
 def test_prediction_is_calibrated_by_measurements():
@@ -131,6 +142,15 @@ def test_recoveries_stop_at_the_floor():
     control.radius = FLOOR / 4
     control.tighten()
     assert control.radius == control.ceiling == FLOOR / 4
+
+
+def test_a_region_that_the_weights_are_outside_of_is_not_tightened():
+    control = region()
+    control.tighten(1.5)
+    assert control.radius == 1.0
+    assert control.ceiling == math.inf
+    control.tighten(1.05)
+    assert control.radius == 0.5
 
 
 def test_a_region_without_a_radius_cannot_be_tightened():
