@@ -62,7 +62,9 @@ def _both(budget: float) -> dict[str, Any]:
 RIVALS: dict[str, Rival] = {
     "plain": Rival("one domain after the other", "bed.method:Method"),
     "plain, a trainer each": Rival("the same with a new optimizer for each domain", "rivals.separate:Separate"),
-    "guard": Rival("projection, by its budget", GUARD, (0.02, 0.05, 0.1), lambda budget: {"budget": budget}),
+    "guard": Rival(
+        "projection, by its budget", GUARD, (0.01, 0.02, 0.05, 0.1), lambda budget: {"budget": budget}
+    ),
     "guard, recovery alone": Rival("recovery phases, by their budget", GUARD, (0.05, 0.1), _alone, True),
     "guard, both": Rival("a projection by its budget, and recovery", GUARD, (0.05, 0.1), _both, True),
     "mixed": Rival(

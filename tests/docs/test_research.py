@@ -65,7 +65,11 @@ def test_the_readme_quotes_the_digits():
 
 def test_the_page_quotes_what_tuning_found():
     tried = FOUND["digits"]["summary"]["tuning"]
-    near = [average for rate, budget, average in tried["guard"] if 2e-4 <= rate <= 5e-4]
+    guard = {(rate, budget): average for rate, budget, average in tried["guard"]}
+    near = [average for (rate, budget), average in guard.items() if 2e-4 <= rate <= 5e-4 and budget <= 0.05]
+    assert len(near) == 9
     assert f"between {min(near):.3f} and {max(near):.3f}" in PAGE
+    assert f"at 1e-3 with a budget of 0.01 it is still {guard[1e-3, 0.01]:.3f}" in PAGE
+    assert f"0.1 at 5e-4, it falls to {guard[5e-4, 0.1]:.3f}" in PAGE
     plain = {rate: average for rate, _, average in tried["plain"]}
     assert f"falls from {plain[1e-4]:.3f} to {plain[5e-4]:.3f}" in PAGE

@@ -1,0 +1,42 @@
+"""How rows are scored where a forward pass takes all ranks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from interference_guard.measuring import score
+from interference_guard.probe import Completions
+
+ALIKE = Completions(*[torch.tensor([[3, 4], [1, 2], [3, 4], [3, 4]])] * 3)
+APART = Completions(*[torch.tensor([[5, 6], [7, 8], [9, 1]])] * 3)
+
+
+def rank(most, passes):
+    """`score` on one rank of a sharded model; the fullest rank has `most` different rows."""
+    view = SimpleNamespace(shards=SimpleNamespace(sharded=True), reshard=lambda: None)
+    ranks = SimpleNamespace(limits=lambda low, high, device: (0.0, float(max(most, high))))
+
+    def policy(rows):
+        passes.append(len(rows))
+        return rows.input_ids.float()
+
+    guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"))
+    return lambda rows: score(guard, rows, policy)
+
+
+@pytest.mark.parametrize("rows", [ALIKE, APART, None], ids=["alike", "apart", "none"])
+def test_every_rank_scores_as_many_rows_as_the_fullest(rows):
+    passes = []
+    found = rank(3, passes)(rows)
+    assert passes == [3]
+    if rows is None:
+        assert found is None
+    else:
+        assert torch.equal(found, rows.input_ids.float()), "every row has its own score, in its own place"
+
+
+def test_nothing_is_scored_where_no_rank_has_rows():
+    passes = []
+    assert rank(0, passes)(None) is None
+    assert passes == []
