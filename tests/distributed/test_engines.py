@@ -79,7 +79,8 @@ def test_grpo_on_two_ranks_decides_alike_and_resumes_exactly(tmp_path, settings)
         assert resumed["taken"] == whole["taken"][8:]
 
 
-# By name: settings of the run, and the step it is stopped after. With two iterations a generation serves two.
+# By name: settings of the run, and the step it is stopped after. With two iterations a generation serves two
+# steps, and a stop lies between generations: TRL's checkpoints hold no rollouts.
 UNDER_ZERO = {
     "2 recovering": ({"stage": 2, **RECOVERING}, 8),
     "2 with two iterations": ({"stage": 2, "steps": 16, "iterations": 2}, 14),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -47,6 +48,9 @@ def test_the_table_of_the_metric_is_the_result():
         for order, word in enumerate(("first", "second")):
             pair = (cells[name, seed, order].replace("0.", ".") for name in ("default", "gradient metric"))
             assert f"| {seed}, {word} | {' | '.join(pair)} |" in PAGE
+    default = [run for run in runs if run["variant"] == "default" and run["run"]["seed"] in SEEDS]
+    final, lost = (fmean(run[key] for run in default) for key in ("average", "forgetting"))
+    assert f"the six runs end at {final:.3f} and forget {lost:.3f}" in PAGE
 
 
 def test_the_page_names_every_method():
