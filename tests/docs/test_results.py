@@ -65,6 +65,15 @@ def test_quoted_correlations():
         assert f"| {float(rate):.0e} | {' | '.join(numbers)} |".replace("e-0", "e-") in README
 
 
+def test_quoted_first_order():
+    page = (ROOT / "docs/concepts/first_order.md").read_text()
+    for rate, found in FORGETTING["summary"]["spearman"].items():
+        numbers = [
+            f"{found['mean'][name]:.2f}" for name in ("first_phase_reward", "first_phase_reward_first_order")
+        ]
+        assert f"| {float(rate):.0e} | {' | '.join(numbers)} |".replace("e-0", "e-") in page
+
+
 def test_quoted_recovery():
     summary = json.loads((ROOT / "benchmarks/results/recovery.json").read_text())["summary"]
     page, found = (ROOT / "docs/concepts/recovery.md").read_text(), summary["by_variant"]
