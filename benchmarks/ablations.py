@@ -136,6 +136,21 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """The documentation's table: what each variant adds to the default's means, on the runs both have."""
+    found: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run["variant"], {})[run["run"]["seed"], run["order"]] = run
+    default = found.pop("default")
+    lines = ["| changed | runs | final | by run | forgetting |", "|---|---|---|---|---|"]
+    for variant in [name for name in VARIANTS if name in found]:
+        pairs = [(run, default[place]) for place, run in sorted(found[variant].items()) if place in default]
+        final, lost = ([run[key] - own[key] for run, own in pairs] for key in ("average", "forgetting"))
+        by_run = ", ".join(f"{value:+.3f}" for value in final)
+        lines.append(f"| {variant} | {len(pairs)} | {fmean(final):+.3f} | {by_run} | {fmean(lost):+.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run what is missing, then show the table."""
     from rich.console import Console
@@ -147,10 +162,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--markdown", action="store_true", help="only print the documentation's table")
     options = parser.parse_args()
     name = f"ablations_{options.bed}"
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    if options.markdown:
+        print(markdown(runs))
+        return
     there = {(run["variant"], run["run"]["seed"], run["order"]) for run in runs}
     jobs = [
         (variant, options.bed, seed, order)

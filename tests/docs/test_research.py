@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 
+from benchmarks import ablations
 from benchmarks.bed.beds import BEDS
 from benchmarks.rivals.registry import RIVALS
 from benchmarks.rivals.table import markdown, summarise
@@ -51,6 +52,11 @@ def test_the_table_of_the_metric_is_the_result():
     default = [run for run in runs if run["variant"] == "default" and run["run"]["seed"] in SEEDS]
     final, lost = (fmean(run[key] for run in default) for key in ("average", "forgetting"))
     assert f"the six runs end at {final:.3f} and forget {lost:.3f}" in PAGE
+
+
+def test_the_table_of_ablations_is_the_result():
+    runs = json.loads((ROOT / "benchmarks/results/ablations_digits.json").read_text())["runs"]
+    assert ablations.markdown(runs) in PAGE
 
 
 def test_the_page_names_every_method():
