@@ -110,18 +110,15 @@ def one(variant: str, bed: str, seed: int, order: int, starts: str) -> dict[str,
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a variant: means, and the difference to the default on the same seeds and orders."""
-    defaults = {(run["run"]["seed"], run["order"]): run["average"] for run in runs if run["variant"] == "default"}
+    """One row a variant: means, and the differences to the default on the same seeds and orders."""
+    defaults = {(run["run"]["seed"], run["order"]): run for run in runs if run["variant"] == "default"}
     rows = []
     for variant in VARIANTS:
         group = [run for run in runs if run["variant"] == variant]
         if not group:
             continue
-        pairs = [
-            run["average"] - defaults[place]
-            for run in group
-            if (place := (run["run"]["seed"], run["order"])) in defaults
-        ]
+        places = [(run, (run["run"]["seed"], run["order"])) for run in group]
+        pairs = [(run, defaults[place]) for run, place in places if place in defaults]
         rows.append(
             {
                 "variant": variant,
@@ -129,47 +126,37 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "average": fmean(run["average"] for run in group),
                 "forgetting": fmean(run["forgetting"] for run in group),
                 "own": fmean(fmean(run["own"].values()) for run in group),
-                "beyond_default": fmean(pairs) if pairs else None,
-                "differences": pairs,
+                "differences": [run["average"] - default["average"] for run, default in pairs],
+                "more_forgotten": [run["forgetting"] - default["forgetting"] for run, default in pairs],
             }
         )
     return rows
 
 
-def markdown(runs: list[dict[str, Any]]) -> str:
-    """The documentation's table: what each variant adds to the default's means, on the runs both have."""
-    found: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
-    for run in runs:
-        found.setdefault(run["variant"], {})[run["run"]["seed"], run["order"]] = run
-    default = found.pop("default")
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table that the documentation shows: what each variant adds to the default's means."""
     lines = ["| changed | runs | final | by run | forgetting |", "|---|---|---|---|---|"]
-    for variant in [name for name in VARIANTS if name in found]:
-        pairs = [(run, default[place]) for place, run in sorted(found[variant].items()) if place in default]
-        final, lost = ([run[key] - own[key] for run, own in pairs] for key in ("average", "forgetting"))
-        by_run = ", ".join(f"{value:+.3f}" for value in final)
-        lines.append(f"| {variant} | {len(pairs)} | {fmean(final):+.3f} | {by_run} | {fmean(lost):+.3f} |")
+    for row in rows:
+        final, lost = row["differences"], row["more_forgotten"]
+        if row["variant"] != "default" and final:
+            by_run = ", ".join(f"{value:+.3f}" for value in final)
+            cells = (row["variant"], str(len(final)), f"{fmean(final):+.3f}", by_run, f"{fmean(lost):+.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run what is missing, then show the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bed", choices=sorted(BEDS), default="digits")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--markdown", action="store_true", help="only print the documentation's table")
     options = parser.parse_args()
     name = f"ablations_{options.bed}"
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
-    if options.markdown:
-        print(markdown(runs))
-        return
     there = {(run["variant"], run["run"]["seed"], run["order"]) for run in runs}
     jobs = [
         (variant, options.bed, seed, order)
@@ -184,12 +171,7 @@ def main() -> None:
             runs.sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["run"]["seed"], run["order"]))
             write(name, {"rows": summarise(runs), "runs": runs})
             print(f"{found['variant']}: average {found['average']:.3f}, {found['seconds']:.0f} s", flush=True)
-    table = Table("variant", "runs", "own", "final", "forgetting", "beyond the default", title=options.bed)
-    for row in summarise(runs):
-        cells = [f"{row[key]:.3f}" for key in ("own", "average", "forgetting")]
-        beyond = "" if row["beyond_default"] is None else f"{row['beyond_default']:+.3f}"
-        table.add_row(row["variant"], str(row["runs"]), *cells, beyond)
-    Console().print(table)
+    print(markdown(summarise(runs)))
 
 
 if __name__ == "__main__":

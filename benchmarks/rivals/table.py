@@ -11,7 +11,7 @@ from ..bed.beds import Bed
 from .registry import RIVALS
 from .tuning import SEEDS, TUNING_SEED, Tuning, key
 
-# What every other method is compared with, run by run: the first strength of it is the guard's default.
+# What every other method is compared with, run by run.
 HEADLINE = "guard"
 
 

@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | None:
     """Log-probabilities of this rank's rows, None without rows; of a sharded model all ranks call it.
 
-    Rows that are alike are scored once. Of a sharded model a forward pass gathers weights, so every rank makes as
-    many: short of rows, it scores some again.
+    Rows that are alike are scored once.
     """
-    if rows is not None:
-        rows, places = rows.distinct
+    if rows is None:
+        return _score(guard, None, policy)
+    different, places = rows.distinct
+    scores = _score(guard, different, policy)
+    return None if scores is None else scores[places.to(scores.device)]
+
+
+def _score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | None:
+    """A sharded model passes forward on all ranks at once, so each scores as many: short of rows, some again."""
     if not guard.view.shards.sharded:
         found = None if rows is None else policy(rows)
         guard.view.reshard()
-        return None if found is None else found[places.to(found.device)]
+        return found
     count = 0 if rows is None else len(rows)
     most = int(guard.ranks.limits(0.0, float(count), guard.device)[1])
     if not most:
@@ -38,7 +44,7 @@ def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | No
     repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
     scores = policy(rows.rows(repeated))[:count]
     guard.view.reshard()
-    return scores[places.to(scores.device)] if count else None
+    return scores if count else None
 
 
 def share_span(guard: Guard, state: DomainState) -> None:

@@ -151,7 +151,7 @@ class TrustRegion:
             self.truth_xy = MEMORY * self.truth_xy + self.estimate * loss
             self.truth_xx = MEMORY * self.truth_xx + self.estimate**2
 
-    def tighten(self, subspace: float = 0.0) -> None:
+    def tighten(self, subspace: float) -> None:
         """The domain must recover: hold it closer from now on, until its own training resumes.
 
         A recovery takes steps from others, and what it brings back would be spent again at the same radius. Below
@@ -171,7 +171,7 @@ class TrustRegion:
 
     def _adapt(self, loss: float, subspace: float, residual: float) -> None:
         self.at_floor = False
-        if self.radius <= 0 or not math.isfinite(loss):
+        if self.radius <= 0 or not math.isfinite(loss) or not math.isfinite(subspace):
             return
         budget = self.allowed
         if loss <= 0.5 * budget:
@@ -182,18 +182,18 @@ class TrustRegion:
             factor = budget / loss
         # From where the loss was measured. Regions that have no point in common leave the weights outside, and
         # one that shrank from its own radius there would pull ever harder at weights it cannot have.
-        reached = max(self.radius, subspace) if math.isfinite(subspace) else self.radius
+        radius = max(self.radius, subspace) * factor
         if factor > 1:
             if subspace > SURFACE * self.radius:
-                self.radius = min(reached * factor, self.ceiling)
+                self.radius = min(radius, self.ceiling)
                 # Only a measurement within the budget says that a radius was in order.
                 self.largest = max(self.largest, self.radius)
-        elif residual > subspace and reached * factor < self.largest * FLOOR:
+        elif residual > subspace and radius < self.largest * FLOOR:
             # What is lost lies outside the directions: a smaller radius would only freeze learning.
             self.radius = min(self.radius, self.largest * FLOOR)
             self.at_floor = True
         else:
-            self.radius = max(min(reached * factor, self.ceiling), self.largest * LEAST)
+            self.radius = max(min(radius, self.ceiling), self.largest * LEAST)
 
     def state(self) -> dict[str, object]:
         """Everything as plain numbers and words, for JSON."""

@@ -172,10 +172,9 @@ def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, it
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             taken.append(callback.guard.trained)
-            if state.global_step == stop:
-                control.should_training_stop = True
 
     trainer.add_callback(Watch())
+    trainer.add_callback(host.StopAt(stop))
     trainer.train(resume_from_checkpoint=True if resume else None)
     guard = callback.guard
     kept = [log["guard/update_kept"] for log in trainer.state.log_history if "guard/update_kept" in log]

@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from interference_guard import GuardConfig
@@ -36,6 +36,17 @@ _FOLDERS = {}
 def known(folder):
     """Take a model that another process has written as it is."""
     _FOLDERS[folder] = None
+
+
+class StopAt(TrainerCallback):
+    """Stops a run after a step, as an interruption would; the trainer's own end stays."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
 
 
 def model_and_words(folder):

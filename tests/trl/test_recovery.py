@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from interference_guard import ConfigError, HostError, UnsupportedError
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from interference_guard.recovery import RecoverySchedule
-from tests.trl.host import CONFIG, online, rows, same, supervised, weights
+from tests.trl.host import CONFIG, StopAt, online, rows, same, supervised, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -128,14 +128,9 @@ def test_resume_inside_a_phase_is_bit_identical(stop, tmp_path):
     whole.train()
     assert one.guard.schedule.total >= 1
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == stop:
-                control.should_training_stop = True
-
     options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": 1}
     first, _ = start(tmp_path / "b", **options)
-    first.add_callback(Stop())
+    first.add_callback(StopAt(stop))
     first.train()
     resumed, callback = start(tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=True)

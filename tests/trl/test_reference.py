@@ -4,7 +4,7 @@ from transformers import TrainerCallback
 
 from interference_guard import ConfigError, HostError, MissingDomainError
 from interference_guard.integrations.trl import InterferenceGuardCallback, route
-from tests.trl.host import CONFIG, online, reward, rows, same, weights
+from tests.trl.host import CONFIG, StopAt, online, reward, rows, same, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -67,14 +67,9 @@ def test_a_resumed_run_takes_it_from_its_checkpoint(tmp_path):
     guarded(whole, reference={"general": general()})
     whole.train()
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                control.should_training_stop = True
-
     first = online("grpo", tmp_path / "b", rows([("math", 12)]), **options)
     guarded(first, reference={"general": general()})
-    first.add_callback(Stop())
+    first.add_callback(StopAt(3))
     first.train()
     resumed = online("grpo", tmp_path / "b", rows([("math", 12)]), **options)
     callback = guarded(resumed, reference={"general": general()})

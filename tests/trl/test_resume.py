@@ -1,10 +1,9 @@
 import pytest
 from peft import LoraConfig
-from transformers import TrainerCallback
 
 from interference_guard import StateError
 from interference_guard.checkpoint import DETAILS, TENSORS
-from tests.trl.host import SHAPES, TWO_PHASES, guarded, online, rows, same, weights
+from tests.trl.host import SHAPES, TWO_PHASES, StopAt, guarded, online, rows, same, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -26,12 +25,7 @@ def test_resume_is_bit_identical(shape, stop, tmp_path):
     first = online("grpo", tmp_path / "b", data, **options)
     guarded(first)
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == stop:
-                control.should_training_stop = True
-
-    first.add_callback(Stop())
+    first.add_callback(StopAt(stop))
     first.train()
     resumed = online("grpo", tmp_path / "b", data, **options)
     callback = guarded(resumed)
