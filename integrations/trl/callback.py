@@ -18,6 +18,7 @@ from interference_guard.checkpoint import load_own
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError, StateError
 from interference_guard.guard import Guard
+from interference_guard.handover import compare, lengths
 from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
@@ -84,6 +85,13 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._failed_save: StateError | None = None
         self._training: str | None = None
         self._probed = -1
+        # Of the weights that the last run ended with.
+        self._left: dict[str, Tensor] | None = None
+        for name, value in (("recovery_datasets", recovery_datasets), ("reference", reference)):
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{name} is of type {type(value).__name__}; it must be a mapping, {{'math': dataset}}."
+                )
         if trainer is not None:
             self._wire(trainer)
 
@@ -96,7 +104,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         same parameters.
         """
         self._wire(trainer)
-        if self not in trainer.callback_handler.callbacks:
+        if self not in _callbacks(trainer):
             trainer.add_callback(self)
         return self
 
@@ -108,7 +116,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if self._seams is not None:
             trainer = self._seams.trainer
             self._seams.restore()
-            if self in trainer.callback_handler.callbacks:
+            if self in _callbacks(trainer):
                 trainer.remove_callback(self)
         self._seams = self._rows = None
 
@@ -118,6 +126,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if self._seams is not None and self._seams.trainer is trainer:
             return
         seams = Seams(trainer, self.config.recovery)
+        if any(isinstance(item, InterferenceGuardCallback) and item is not self for item in _callbacks(trainer)):
+            raise HostError(
+                "Another InterferenceGuardCallback is on this trainer. Call its detach() first; one callback "
+                "guards all domains."
+            )
         check_engine(trainer.accelerator)
         check_dataset(trainer.train_dataset, self.domains)
         recovery = (
@@ -148,6 +161,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.guard.ranks.reduce = partial(_reduce, accelerator) if several else None
         self.detach()
         self._seams, self._recovery = seams, recovery
+        compare(self._left, self.guard.view)
+        self._left = None
         if recovery is not None:
             self.domains.add(sorted(recovery.domains))
             self.guard.recoverable = recovery.domains
@@ -157,7 +172,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         seams.wrap("_load_optimizer_and_scheduler", self._load)
         if self.live is not None:
             self.live.bars = not trainer.args.disable_tqdm
-            seams.wrap("train", self._train)
+        seams.wrap("train", self._train)
         if hasattr(trainer, "create_model_card"):
             seams.wrap("create_model_card", self._card)
         self._rows = PassingRows(seams, self.guard, self.domains)
@@ -211,6 +226,12 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
     def _train(self, method: Any) -> Any:
         def train(*args: Any, **kwargs: Any) -> Any:
+            count = sum(item is self for item in _callbacks(self._trainer))
+            if count != 1:
+                raise HostError(
+                    f"The callback is {count} times among the trainer's. Call trainer.add_callback(callback) "
+                    "once, or attach(trainer) alone."
+                )
             try:
                 return method(*args, **kwargs)
             finally:
@@ -333,6 +354,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         """Remove the step hooks, and end the history with the sums by layer and module."""
         self._unhook()
         if self.config.enabled:
+            self._left = lengths(self._guard().view)
             try:
                 # All ranks: energies of a sharded model are sums over them.
                 places = self._guard().places()
@@ -363,6 +385,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def _folder(directory: str, rank: int) -> Path:
         # Each rank retains completions of its own.
         return Path(directory) if rank == 0 else Path(directory) / f"interference_guard_rank{rank}"
+
+
+def _callbacks(trainer: Any) -> list[Any]:
+    found: list[Any] = trainer.callback_handler.callbacks
+    return found
 
 
 def _reduce(accelerator: Any, values: Tensor, kind: str) -> Tensor:

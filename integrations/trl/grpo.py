@@ -104,6 +104,11 @@ class DomainArguments:
                         f"The domain {entry!r} has unknown fields {unknown} and lacks {absent}; it may have "
                         f"{allowed}, of which name, path and rewards are needed."
                     )
+                if isinstance(entry["rewards"], str):
+                    raise ConfigError(
+                        f"The domain {entry['name']!r} has rewards={entry['rewards']!r}; it must be a list, "
+                        f"[{entry['rewards']}]."
+                    )
                 entry = DomainSettings(**entry)
             made.append(entry)
         self.domains = made
@@ -125,7 +130,7 @@ def load_rows(domains: list[DomainSettings], column: str) -> Any:
     """All domains' rows in one data set, each with its domain in `column`.
 
     Raises:
-        ConfigError: If there is no domain, two have one name, or a data set has no prompts.
+        ConfigError: If there is no domain, two have one name, a file is missing, or a data set has no prompts.
     """
     names = [domain.name for domain in domains]
     if not domains or len(set(names)) < len(names):
@@ -134,7 +139,12 @@ def load_rows(domains: list[DomainSettings], column: str) -> Any:
     for domain in domains:
         suffix = os.path.splitext(domain.path)[1]
         if suffix in FILES:
-            rows = load_dataset(FILES[suffix], data_files=domain.path, split="train")
+            try:
+                rows = load_dataset(FILES[suffix], data_files=domain.path, split="train")
+            except FileNotFoundError as error:
+                raise ConfigError(
+                    f"Domain {domain.name!r} has path={domain.path!r}, and {os.getcwd()!r} has no such file."
+                ) from error
         else:
             rows = load_dataset(domain.path, domain.config, split=domain.split)
         if "prompt" not in rows.column_names:

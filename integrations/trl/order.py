@@ -15,7 +15,16 @@ ORDERS = ("sequential", "round_robin")
 
 
 def prompts_per_generation(args: Any) -> int:
-    """Prompts of one generation batch over all processes, for a `GRPOConfig` or `RLOOConfig`."""
+    """Prompts of one generation batch over all processes, for a `GRPOConfig` or `RLOOConfig`.
+
+    Raises:
+        ConfigError: For settings of a trainer that generates nothing.
+    """
+    if not hasattr(args, "generation_batch_size"):
+        raise ConfigError(
+            f"{type(args).__name__} has no generation batches. For an SFTTrainer give order_by_domain() the rows "
+            "of one optimizer step, and set train_sampling_strategy='sequential'."
+        )
     return int(args.generation_batch_size) // int(args.num_generations)
 
 

@@ -52,8 +52,11 @@ def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "doma
         column: The column that holds a row's domain.
 
     Raises:
-        ConfigError: If a domain has none: its rows would all be without a reward.
+        ConfigError: If a domain has none: its rows would all be without a reward. Or a function without a list.
     """
+    single = sorted(name for name, chosen in functions.items() if callable(chosen))
+    if single:
+        raise ConfigError(f"Domain {single[0]!r} has a function, no list. Write {{{single[0]!r}: [function]}}.")
     bare = sorted(name for name, chosen in functions.items() if not chosen)
     if bare or not functions:
         raise ConfigError(

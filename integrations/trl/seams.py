@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from transformers import Trainer
+
 from interference_guard.errors import HostError
 
 # Attributes of one instance; the class behind it is never changed.
@@ -20,14 +22,18 @@ class Seams:
 
     Args:
         trainer: The trainer.
-
         recovery: Whether recovery phases are wanted.
 
     Raises:
-        HostError: If it lacks a method the guard needs; nothing is wrapped then.
+        HostError: If it is no trainer, or lacks a method the guard needs; nothing is wrapped then.
     """
 
     def __init__(self, trainer: Any, recovery: bool = False) -> None:
+        if not isinstance(trainer, Trainer):
+            raise HostError(
+                f"A {type(trainer).__name__} was given to guard. Give the trainer first: "
+                "InterferenceGuardCallback(trainer, config)."
+            )
         self.trainer = trainer
         self.generates = any(hasattr(trainer, name) for name in GENERATING)
         needed = ALWAYS + (GENERATING if self.generates else ()) + (RECOVERING if recovery else ())

@@ -14,7 +14,7 @@ UNIT_KINDS = ("row", "column", "vector")
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Settings of a `Guard`; every field has a default that was measured on the benchmark bed.
+    """Settings of a `Guard`; the defaults are those of the benchmark beds.
 
     The fields are plain numbers, words and lists, so that `transformers.HfArgumentParser` and TRL's
     `TrlParser` read them from a YAML file or the command line.
@@ -26,7 +26,7 @@ class GuardConfig:
     0.05
     >>> GuardConfig(budget=0)
     Traceback (most recent call last):
-    interference_guard.errors.ConfigError: budget=0 is not allowed: it must be a number above 0. Change budget ...
+    interference_guard.errors.ConfigError: budget=0 is not allowed: it must be a number above 0 and ...
     """
 
     enabled: bool = field(
@@ -145,8 +145,17 @@ class GuardConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the guard's own random matrices."})
 
     def __post_init__(self) -> None:
-        for name in ("budget", "budget_nats", "half_life"):
+        for item in fields(self):
+            if isinstance(item.default, bool):
+                value = getattr(self, item.name)
+                self._check(item.name, isinstance(value, bool), "True or False")
+        for name in ("budget_nats", "half_life"):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number above 0")
+        self._check(
+            "budget",
+            _is_number(self.budget) and 0 < self.budget <= 1,
+            "a number above 0 and at most 1 (two points of a pass rate are 0.02)",
+        )
         for name in (
             "rank",
             "sketch",

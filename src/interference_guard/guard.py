@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 
 from . import checkpoint, measuring, packing, recovering, reference, stepping
-from .errors import MissingDomainError, UnknownDomainError
+from .errors import MissingDomainError, ShapeError, UnknownDomainError
 from .first_order import first_order
 from .guard_state import GuardState
 from .local_model import predict
@@ -60,8 +60,18 @@ class Guard(GuardState):
             domain: Its name.
             completions: Copied; the latest `retain` rows are kept. Their rewards widen the domain's
                 reward range.
+
+        Raises:
+            ShapeError: If they are something else.
         """
-        if not self.enabled or not len(completions):
+        if not self.enabled:
+            return
+        if not isinstance(completions, Completions):
+            raise ShapeError(
+                f"guard.retain({domain!r}, ...) was given {type(completions).__name__}. Give it Completions: "
+                "token ids, attention mask, completion mask and rewards."
+            )
+        if not len(completions):
             return
         started = perf_counter()
         state = self.state_of(domain)

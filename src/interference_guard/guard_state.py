@@ -16,7 +16,7 @@ from .config import GuardConfig
 from .correcting import Grams
 from .curvature import DomainCurvature
 from .domain import DomainState
-from .errors import MissingDomainError, UnknownDomainError
+from .errors import ConfigError, MissingDomainError, UnknownDomainError
 from .metering import Clock, TensorMean
 from .model_view import ModelView
 from .observation import Observation
@@ -39,6 +39,16 @@ class GuardState:
         policy: Policy | None = None,
         reduce: Reduce | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"The model is of type {type(model).__name__}. Give Guard() the torch.nn.Module that is trained, "
+                "or under DeepSpeed the engine around it."
+            )
+        if not isinstance(config, GuardConfig | None):
+            raise ConfigError(
+                f"The settings are of type {type(config).__name__}. Give a GuardConfig, for instance "
+                "GuardConfig(budget=0.02)."
+            )
         self.config = config if config is not None else GuardConfig()
         self.enabled = self.config.enabled
         self.policy: Policy = policy if policy is not None else model_policy(model)
@@ -88,7 +98,7 @@ class GuardState:
     @contextmanager
     def domain(self: Own, name: str | Mapping[str, float]) -> Iterator[Own]:
         """Say what the steps inside the block train: one domain, or the share of rows of each."""
-        self.begin({name: 1.0} if isinstance(name, str) else name)
+        self.begin(name if isinstance(name, Mapping) else {name: 1.0})
         try:
             yield self
         finally:
@@ -104,6 +114,11 @@ class GuardState:
         Raises:
             MissingDomainError: If no domain has a positive share, or a name is not a non-empty string.
         """
+        if not isinstance(shares, Mapping):
+            raise MissingDomainError(
+                f"guard.begin() was given {shares!r}. Give it the share of the step's rows by domain, for "
+                "instance {'math': 1.0}."
+            )
         for name, share in shares.items():
             if not isinstance(name, str) or not name:
                 raise MissingDomainError(
@@ -189,7 +204,8 @@ class GuardState:
                 f"A step trained the domains {sorted(names)} together. Its gradient cannot be told apart by "
                 "domain, so it is added to no domain's curvature: a domain that is only trained so gets no "
                 "protection later. Train one domain a step, for instance with "
-                "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin').",
+                "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin') and "
+                "shuffle_dataset=False (of an SFTTrainer train_sampling_strategy='sequential').",
                 stacklevel=6,
             )
 

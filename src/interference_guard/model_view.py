@@ -91,6 +91,11 @@ class ModelView:
         return next(iter(self._parameters.values())).device
 
     @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The trainable parameters by name."""
+        return self._parameters
+
+    @property
     def zero(self) -> Zero | None:
         """The buffers of the DeepSpeed engine the model is trained by, or None."""
         return self.shards.zero

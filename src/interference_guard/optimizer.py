@@ -114,9 +114,15 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
 
     Raises:
         UnsupportedError: If the optimizer cannot be hooked; nothing is attached then.
-        HostError: If it is a ZeRO optimizer and the guard was not built on its engine.
+        HostError: If the guard watches this optimizer already, if the optimizer steps none of the guard's
+            parameters, or if it is a ZeRO optimizer and the guard was not built on its engine.
     """
     inner = innermost(optimizer)
+    if any(getattr(hook, "guard", None) is guard for hook in inner._optimizer_step_pre_hooks.values()):
+        raise HostError(
+            f"This guard watches this {type(inner).__name__} already, and would count each step twice. Keep the "
+            "hooks there are, or call their detach() first."
+        )
 
     def open_step() -> None:
         if begin is not None:
@@ -124,7 +130,8 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
         guard.before_step()
 
     if (sharded := partitioned(optimizer)) is not None and getattr(guard, "enabled", True):
-        return _hooks(inner, *_in_parts(sharded, guard, open_step))
+        return _hooks(inner, guard, *_in_parts(sharded, guard, open_step))
+    _check_parameters(inner, guard)
     before_step, after_step = _eager(open_step), _eager(guard.after_step)
 
     def before(_: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -140,10 +147,25 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
     def after(_: Optimizer, args: Any, kwargs: Any) -> None:
         after_step()
 
-    return _hooks(inner, before, after)
+    return _hooks(inner, guard, before, after)
 
 
-def _hooks(optimizer: Optimizer, before: Callable[..., Any], after: Callable[..., Any]) -> StepHooks:
+def _check_parameters(optimizer: Optimizer, guard: Any) -> None:
+    watched = getattr(getattr(guard, "view", None), "parameters", None)
+    stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    if watched and not any(id(tensor) in stepped for tensor in watched.values()):
+        raise HostError(
+            f"{type(optimizer).__name__} steps {len(stepped)} parameters, and none of them is among the "
+            f"{len(watched)} the guard watches. Build the guard on the model whose parameters the optimizer was "
+            "given, or call guard.bind(model)."
+        )
+
+
+def _hooks(
+    optimizer: Optimizer, guard: StepGuard, before: Callable[..., Any], after: Callable[..., Any]
+) -> StepHooks:
+    # By this `attach` knows its own hooks again.
+    before.guard = guard  # type: ignore[attr-defined]
     handles: list[Any] = [optimizer.register_step_pre_hook(before)]
     try:
         handles.append(optimizer.register_step_post_hook(after))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from interference_guard import Guard, GuardConfig, GuardedOptimizer, UnsupportedError, attach
+from interference_guard import Guard, GuardConfig, GuardedOptimizer, HostError, UnsupportedError, attach
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit optimizers are an optional dependency")
 schedulefree = pytest.importorskip("schedulefree", reason="schedule-free optimizers are an optional dependency")
@@ -307,6 +307,24 @@ def test_what_cannot_be_hooked_is_refused():
     assert not lbfgs._optimizer_step_pre_hooks
     with pytest.raises(UnsupportedError, match="not a torch.optim.Optimizer"):
         attach(object(), guard)
+    stranger = torch.optim.AdamW(model().parameters())
+    with pytest.raises(HostError, match="none of them is among the"):
+        attach(stranger, guard)
+    assert not stranger._optimizer_step_pre_hooks
+
+
+def test_a_guard_watches_an_optimizer_once():
+    net = model()
+    guard = Guard(net, CONFIG)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(net.parameters(), lr=1e-2), guard)
+    for attempt in (attach, GuardedOptimizer):
+        with pytest.raises(HostError, match="watches this AdamW already"):
+            attempt(optimizer, guard)
+    # Another guard may, and the same one once it has let go.
+    attach(optimizer, Guard(net, CONFIG)).detach()
+    attach(optimizer.detach(), guard)
+    run(net, optimizer, guard, ["a"])
+    assert guard.steps == 1
 
 
 def test_copies_are_refused():

@@ -48,7 +48,9 @@ def accelerate_on_cpu():
         plugin = kwargs.get("deepspeed_plugin")
         if plugin is not None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-            plugin.set_mixed_precision("no")
+            plugin.set_mixed_precision(self._mixed_precision)
+            # DeepSpeed casts the weights, and accelerate does not autocast on top.
+            self._mixed_precision = "no"
             plugin.select(_from_accelerator_state=True)
             self.deepspeed_plugins = plugin
 
@@ -143,7 +145,7 @@ def in_turn(calls):
     return found
 
 
-def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, iterations=1, **config):
+def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, iterations=1, bf16=False, **config):
     """GRPO over all ranks: one prompt a rank and step, two domains, recovery if the settings say so."""
     load_on_cpu()
     # The parent wrote the model; two ranks that write it again would read each other's half of it.
@@ -157,6 +159,7 @@ def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, it
         "learning_rate": 3e-3,
         "ddp_find_unused_parameters": False,
         "num_iterations": iterations,
+        "bf16": bf16,
     }
     if stage is not None:
         options |= zero(stage)
@@ -183,6 +186,8 @@ def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, it
         "protected": {name: state.foreign_steps for name, state in guard.domains.items() if state.anchored},
         "kept": min(kept, default=1.0),
         "engine": str(trainer.accelerator.distributed_type),
+        "dtype": str(next(trainer.model.parameters()).dtype),
+        "apart": zero_jobs.weights_of(trainer.model_wrapped)[1] if stage is not None else None,
         "weights": weights_of(trainer),
         "losses": {name: state.region.loss for name, state in guard.domains.items()},
         "radii": {name: state.radius.item() for name, state in guard.domains.items() if state.radius is not None},

@@ -86,6 +86,8 @@ UNDER_ZERO = {
     "2 with two iterations": ({"stage": 2, "steps": 16, "iterations": 2}, 14),
     "3 accumulating": ({"stage": 3, "steps": 7}, 5),
     "3 with two iterations": ({"stage": 3, "steps": 12, "iterations": 2}, 8),
+    "2 in bf16": ({"stage": 2, "bf16": True}, 8),
+    "3 in bf16": ({"stage": 3, "bf16": True, "steps": 7}, 5),
 }
 
 
@@ -122,9 +124,11 @@ def test_grpo_under_zero_decides_alike_and_resumes_exactly(zero, name):
     assert "DEEPSPEED" in first["engine"]
     assert first["kept"] < 0.999, "the projection must have acted"
     alike(first, second, "taken", "radii", "losses", "schedule")
+    assert first["dtype"] == ("torch.bfloat16" if "bf16" in settings else "torch.float32")
+    assert first["apart"] == 0, "the model must compute with the fp32 weights, rounded"
     if "recovery" in settings:
         assert first["schedule"]["phases"] > 0
-    if name == "3 accumulating":
+    if settings["stage"] == 3 and "iterations" not in settings:
         # One prompt of each domain, in the two micro-batches of a step.
         assert ("code", "math") in first["taken"]
     if "iterations" in settings:

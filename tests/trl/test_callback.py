@@ -1,9 +1,12 @@
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from interference_guard import (
+    ConfigError,
     GuardConfig,
     HostError,
     MissingDomainError,
@@ -193,6 +196,22 @@ def test_one_trainer_a_phase_with_saved_state(tmp_path):
     assert again.guard.domains["math"].foreign_steps == 3
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_next_phase_that_begins_with_other_weights(by_name, tmp_path):
+    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=2)
+    callback = InterferenceGuardCallback(config=CONFIG)
+    callback.attach(first)
+    first.train()
+    model = str(tmp_path / "model") if by_name else first.model
+    second = online("grpo", tmp_path, rows([("code", 6)]), model=model, max_steps=2)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        callback.attach(second)
+    text = [str(item.message) for item in found if "not those the run before ended with" in str(item.message)]
+    assert len(text) == by_name
+    assert not by_name or "give each of them the same model object" in text[0]
+
+
 def test_evaluations_reach_the_guard_by_domain(tmp_path):
     evaluation = rows([("math", 4), ("code", 2)])
     trainer = online(
@@ -275,6 +294,32 @@ class TestRefusals:
         trainer.add_callback(InterferenceGuardCallback(config=CONFIG))
         with pytest.raises(HostError, match=r"Call attach\(trainer\)"):
             trainer.train()
+
+    def test_a_callback_that_is_not_added_or_added_twice(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        callback = InterferenceGuardCallback(trainer, CONFIG)
+        with pytest.raises(HostError, match="is 0 times among the trainer's"):
+            trainer.train()
+        trainer.add_callback(callback)
+        callback.attach(trainer)
+        trainer.add_callback(callback)
+        with pytest.raises(HostError, match="is 2 times among the trainer's"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_two_callbacks(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        guarded(trainer)
+        before = dict(vars(trainer))
+        with pytest.raises(HostError, match="Another InterferenceGuardCallback is on this trainer"):
+            InterferenceGuardCallback(trainer, CONFIG)
+        assert vars(trainer) == before
+
+    def test_wrong_arguments(self, tmp_path):
+        with pytest.raises(HostError, match="A GuardConfig was given to guard"):
+            InterferenceGuardCallback(CONFIG)
+        with pytest.raises(ConfigError, match="reference is of type Dataset; it must be a mapping"):
+            InterferenceGuardCallback(config=CONFIG, reference=rows(TWO_PHASES))
 
 
 def test_detach_leaves_nothing(tmp_path):

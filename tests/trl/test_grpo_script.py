@@ -5,7 +5,7 @@ import yaml
 
 from interference_guard import ConfigError, GuardConfig
 from interference_guard.integrations.trl import grpo
-from interference_guard.integrations.trl.rewards import for_domain, load
+from interference_guard.integrations.trl.rewards import for_domain, load, route
 from tests.trl.host import COMMON, model_and_words
 
 pytestmark = pytest.mark.filterwarnings(
@@ -88,6 +88,8 @@ def test_orders(tmp_path, settings, order):
         ({"order": "random"}, "order='random' is not allowed"),
         ({"domains": [{"name": "math"}]}, r"lacks \['path', 'rewards'\]"),
         ({"domains": [{"name": "a", "path": "b", "rewards": [], "steps": 3}]}, r"unknown fields \['steps'\]"),
+        ({"domains": [{"name": "a", "path": "b", "rewards": "c.d"}]}, r"must be a list, \[c.d\]"),
+        ({"domains": [{"name": "a", "path": "b.jsonl", "rewards": ["c.d"]}]}, "has no such file"),
         ({"domains": []}, "at least one"),
         ({"guard_budget": 0}, "budget=0 is not allowed"),
     ],
@@ -107,6 +109,11 @@ def test_rows_without_prompts_are_refused(tmp_path, settings):
 def test_reward_functions_that_do_not_exist(path):
     with pytest.raises(ConfigError, match="cannot be imported"):
         load(path)
+
+
+def test_a_function_without_a_list():
+    with pytest.raises(ConfigError, match=r"'math' has a function, no list\. Write \{'math': \[function\]\}"):
+        route({"math": len})
 
 
 def test_a_domains_reward_sees_its_rows_alone():

@@ -80,3 +80,5 @@ def test_prompts_of_a_generation_batch():
         generation_batch_size, num_generations = 64, 8
 
     assert prompts_per_generation(Arguments()) == 8
+    with pytest.raises(ConfigError, match="object has no generation batches"):
+        prompts_per_generation(object())

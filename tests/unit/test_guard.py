@@ -6,6 +6,7 @@ import torch
 
 from interference_guard import (
     Completions,
+    ConfigError,
     Guard,
     GuardConfig,
     MissingDomainError,
@@ -202,6 +203,21 @@ def test_domains_must_be_named():
     ):
         with pytest.raises(MissingDomainError, match=message):
             guard.begin(shares)
+    with pytest.raises(MissingDomainError, match="was given 'math'"):
+        guard.begin("math")
+    with pytest.raises(MissingDomainError, match="named 3"), guard.domain(3):
+        pass
+
+
+def test_other_objects_are_refused():
+    with pytest.raises(ConfigError, match=r"The model is of type str\. Give Guard"):
+        Guard("Qwen/Qwen3-0.6B")
+    with pytest.raises(ConfigError, match=r"settings are of type dict\. Give a GuardConfig"):
+        Guard(torch.nn.Linear(3, 3), {"budget": 0.02})
+    guard = Guard(torch.nn.Linear(3, 3))
+    with pytest.raises(ShapeError, match="was given dict"):
+        guard.retain("math", {"input_ids": torch.ones(1, 2)})
+    assert not guard.domains
 
 
 def test_domains_without_an_anchor_cannot_be_asked_for():
