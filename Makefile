@@ -47,7 +47,7 @@ $(VERL_STAMP): pyproject.toml constraints-verl.txt
 	$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints-verl.txt --editable ".[verl,verl-dev]"
 	@touch $@
 
-demo: env  ## train four domains plain and guarded, then print the table and draw the figure
+demo: env  ## train eight domains plain and guarded, then print the table and draw the figure
 	$(BIN)/python -m benchmarks.demo
 
 demo-verl: env-verl  ## the real veRL trainer on the CPU: two domains in turn, plain and guarded, then a table

@@ -1,4 +1,4 @@
-"""What a result was measured with: versions, hardware, date and commit."""
+"""What a result was measured with: versions, hardware and commit."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def hide_trl() -> bool:
     """Keep veRL 0.9.1 from patching a class that TRL no longer has; returns whether TRL was hidden.
 
     Its `apply_monkey_patch` imports `AutoModelForCausalLMWithValueHead` wherever TRL is installed, and fails
-    with TRL 1.0 and later, which have no such class. Only for this process, and only if nobody uses TRL in it.
+    with TRL 1.14 and later, which have no such class. Only for this process, and only if nobody uses TRL in it.
     Delete once veRL asks for the class and not for the package.
     """
     if "trl" in sys.modules or importlib.util.find_spec("trl") is None:

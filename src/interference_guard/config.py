@@ -41,7 +41,9 @@ class GuardConfig:
     )
     budget: float = field(
         default=0.02,
-        metadata={"help": "Reward a protected domain may lose, as a part of its reward range."},
+        metadata={
+            "help": "Measured loss that a protected domain's radius is steered to, as a part of its reward range."
+        },
     )
     budget_nats: float = field(
         default=0.01,

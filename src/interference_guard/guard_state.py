@@ -57,6 +57,7 @@ class GuardState:
         self.ranks = Ranks(reduce)
         self.clock = Clock()
         self.steps = 0
+        """Optimizer steps so far."""
         self.kept = TensorMean()
         # By id of the local models, which live as long as the entry: cleared whenever one is replaced.
         self.grams: Grams = {}
@@ -69,6 +70,7 @@ class GuardState:
         self.observation: Observation | None = None
         self.schedule = RecoverySchedule()
         self.trained: tuple[str, ...] = ()
+        """Domains of the latest step."""
         # Domains a host can give own steps to; None: all of them.
         self.recoverable: frozenset[str] | None = None
         self._mixed: set[tuple[str, ...]] = set()

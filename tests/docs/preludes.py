@@ -3,6 +3,7 @@
 A page names the prelude of a block in a comment above it: `<!-- example: trl -->`.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def trl(folder: Path) -> dict[str, Any]:
     rows = [dict(zip(("prompt", "answer", "domain"), row, strict=True)) for row in [*sums, *words]]
 
     def matches(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        return [float(right in text) for text, right in zip(completions, answer, strict=True)]
+        # A random model hardly ever answers right, and rewards that are all alike give no gradients.
+        return [float(right in text) + 0.01 * len(text) for text, right in zip(completions, answer, strict=True)]
 
     args = GRPOConfig(
         output_dir=str(folder / "run"),
@@ -66,6 +68,82 @@ def trl(folder: Path) -> dict[str, Any]:
         "args": args,
         "dataset": Dataset.from_list(rows),
     }
+
+
+def sft(folder: Path) -> dict[str, Any]:
+    """`model` (a folder), `args` and `dataset`, whose rows carry a completion and a domain."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    given = trl(folder)
+    rows = [
+        {"prompt": row["prompt"], "completion": f" {row['answer']}", "domain": row["domain"]}
+        for row in given["dataset"]
+    ]
+    args = SFTConfig(
+        output_dir=str(folder / "sft"),
+        per_device_train_batch_size=3,
+        num_train_epochs=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    return {"model": given["model"], "args": args, "dataset": Dataset.from_list(rows)}
+
+
+def second_run(folder: Path) -> dict[str, Any]:
+    """What `trl` gives, its rows of `words` alone, and a first run on `math` that was saved."""
+    from trl import GRPOTrainer
+
+    from interference_guard import GuardConfig
+    from interference_guard.integrations.trl import InterferenceGuardCallback
+
+    given = trl(folder)
+    math, words = (
+        given["dataset"].filter(lambda row, domain=domain: row["domain"] == domain)
+        for domain in ("math", "words")
+    )
+    trainer = GRPOTrainer(given["model"], given["reward_funcs"], given["args"], train_dataset=math)
+    callback = InterferenceGuardCallback(trainer, GuardConfig())
+    trainer.add_callback(callback)
+    trainer.train()
+    saved = folder / "run1/checkpoint-100"
+    trainer.save_model(str(saved))
+    callback.guard.save(saved)
+    return {
+        **given,
+        "dataset": words,
+        "GRPOTrainer": GRPOTrainer,
+        "GuardConfig": GuardConfig,
+        "InterferenceGuardCallback": InterferenceGuardCallback,
+    }
+
+
+def checkpoints(folder: Path) -> dict[str, Any]:
+    """The folders `run/after-math` and `run/final` of a guarded loop, each with weights and the guard's state."""
+    from safetensors.torch import save_file
+
+    from interference_guard import Guard, GuardConfig, GuardedOptimizer
+
+    names = torch_loop(folder)
+    model = names["model"]
+    guard = Guard(model, GuardConfig())
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), guard)
+    for step, (domain, batch) in enumerate(names["stream"]):
+        with guard.domain(domain), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No completions of domain")
+            names["loss"](batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step in (2, 5):
+            saved = folder / "run" / ("after-math" if step == 2 else "final")
+            guard.save(saved)
+            save_file(model.state_dict(), saved / "model.safetensors")
+    return {}
 
 
 def small_model(folder: Path) -> Path:
@@ -98,4 +176,11 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
-PRELUDES: dict[str, Callable[[Path], dict[str, Any]]] = {"empty": empty, "torch": torch_loop, "trl": trl}
+PRELUDES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "empty": empty,
+    "torch": torch_loop,
+    "trl": trl,
+    "sft": sft,
+    "second run": second_run,
+    "checkpoints": checkpoints,
+}

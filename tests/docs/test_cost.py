@@ -1,5 +1,6 @@
 """The tables of docs/cost.md follow from the formulas, and the formulas from what a guard really keeps."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,29 @@ from interference_guard import Guard, GuardConfig
 from tests.trl.host import model_and_words
 from tests.trl.supervised import supervised_step
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/cost.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/cost.md").read_text()
 
 
 @pytest.mark.parametrize("make", [cost_model.memory_table, cost_model.work_table, cost_model.message_table])
 def test_the_page_shows_the_tables(make):
     assert make(GuardConfig()) in PAGE
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
+def test_quoted_memory(page):
+    small, large = (_share(name) for name in ("Qwen3-0.6B", "Qwen3-4B"))
+    text = (ROOT / page).read_text()
+    assert f"{large:.1%} of the fp32 weights with 4B parameters" in text
+    assert re.search(rf"parameters(,| and) {small:.1%} with 0\.6B", text)
+    assert f"| this guard, at 4B | {large:.3f} |" in PAGE
+
+
+def _share(name):
+    shapes = next(item for item in cost_model.MODELS if item.name == name)
+    config = GuardConfig()
+    kept = cost_model.local_model(shapes, config) + cost_model.running_sums(shapes, config)
+    return kept / (cost_model.FP32 * shapes.parameters)
 
 
 def test_memory_is_what_a_guard_keeps(tmp_path):

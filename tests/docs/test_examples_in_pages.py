@@ -1,17 +1,19 @@
 """Every Python block of the README and of the pages runs; make targets and modules they name exist.
 
-Blocks of one page that name the same prelude run in order and share their names. A block under
-`<!-- example: not run, REASON -->` is only compiled.
+Blocks of one page that name the same prelude run in order and share their names; `CHECKS` then looks at what
+they did. A block under `<!-- example: not run, REASON -->` is only compiled.
 """
 
 import importlib.util
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+from interference_guard import GuardConfig
+from interference_guard.history import HISTORY, read_history
 from tests.docs.preludes import MODEL_NAMES, PRELUDES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,10 +61,96 @@ def test_python_block_compiles_and_names_its_prelude(block):
     assert block.prelude in PRELUDES or re.fullmatch(r"not run, .+", block.prelude), block.prelude
 
 
+class Training(NamedTuple):
+    trainer: Any
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Every run of a trainer: the weights that it began with and those that it ended with."""
+    from transformers import Trainer
+
+    found, train = [], Trainer.train
+
+    def recorded(self, *args, **kwargs):
+        before = weights(self.model)
+        result = train(self, *args, **kwargs)
+        found.append(Training(self, before, weights(self.model)))
+        return result
+
+    monkeypatch.setattr(Trainer, "train", recorded)
+    return found
+
+
+def weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def same(a, b):
+    return all(a[name].equal(tensor) for name, tensor in b.items())
+
+
+def phases_go_on(names, trainings):
+    """The trainers of a loop train one model, each from where the one before left it."""
+    first, second = (item for item in trainings if names["callback"].guard.model is item.trainer.model)
+    assert not same(first.before, first.after)
+    assert same(first.after, second.before)
+    assert names["callback"].guard.protected == ("math",)
+    assert names["callback"].guard.domains["words"].own_steps
+
+
+def the_second_run_protects_the_first(names, trainings):
+    saved, (_, second) = names["callback"].guard, trainings
+    assert saved.protected == ("math",)
+    assert saved.steps == 2 * names["args"].max_steps
+    assert same(trainings[0].after, second.before)
+    assert not same(second.before, second.after)
+
+
+def rows_stay_in_order(names, trainings):
+    """Were they drawn at random, batches would mix domains: a warning, which is an error here."""
+    guard = names["trainer"].callback_handler.callbacks[-1].guard
+    assert guard.protected == ("math",)
+    assert guard.domains["words"].own_steps == 3
+
+
+def the_history_names_what_was_trained(names, trainings):
+    found = read_history(Path("outputs/run") / HISTORY)
+    assert [line["active"] for line in found.steps] == [["math"]] * 3 + [["code"]] * 3
+    assert found.settings["budget"] == GuardConfig().budget
+    assert found.evaluations
+    assert found.places["curvature"]["math"]
+
+
+def a_part_was_rolled_back(names, trainings):
+    from interference_guard.analysis import open_checkpoint
+
+    final, restored = open_checkpoint("run/final"), open_checkpoint("run/restored")
+    changed = [name for name in final.shapes if not final.rows(name).equal(restored.rows(name))]
+    assert changed
+    assert 0 < names["edits"].summary()["relative"] < 1
+    assert names["row"]["damage_left"] < 0.5
+
+
+CHECKS = {
+    "docs/trl.md:trl": phases_go_on,
+    "docs/trl.md:second run": the_second_run_protects_the_first,
+    "docs/trl.md:sft": rows_stay_in_order,
+    "docs/cli.md:torch": the_history_names_what_was_trained,
+    "docs/analysis.md:checkpoints": a_part_was_rolled_back,
+}
+
+
+def test_every_check_has_its_example():
+    assert CHECKS.keys() <= dict(groups()).keys()
+
+
 # Blocks show one call each; a whole loop retains completions too.
 @pytest.mark.filterwarnings("ignore:No completions of domain")
 @pytest.mark.parametrize("group", groups(), ids=lambda group: group[0])
-def test_python_blocks_run(group, tmp_path, monkeypatch):
+def test_python_blocks_run(group, tmp_path, monkeypatch, trainings):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     prelude = PRELUDES[group[1][0].prelude](tmp_path)
@@ -72,11 +160,29 @@ def test_python_blocks_run(group, tmp_path, monkeypatch):
         for name in MODEL_NAMES if "model" in prelude else ():
             code = code.replace(f'"{name}"', repr(prelude["model"]))
         exec(compiled(block._replace(code=code)), names)
+    CHECKS.get(group[0], lambda names, trainings: None)(names, trainings)
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page.name}:{block.line}")
 def test_yaml_block_parses(block):
     assert yaml.safe_load(block.code)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page.name}:{block.line}")
+def test_yaml_block_is_one_for_the_script(block, tmp_path):
+    from interference_guard.integrations.trl.grpo import guard_config, make_parser
+
+    path, given = tmp_path / "run.yaml", yaml.safe_load(block.code)
+    path.write_text(block.code)
+    # The defaults of the trainer's are for a GPU.
+    options = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
+    domains, guard, _, _ = make_parser().parse_args_and_config(options)
+    config = guard_config(guard)
+    for name, value in given.items():
+        if name.startswith("guard_"):
+            assert getattr(config, name.removeprefix("guard_")) == value
+    assert [domain.name for domain in domains.domains] == [item["name"] for item in given.get("domains", [])]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

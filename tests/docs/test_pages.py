@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from interference_guard.trust_region import FLOOR, SURFACE
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -23,6 +25,13 @@ def test_cost_of_the_commands():
     assert found["report"]["steps"] == 10_000
     assert found["report"]["seconds"] < 5
     assert f"page of {found['report']['page_bytes'] / 1e6:.1f} MB" in page
+
+
+def test_surface_and_floor_are_those_of_the_code():
+    page = (ROOT / "docs/concepts/trust_region.md").read_text()
+    assert f"more than {SURFACE} of the radius" in page
+    assert FLOOR == 1 / 16
+    assert "a sixteenth of the largest radius" in page
 
 
 def test_verdict_on_short_refreshes():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from interference_guard import GuardConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 FORGETTING = json.loads((ROOT / "benchmarks/results/forgetting.json").read_text())
 OVERHEAD = json.loads((ROOT / "benchmarks/results/overhead.json").read_text())
@@ -48,6 +50,19 @@ def test_summaries_follow_from_the_runs():
             earlier = r["run"]["order"][:-1]
             drop = sum(r["own"][name] - r["final"][name] for name in earlier) / len(earlier)
             assert r["forgetting"] == pytest.approx(drop)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
+def test_quoted_losses_beside_the_budget(page):
+    text = (ROOT / page).read_text()
+    guarded = [run for run in FORGETTING["runs"] if run["run"]["method"] == "guarded"]
+    assert all(run["run"]["guard"] == {} for run in guarded), "the runs must be at the default budget"
+    lost = [run["own"][name] - run["final"][name] for run in guarded for name in run["run"]["order"][:-1]]
+    over = sum(loss > GuardConfig().budget for loss in lost)
+    assert re.search(rf"\b{over} of (the )?{len(lost)} (earlier )?domains ended more than 0\.02 under", text)
+    assert re.search(rf"mean loss was {sum(lost) / len(lost):.3f}(,| and) the worst (was )?{max(lost):.3f}", text)
+    if page == "docs/limits.md":
+        assert f"two pass rates on {guarded[0]['run']['tests']} rows" in text
 
 
 def test_quoted_overhead():
