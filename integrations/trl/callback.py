@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from interference_guard.checkpoint import load_own
 from interference_guard.config import GuardConfig
-from interference_guard.errors import ConfigError, HostError, StateError
+from interference_guard.errors import ConfigError, HostError
 from interference_guard.guard import Guard
 from interference_guard.handover import compare, lengths
 from interference_guard.history import HISTORY, History
@@ -24,8 +23,10 @@ from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
 
 from .card import add_section
+from .checkpoints import Checkpoints
 from .completions import trainer_policy
 from .engines import check_engine, guarded_model, steps_in_backward
+from .evaluation import EvaluationRounds
 from .live import LiveDisplay
 from .passing import PassingRows
 from .recovery import RecoveryRows
@@ -82,7 +83,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._seams: Seams | None = None
         self._hooks: StepHooks | None = None
         self._rows: PassingRows | None = None
-        self._failed_save: StateError | None = None
+        self._checkpoints: Checkpoints | None = None
         self._training: str | None = None
         self._probed = -1
         # Of the weights that the last run ended with.
@@ -118,7 +119,32 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._seams.restore()
             if self in _callbacks(trainer):
                 trainer.remove_callback(self)
-        self._seams = self._rows = None
+        self._seams = self._rows = self._checkpoints = None
+
+    def save(self, directory: str | Path) -> None:
+        """Save the guard's state beside a model of one's own saving; every rank must call it.
+
+        Each rank holds completions of its own, and of a sharded model its part alone. Nothing is saved where
+        `enabled` is False.
+        """
+        if self.config.enabled:
+            if self._checkpoints is None:
+                raise HostError("The callback has no trainer. Save while it is attached to one.")
+            self._checkpoints.save(directory)
+
+    def load(self, directory: str | Path) -> None:
+        """Go on from the state that a checkpoint of another run holds; every rank must call it before training.
+
+        The model must be loaded from the same checkpoint. Where the trainer shards it, the state is shared out
+        when training begins, also over another number of ranks.
+
+        Raises:
+            StateError: If a file is missing, damaged, or of another model or other settings.
+        """
+        if self.config.enabled:
+            if self._checkpoints is None:
+                raise HostError("The callback has no trainer. Call attach(trainer) before load().")
+            self._checkpoints.load(directory)
 
     def _wire(self, trainer: Any) -> None:
         if not self.config.enabled:
@@ -168,14 +194,14 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self.guard.recoverable = recovery.domains
             seams.wrap("get_batch_samples", self._batches)
         seams.wrap("log", self._log)
-        seams.wrap("_save_optimizer_and_scheduler", self._save)
-        seams.wrap("_load_optimizer_and_scheduler", self._load)
+        self._checkpoints = Checkpoints(seams, self.guard, self._bind)
         if self.live is not None:
             self.live.bars = not trainer.args.disable_tqdm
         seams.wrap("train", self._train)
         if hasattr(trainer, "create_model_card"):
             seams.wrap("create_model_card", self._card)
-        self._rows = PassingRows(seams, self.guard, self.domains)
+        rounds = EvaluationRounds(seams, self._heard)
+        self._rows = PassingRows(seams, self.guard, self.domains, rounds)
 
     @property
     def _trainer(self) -> Any:
@@ -240,32 +266,6 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
                     self.live.close()
 
         return train
-
-    def _save(self, method: Any) -> Any:
-        def save(directory: str, *args: Any, **kwargs: Any) -> Any:
-            result = method(directory, *args, **kwargs)
-            try:
-                accelerator = self._trainer.accelerator
-                folder = self._folder(directory, accelerator.process_index)
-                self._guard().save(folder, folders=accelerator.num_processes)
-            except StateError as error:
-                # Raised in on_save, when the trainer's own checkpoint is complete.
-                self._failed_save = error
-            return result
-
-        return save
-
-    def _load(self, method: Any) -> Any:
-        def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-            result = method(checkpoint, *args, **kwargs)
-            if checkpoint is not None:
-                self._bind()
-                accelerator = self._trainer.accelerator
-                place = accelerator.process_index, accelerator.num_processes
-                load_own(self._guard(), partial(self._folder, checkpoint), *place)
-            return result
-
-        return load
 
     def _card(self, method: Any) -> Any:
         def create(*args: Any, **kwargs: Any) -> Any:
@@ -332,23 +332,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._probed = self._guard().steps
             self._guard().probe()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the evaluation's true rewards to the guard, domain by domain."""
-        if not self.config.enabled:
-            return
-        found = self._passing().take_evaluation()
-        if found and self.history is not None:
-            self.history.evaluation(self._guard().steps, found)
-        for name, reward in found.items():
-            # A domain that has not been trained yet has nothing to keep.
-            if name in self._guard().domains:
-                self._guard().calibrate(name, reward)
-
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a state file that could not be written; the trainer's checkpoint is complete by now."""
-        error, self._failed_save = self._failed_save, None
-        if error is not None:
-            raise error
+        if self._checkpoints is not None:
+            self._checkpoints.report()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the step hooks, and end the history with the sums by layer and module."""
@@ -381,10 +368,14 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._guard().bind(guarded_model(self._trainer))
         self._guard().policy = trainer_policy(self._trainer)
 
-    @staticmethod
-    def _folder(directory: str, rank: int) -> Path:
-        # Each rank retains completions of its own.
-        return Path(directory) if rank == 0 else Path(directory) / f"interference_guard_rank{rank}"
+    def _heard(self, found: dict[str, float]) -> None:
+        # True rewards by domain, of one round of evaluation.
+        if found and self.history is not None:
+            self.history.evaluation(self._guard().steps, found)
+        for name, reward in found.items():
+            # A domain that has not been trained yet has nothing to keep.
+            if name in self._guard().domains:
+                self._guard().calibrate(name, reward)
 
 
 def _callbacks(trainer: Any) -> list[Any]:

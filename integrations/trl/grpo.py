@@ -212,8 +212,7 @@ def main(arguments: list[str] | None = None) -> Any:
         trainer, callback = build(domains, guard_config(guard), training, model)
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         trainer.save_model(training.output_dir)
-        if callback.guard is not None and trainer.accelerator.is_main_process:
-            callback.guard.save(training.output_dir)
+        callback.save(training.output_dir)
     finally:
         sys.path.remove(os.getcwd())
     return trainer

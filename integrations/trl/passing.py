@@ -11,11 +11,11 @@ from torch import Tensor
 
 from interference_guard.guard import Guard
 
+from .collating import DOMAIN_ID, WIDTH, NamingCollator, unpack
 from .completions import generated, labelled
-from .rows import DomainTable
+from .evaluation import EvaluationRounds
+from .rows import DomainTable, missing, numbered_ahead
 from .seams import Seams
-
-DOMAIN_ID = "domain_id"
 
 
 class PassingRows:
@@ -25,14 +25,14 @@ class PassingRows:
         seams: The trainer's methods, to be wrapped.
         guard: Retains the completions.
         domains: Numbers the domains.
+        rounds: Takes the rewards of evaluations.
     """
 
-    def __init__(self, seams: Seams, guard: Guard, domains: DomainTable) -> None:
+    def __init__(self, seams: Seams, guard: Guard, domains: DomainTable, rounds: EvaluationRounds) -> None:
         self.trainer, self.generates = seams.trainer, seams.generates
-        self.guard, self.domains = guard, domains
+        self.guard, self.domains, self.rounds = guard, domains, rounds
         self._rewards: Tensor | None = None
         self._counts: dict[str, int] = {}
-        self._evaluated: dict[str, list[float]] = {}
         seams.wrap("_prepare_inputs", self._prepare_inputs)
         if self.generates:
             seams.wrap("_generate_and_score_completions", self._generate)
@@ -40,17 +40,13 @@ class PassingRows:
         else:
             # A collator is the last to see whole rows.
             seams.wrap("_set_signature_columns_if_needed", self._keep_column)
-            seams.wrap("data_collator", self._collate)
+            width = max([WIDTH, *(len(name.encode()) for name in domains.names)])
+            seams.wrap("data_collator", lambda collator: NamingCollator(collator, domains.column, width))
 
     def take_counts(self) -> dict[str, int]:
         """Rows of each domain that training steps took on this rank since the last call."""
         found, self._counts = self._counts, {}
         return found
-
-    def take_evaluation(self) -> dict[str, float]:
-        """Mean reward by domain of the rows evaluated since the last call, over all ranks."""
-        found, self._evaluated = self._evaluated, {}
-        return {name: sum(rewards) / len(rewards) for name, rewards in found.items()}
 
     def _keep_column(self, method: Any) -> Any:
         def keep() -> None:
@@ -60,17 +56,6 @@ class PassingRows:
                 self.trainer._signature_columns = [*columns, self.domains.column]
 
         return keep
-
-    def _collate(self, collator: Any) -> Any:
-        def collate(rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
-            numbers = self.domains.numbers(rows)
-            column = self.domains.column
-            bare = [{key: value for key, value in row.items() if key != column} for row in rows]
-            batch = collator(bare, *args, **kwargs)
-            batch[DOMAIN_ID] = numbers
-            return batch
-
-        return collate
 
     def _calculate(self, method: Any) -> Any:
         def calculate(inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,12 +72,13 @@ class PassingRows:
 
     def _generate(self, method: Any) -> Any:
         def generate(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            numbers = self._number(inputs)
+            training = self.trainer.model.training
+            numbers = self._number(inputs, needed=training)
             output: dict[str, Any] = method(inputs)
             rewards, self._rewards = self._rewards, None
-            if self.trainer.model.training:
+            if training:
                 self._retain(output, rewards, numbers)
-            elif rewards is not None:
+            elif rewards is not None and self.rounds.open:
                 self._note_evaluation(rewards, numbers)
             return {**output, DOMAIN_ID: numbers}
 
@@ -105,24 +91,36 @@ class PassingRows:
                 return inputs
             # A copy: the trainer reuses buffered batches over several iterations.
             inputs = dict(inputs)
-            numbers = inputs.pop(DOMAIN_ID)
+            found = inputs.pop(DOMAIN_ID)
             if self.trainer.model.training:
-                for name, count in self.domains.counts(numbers.cpu()).items():
+                numbers = found.cpu() if self.generates else self._arrived(inputs, unpack(found))
+                for name, count in self.domains.counts(numbers).items():
                     self._counts[name] = self._counts.get(name, 0) + count
                 if not self.generates:
-                    self._retain_labelled(inputs, numbers.cpu())
+                    self._retain_labelled(inputs, numbers)
             return inputs
 
         return prepare
 
-    def _number(self, rows: list[dict[str, Any]]) -> Tensor:
-        if self.trainer.accelerator.num_processes > 1:
+    def _arrived(self, batch: Mapping[str, Any], names: list[str]) -> Tensor:
+        column = self.domains.column
+        if "" in names:
+            index, ids = names.index(""), batch.get("input_ids")
+            text = ""
+            if isinstance(ids, Tensor) and len(ids) == len(names):
+                text = self.trainer.processing_class.decode(ids[index], skip_special_tokens=True)
+            raise missing(column, index, None, {"text": text})
+        return self._number([{column: name} for name in names])
+
+    def _number(self, rows: list[dict[str, Any]], needed: bool = True) -> Tensor:
+        several = self.trainer.accelerator.num_processes > 1
+        if several and (self.generates or not numbered_ahead(self.trainer.train_dataset)):
             from accelerate.utils import gather_object
 
             # A streaming dataset shows new names at different times on different ranks.
             fresh = [row.get(self.domains.column) for row in rows]
             self.domains.add(sorted({name for name in gather_object(fresh) if isinstance(name, str) and name}))
-        return self.domains.numbers(rows)
+        return self.domains.numbers(rows, needed)
 
     def _retain(self, output: Mapping[str, Any], rewards: Tensor | None, numbers: Tensor) -> None:
         rows = generated(output, rewards)
@@ -146,5 +144,5 @@ class PassingRows:
         if accelerator.num_processes > 1:
             values, names = accelerator.gather(values), accelerator.gather(names)
         for number, value in zip(names.tolist(), values.tolist(), strict=True):
-            if math.isfinite(value):
-                self._evaluated.setdefault(self.domains.names[number], []).append(value)
+            if number >= 0 and math.isfinite(value):
+                self.rounds.note(self.domains.names[number], value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -33,20 +33,32 @@ class DomainTable:
             MissingDomainError: If the row has none; the message names the row.
         """
         name = row.get(self.column)
-        if not isinstance(name, str) or not name:
+        if not named(name):
             raise missing(self.column, index, name, row)
         if name not in self.names:
             self.names.append(name)
         return self.names.index(name)
 
-    def numbers(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Numbers of the rows' domains, ``(rows,)`` int64 on the CPU: reading them never waits for a device."""
-        return torch.tensor([self.number(row, index) for index, row in enumerate(rows)], dtype=torch.int64)
+    def numbers(self, rows: Sequence[Mapping[str, Any]], needed: bool = True) -> Tensor:
+        """Numbers of the rows' domains, ``(rows,)`` int64 on the CPU: reading them never waits for a device.
+
+        Where they are not `needed`, as in an evaluation, a row without one is -1.
+        """
+        found = [
+            self.number(row, index) if needed or named(row.get(self.column)) else -1
+            for index, row in enumerate(rows)
+        ]
+        return torch.tensor(found, dtype=torch.int64)
 
     def counts(self, numbers: Tensor) -> dict[str, int]:
         """Rows of each domain that occurs."""
         found = torch.bincount(numbers, minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, found, strict=True) if count}
+
+
+def named(name: object) -> TypeGuard[str]:
+    """Whether a value of the column names a domain."""
+    return isinstance(name, str) and name != ""
 
 
 def missing(column: str, index: int, found: object, row: Mapping[str, Any]) -> MissingDomainError:
@@ -75,7 +87,7 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
             f"The training dataset has no column {table.column!r}; it has {sorted(columns)}. Add it (one domain "
             "name a row), or name another one with GuardConfig(domain_column=...)."
         )
-    if not hasattr(dataset, "unique") or columns is None:
+    if not numbered_ahead(dataset):
         return
     names = dataset.unique(table.column)
     bad = next((name for name in names if not isinstance(name, str) or not name), "")
@@ -83,3 +95,8 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
         index = next(i for i, name in enumerate(dataset[table.column]) if not isinstance(name, str) or not name)
         raise missing(table.column, index, dataset[index][table.column], dataset[index])
     table.add(sorted(names))
+
+
+def numbered_ahead(dataset: Any) -> bool:
+    """Whether `check_dataset` can look through a dataset, so that every rank knows all its domains."""
+    return hasattr(dataset, "unique") and getattr(dataset, "column_names", None) is not None

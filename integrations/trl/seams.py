@@ -11,7 +11,13 @@ from transformers import Trainer
 from interference_guard.errors import HostError
 
 # Attributes of one instance; the class behind it is never changed.
-ALWAYS = ("log", "_prepare_inputs", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler")
+ALWAYS = (
+    "log",
+    "evaluate",
+    "_prepare_inputs",
+    "_save_optimizer_and_scheduler",
+    "_load_optimizer_and_scheduler",
+)
 GENERATING = ("_generate_and_score_completions", "_calculate_rewards")
 # Needed only by recovery phases.
 RECOVERING = ("get_batch_samples",)

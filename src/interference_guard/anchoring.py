@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
+from .exact import exact_products
 from .local_model import anchor_domain
 from .measuring import score, share_span
 from .protection import protected_rows
@@ -21,16 +22,24 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         # Only zero or non-finite gradients so far: there is nothing to protect.
         state.own_steps = 0
         return
-    energies = state.curvature.energies()
-    chosen = protected_rows(state, guard, energies)
-    guard.forget_sets(state.name)
-    reuse = state.model if state.since_refresh < guard.config.refresh_steps else None
-    state.model = anchor_domain(
-        state.curvature, guard.view.weights(), guard.view.residuals, guard.config.rank, chosen, reuse, energies
-    )
-    if reuse is None:
-        state.since_refresh = 0
-    state.slopes = None if state.gradient is None else state.gradient.along(state.model)
+    # The rows are scored outside of it, by the host's own settings, as probes will be.
+    with exact_products(guard.device):
+        energies = state.curvature.energies()
+        chosen = protected_rows(state, guard, energies)
+        guard.forget_sets(state.name)
+        reuse = state.model if state.since_refresh < guard.config.refresh_steps else None
+        state.model = anchor_domain(
+            state.curvature,
+            guard.view.weights(),
+            guard.view.residuals,
+            guard.config.rank,
+            chosen,
+            reuse,
+            energies,
+        )
+        if reuse is None:
+            state.since_refresh = 0
+        state.slopes = None if state.gradient is None else state.gradient.along(state.model)
     state.fresh = _scores_are_due(guard, state)
     # A recovery of another domain came between: after it the training goes on, and its end is the true anchor.
     state.interrupted = guard.recovery is not None and not state.anchored

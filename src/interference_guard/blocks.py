@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -62,16 +63,65 @@ class Block:
 
         A missing tensor (a gradient that is None) reads as zero, on `device` where all are missing.
         """
-        found = [
-            None if (tensor := tensors[view.name]) is None else view.view(tensor).float() for view in self.pieces
-        ]
+        found = [None if (tensor := tensors[view.name]) is None else view.view(tensor) for view in self.pieces]
         present = next((item for item in found if item is not None), None)
         if present is None:
             return torch.zeros(self.region.size, device=device)
-        filled = [torch.zeros_like(present) if item is None else item for item in found]
-        if len(filled) == 1:
-            return filled[0] if filled[0].dim() == 3 else filled[0].unsqueeze(0)
-        return torch.stack(filled)
+        if len(found) == 1:
+            single = present.float()
+            return single if single.dim() == 3 else single.unsqueeze(0)
+        # Stacked before they are fp32, so that fp32 copies of the members never exist beside the stack.
+        return torch.stack([torch.zeros_like(present) if item is None else item for item in found]).float()
+
+
+class Blocks(Sequence[Tensor]):
+    """A model's tensors in unit view, ``(matrices, units, width)`` fp32 a block, each made when it is asked for.
+
+    A block that is one fp32 matrix shares the tensor's memory and costs nothing. Low precision is turned into
+    fp32 anew at each access. Small matrices are stacked, and of fp32 the stack is kept. A list of all blocks
+    would be a copy of the model. So go over them once, by index, and let go of a block before the next: a loop
+    over the sequence itself still holds one while the next is made.
+
+    Args:
+        blocks: Of the model.
+        tensors: The pieces that lie here by canonical name, in their own dtype; None reads as zero. They are
+            held, and read when a block is made.
+        device: Of blocks without any tensor.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], tensors: Mapping[str, Tensor | None], device: torch.device | None = None
+    ) -> None:
+        self._blocks = blocks
+        self._tensors = tensors
+        self._device = device
+        self._stacks: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Blocks: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Blocks:
+        if isinstance(index, slice):
+            return Blocks(self._blocks[index], self._tensors, self._device)
+        block = self._blocks[index]
+        tensors = [self._tensors[view.name] for view in block.pieces]
+        # Stacks are of small matrices, and reading one twice should not copy it twice.
+        if len(tensors) > 1 and all(item is not None and item.dtype == torch.float32 for item in tensors):
+            if index not in self._stacks:
+                self._stacks[index] = block.gather(self._tensors, self._device)
+            return self._stacks[index]
+        return block.gather(self._tensors, self._device)
+
+    @property
+    def versions(self) -> list[int]:
+        """How often each tensor behind the blocks was changed in place; two equal lists mean the same values."""
+        return [tensor._version for tensor in self._tensors.values() if tensor is not None]
 
 
 def make_blocks(layout: UnitLayout, tensors: Mapping[str, Tensor], shards: Shards) -> list[Block]:

@@ -133,7 +133,8 @@ def load_own(
         guard: The guard to fill.
         folder_of: The folder of a rank.
         rank: This rank.
-        world: Ranks now. Where another number saved, all of them are read and shared out anew.
+        world: Ranks now. Where another number saved, or the model lay on them in another way, all files are read
+            and shared out anew.
         place: As for `load`; by default this rank among all.
 
     Raises:
@@ -142,9 +143,14 @@ def load_own(
     # Without a shared disk a rank sees the folders of its own machine alone, and asks its own.
     first, own = folder_of(0), folder_of(rank)
     saved = _folders(first if first.is_dir() else own, world)
-    load(
-        guard, own, None if saved == world else [folder_of(item) for item in range(saved)], place or (rank, world)
-    )
+    alone = saved == world and _is_part_of(guard, own)
+    load(guard, own, None if alone else [folder_of(item) for item in range(saved)], place or (rank, world))
+
+
+def _is_part_of(guard: Guard, directory: Path) -> bool:
+    """Whether the files there are of a model that lies on the ranks as this one; also where there are none."""
+    details = [_read_details(guard, path) for path in _details_files(guard, directory)]
+    return all(item.get("shards", [0, 1]) == shards_of(guard) for item in details)
 
 
 def _folders(directory: Path, otherwise: int) -> int:

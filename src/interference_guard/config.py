@@ -10,6 +10,8 @@ from .errors import ConfigError
 SELECTIONS = ("energy", "edits", "random")
 PROJECTION_METRICS = ("euclidean", "gradient")
 UNIT_KINDS = ("row", "column", "vector")
+# Seeds of steps are made from it, and a generator takes 64 bits.
+SEED_LIMIT = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,14 @@ class GuardConfig:
             self.projection_metric in PROJECTION_METRICS,
             f"one of {list(PROJECTION_METRICS)}",
         )
-        self._check("seed", _is_integer(self.seed), "an integer")
+        self._check("seed", _is_integer(self.seed) and abs(self.seed) < SEED_LIMIT, "an integer below 2**32")
         self._check(
             "domain_column", isinstance(self.domain_column, str) and self.domain_column != "", "a column name"
         )
         self._check_recovery()
+        if self.unit_overrides is not None:
+            # As a state file gives it back, to be compared.
+            object.__setattr__(self, "unit_overrides", list(self.unit_overrides))
         self.overrides()
 
     def _check_recovery(self) -> None:

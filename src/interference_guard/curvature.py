@@ -11,7 +11,7 @@ of two ranks, micro-batches or runs add up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,40 +90,55 @@ class DomainCurvature:
         accelerator the decision is taken on the device, so no host synchronisation happens.
 
         Args:
-            gradients: One ``(matrices, units, width)`` fp32 tensor a block; not changed.
+            gradients: One ``(matrices, units, width)`` fp32 tensor a block; not changed. They are read by index,
+                one at a time.
 
         Raises:
             ShapeError: If their number or shapes differ from the sums'.
         """
-        self._ready(gradients)
-        energies = [gradient.square().sum(-1) for gradient in gradients]
+        if len(gradients) != len(self.omegas):
+            raise ShapeError(
+                f"The gradients have {len(gradients)} blocks, the test matrices {len(self.omegas)}. "
+                "Observe the parameters the guard was made for."
+            )
+        reads = self.omegas[0].device.type in READS_BACK
+        # Whether the step counts is known only when all blocks were seen. Where that is read back, blocks are
+        # made twice; elsewhere what each would add waits for it, in the room of the sums.
+        energies, updates = [], []
+        for index, omega in enumerate(self.omegas):
+            if reads:
+                energies.append(gradients[index].square().sum(-1))
+            else:
+                energy, update = _see(gradients[index], omega)
+                energies.append(energy)
+                updates.append(update)
+        self._ready(energies, [omega.shape[0] for omega in self.omegas])
         total = torch.stack([energy.sum() for energy in energies]).sum()
         counted = total.isfinite() & (total > 0)
-        if counted.device.type in READS_BACK:
+        if reads:
             if counted.item():
-                for index, (gradient, energy, omega) in enumerate(
-                    zip(gradients, energies, self.omegas, strict=True)
-                ):
-                    sums, sketch = self.sums[index], self._sketch(index)
-                    sketch.baddbmm_(gradient.mT, gradient @ omega, beta=self.decay)
-                    sums.energy.mul_(self.decay).add_(energy)
+                for index, energy in enumerate(energies):
+                    self._accumulate(index, gradients[index])
+                    self.sums[index].energy.mul_(self.decay).add_(energy)
                 self.count.mul_(self.decay).add_(1.0)
             return
-        keep = torch.where(counted, self.decay, 1.0)
-        for index, (gradient, energy, omega) in enumerate(zip(gradients, energies, self.omegas, strict=True)):
-            update = gradient.mT @ (gradient @ omega)
-            self._sketch(index).mul_(keep).add_(torch.where(counted, update, 0.0))
-            self.sums[index].energy.mul_(keep).add_(torch.where(counted, energy, 0.0))
-        self.count.mul_(keep).add_(counted)
+        self._take(counted, updates, energies)
 
     def add(self, seen: Observation) -> None:
         """Add one own step of a model spread over ranks, after its observation was summed over them."""
-        self._ready(seen.gradients)
+        self._ready(seen.energies, seen.widths)
         counted = seen.counted
         if counted.device.type in READS_BACK and not counted.item():
             return
+        self._take(counted, seen.updates(), seen.energies)
+
+    def _accumulate(self, index: int, gradient: Tensor) -> None:
+        self._sketch(index).baddbmm_(gradient.mT, gradient @ self.omegas[index], beta=self.decay)
+
+    def _take(self, counted: Tensor, updates: Iterable[Tensor], energies: Sequence[Tensor]) -> None:
+        """Add a step, or nothing where it does not count, which is decided on the device."""
         keep = torch.where(counted, self.decay, 1.0)
-        for index, (update, energy) in enumerate(zip(seen.updates(), seen.energies, strict=True)):
+        for index, (update, energy) in enumerate(zip(updates, energies, strict=True)):
             self._sketch(index).mul_(keep).add_(torch.where(counted, update, 0.0))
             self.sums[index].energy.mul_(keep).add_(torch.where(counted, energy, 0.0))
         self.count.mul_(keep).add_(counted)
@@ -198,17 +213,15 @@ class DomainCurvature:
             factors.append((sums.basis, sums.eigenvalues * scale, energy.sum(-1) * scale))
         return factors
 
-    def _ready(self, gradients: Sequence[Tensor]) -> None:
+    def _ready(self, energies: Sequence[Tensor], widths: Sequence[int]) -> None:
+        """Have sums, of these widths here, that the energies of a step can be added to."""
         if not self.sums:
             self.sums = [
-                BlockSums(
-                    gradient.new_zeros(gradient.shape[0], gradient.shape[2], omega.shape[1]),
-                    gradient.new_zeros(gradient.shape[:2]),
-                )
-                for gradient, omega in zip(gradients, self.omegas, strict=True)
+                BlockSums(energy.new_zeros(len(energy), width, omega.shape[1]), torch.zeros_like(energy))
+                for energy, width, omega in zip(energies, widths, self.omegas, strict=True)
             ]
-            self.count = self.count.to(gradients[0].device)
-        found = [tuple(gradient.shape[:2]) for gradient in gradients]
+            self.count = self.count.to(energies[0].device)
+        found = [tuple(energy.shape) for energy in energies]
         expected = [tuple(sums.energy.shape) for sums in self.sums]
         if found != expected:
             raise ShapeError(
@@ -225,6 +238,11 @@ class DomainCurvature:
             sums.sketch = sketch if self.spread is None else self.spread.own(index, sketch)
             sums.basis = sums.eigenvalues = None
         return sums.sketch
+
+
+def _see(gradient: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's energies and what it adds to Y; the block is let go on return."""
+    return gradient.square().sum(-1), gradient.mT @ (gradient @ omega)
 
 
 def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:

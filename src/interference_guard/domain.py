@@ -16,6 +16,8 @@ from .trust_region import TrustRegion
 
 # Batches of own rollouts behind the reward at the anchor: one alone is noisy, many are of an earlier policy.
 RECENT = 4
+# After so many rewards a range is known, and this many times it is another one.
+SETTLED, OUTLYING = 128, 3.0
 
 
 @dataclass
@@ -59,6 +61,7 @@ class DomainState:
         measurable: Whether any rank retained completions for a probe.
         anchor_scores: Their token log-probabilities at the last scored anchor, ``(rows, length)`` fp32.
         low, high: Reward range shown so far; NaN before the first reward.
+        rewarded: Rollouts whose reward is in the range.
         anchor_reward: Mean reward at the anchor: the host's own evaluation if it made one, else the
             retained rows'.
         evaluated: Whether `anchor_reward` is an evaluation.
@@ -96,6 +99,7 @@ class DomainState:
     anchor_scores: Tensor | None = None
     low: float = math.nan
     high: float = math.nan
+    rewarded: int = 0
     anchor_reward: float = math.nan
     evaluated: bool = False
     recent: list[list[float]] = field(default_factory=list)
@@ -134,8 +138,16 @@ class DomainState:
         self.low = lowest if math.isnan(self.low) else min(self.low, lowest)
         self.high = highest if math.isnan(self.high) else max(self.high, highest)
 
+    def outlies(self, lowest: float, highest: float) -> bool:
+        """Whether new rewards would make a range that many rollouts have shown several times as wide."""
+        if self.span is None or self.rewarded < SETTLED:
+            return False
+        low, high = self.span
+        return max(high, highest) - min(low, lowest) > OUTLYING * (high - low)
+
     def note_rewards(self, total: float, count: int) -> None:
         """Add the rewards of a batch of own rollouts."""
+        self.rewarded += count
         self.rewards.add(total, count)
         self.rollouts.add(total, count)
         self.recent = [*self.recent[1 - RECENT :], [total, float(count)]]

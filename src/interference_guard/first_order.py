@@ -49,9 +49,10 @@ class GradientMean:
         """Add one own step; one that is not finite is left out, decided on the device.
 
         Args:
-            gradients: One ``(matrices, units, width)`` fp32 tensor a block; not changed.
+            gradients: One ``(matrices, units, width)`` fp32 tensor a block; not changed. They are read by index,
+                one at a time.
         """
-        seen = [gradient @ omega for gradient, omega in zip(gradients, self.omegas, strict=True)]
+        seen = [gradients[index] @ omega for index, omega in enumerate(self.omegas)]
         self._add(seen, torch.stack([item.sum() for item in seen]).sum().isfinite())
 
     def add(self, seen: Observation) -> None:

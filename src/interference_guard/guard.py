@@ -15,6 +15,7 @@ import torch
 
 from . import checkpoint, measuring, packing, recovering, reference, stepping
 from .errors import MissingDomainError, ShapeError, UnknownDomainError
+from .exact import exact_products
 from .first_order import first_order
 from .guard_state import GuardState
 from .local_model import predict
@@ -84,7 +85,10 @@ class Guard(GuardState):
             rewards = completions.rewards.detach().float()
             finite = rewards[rewards.isfinite()]
             if len(finite):
-                state.see_rewards(finite.min().item(), finite.max().item())
+                lowest, highest = finite.min().item(), finite.max().item()
+                if state.outlies(lowest, highest):
+                    self.warn_range(state, lowest, highest)
+                state.see_rewards(lowest, highest)
                 state.note_rewards(finite.sum().item(), len(finite))
         self.clock.add("retain", started)
 
@@ -131,7 +135,8 @@ class Guard(GuardState):
         self.view.place()
         stepping.open_step(self)
         if self.view.zero is None:
-            stepping.take_gradients(self)
+            with exact_products(self.device):
+                stepping.take_gradients(self)
 
     @torch.no_grad()
     def before_last_part(self) -> None:
@@ -140,7 +145,8 @@ class Guard(GuardState):
         `attach` does it. There `before_step` is called before the first part and `after_step` after the last.
         """
         if self.enabled:
-            stepping.take_gradients(self)
+            with exact_products(self.device):
+                stepping.take_gradients(self)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -153,7 +159,8 @@ class Guard(GuardState):
         self.steps += 1
         states = [self._domains[name] for name in self.protected]
         if states or self.observation is not None:
-            stepping.hold(self, states)
+            with exact_products(self.device):
+                stepping.hold(self, states)
 
     # Measurement
 
@@ -259,14 +266,16 @@ class Guard(GuardState):
             UnknownDomainError: If a domain has no anchor.
         """
         if domains is None:
-            domains = [name for name, state in self._domains.items() if state.anchored]
+            # By name: ranks may have met the domains in another order, and sum what each of them sees.
+            domains = sorted(name for name, state in self._domains.items() if state.anchored)
         models = {name: model for name in domains if (model := self.anchored(name).model) is not None}
-        parts = predict(self.view.weights(), list(models.values()), self.view.residuals) if models else []
         rows = []
-        for name, (seen, inside, outside) in zip(models, parts, strict=True):
-            slopes = self._domains[name].slopes
-            linear = inside.new_zeros(()) if slopes is None else first_order(slopes, seen.views)
-            rows.append(torch.stack([inside, outside, linear]))
+        with exact_products(self.device):
+            parts = predict(self.view.weights(), list(models.values()), self.view.residuals) if models else []
+            for name, (seen, inside, outside) in zip(models, parts, strict=True):
+                slopes = self._domains[name].slopes
+                linear = inside.new_zeros(()) if slopes is None else first_order(slopes, seen.views)
+                rows.append(torch.stack([inside, outside, linear]))
         table = torch.stack(rows).tolist() if rows else []
         return {name: Raw(*numbers) for name, numbers in zip(models, table, strict=True)}
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .checks import trainable_parameters
 from .config import GuardConfig
 from .correcting import Grams
 from .curvature import DomainCurvature
@@ -23,7 +24,10 @@ from .observation import Observation
 from .probe import Policy, model_policy
 from .ranks import Ranks, Reduce
 from .recovery import RecoverySchedule
+from .recut import share_out
+from .shards import Shards
 from .trust_region import TrustRegion
+from .zero import zero_of
 
 Own = TypeVar("Own", bound="GuardState")
 
@@ -69,10 +73,13 @@ class GuardState:
         # The step's gradients, where they wait for a sum over ranks.
         self.observation: Observation | None = None
         self.schedule = RecoverySchedule()
+        # The step's learning rate, the largest of the optimizer's groups; `attach` sets it.
+        self.rate = math.nan
         self.trained: tuple[str, ...] = ()
         """Domains of the latest step."""
         # Domains a host can give own steps to; None: all of them.
         self.recoverable: frozenset[str] | None = None
+        # What was warned about: domains of one mixed step, or one domain without gradients.
         self._mixed: set[tuple[str, ...]] = set()
         self._followed = 0
         self._shares: dict[str, float] = {}
@@ -83,8 +90,7 @@ class GuardState:
     def bind(self, model: nn.Module) -> None:
         """Go on with another object of the same model, for instance in the next phase's trainer.
 
-        The guard's own policy is bound too, unless a host gave one. Before the guard has seen a domain, the
-        model may also have been sharded since.
+        The guard's own policy is bound too, unless a host gave one. The model may have been sharded since.
 
         Raises:
             ShapeError: If its trainable parameters differ; nothing is changed then.
@@ -92,7 +98,11 @@ class GuardState:
         """
         if not self.enabled:
             return
-        self.view.bind(model, known=list(self._domains))
+        now = Shards(trainable_parameters(model), zero_of(model))
+        if self._domains and now.sharded and not self.view.shards.sharded:
+            share_out(self, model)  # type: ignore[arg-type]
+        else:
+            self.view.bind(model, known=list(self._domains))
         self.model = model
         if self._own_policy:
             self.policy = model_policy(model)
@@ -210,6 +220,27 @@ class GuardState:
                 "shuffle_dataset=False (of an SFTTrainer train_sampling_strategy='sequential').",
                 stacklevel=6,
             )
+
+    def warn_without_gradients(self, name: str) -> None:
+        """Say once that a domain cannot be protected because none of its gradients was of use."""
+        if (name,) not in self._mixed:
+            self._mixed.add((name,))
+            warnings.warn(
+                f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "
+                "of each group are alike. Until it has others it is not protected. If the model has mastered it "
+                "already, give rows of it as a reference, see Guard.protect().",
+                stacklevel=6,
+            )
+
+    def warn_range(self, state: DomainState, lowest: float, highest: float) -> None:
+        """Say that few rewards stretch a domain's range, of which losses are parts."""
+        warnings.warn(
+            f"The {state.rewarded} rewards of domain {state.name!r} lay in {state.low:g} to {state.high:g}, and "
+            f"now there are some from {lowest:g} to {highest:g}. Losses are parts of the whole range: one that "
+            "counted before may now be under the budget, and measurements may be noisy. If the domain is not "
+            "meant to give such rewards, clip them in the reward function and begin anew.",
+            stacklevel=4,
+        )
 
     def forget_sets(self, name: str) -> None:
         """Drop what was computed from a domain's former local model and sets."""

@@ -164,16 +164,22 @@ def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> li
     """Displacements of several domains, in one pass over the weights: ``W [U_a, U_b, ...]`` per block.
 
     Args:
-        weights: Per block ``(matrices, units, width)`` fp32.
+        weights: Per block ``(matrices, units, width)`` fp32; read by index, one at a time.
         models: The domains' local models. Over several ranks every `flat` must still be summed.
     """
-    passes: list[list[Tensor]] = [[] for _ in models]
-    for index, W in enumerate(weights):
-        directions = [model.blocks[index].directions() for model in models]
-        product = W @ (directions[0] if len(directions) == 1 else torch.cat(directions, -1))
-        for own, part in zip(passes, torch.split(product, [U.shape[2] for U in directions], -1), strict=True):
-            own.append(part)
-    return [model.displacement(own) for model, own in zip(models, passes, strict=True)]
+    return _displacements(models, [_along(models, index, weights[index]) for index in range(len(weights))])
+
+
+def _along(models: Sequence[LocalModel], index: int, W: Tensor) -> Sequence[Tensor]:
+    """One block along the directions of each domain."""
+    directions = [model.blocks[index].directions() for model in models]
+    product = W @ (directions[0] if len(directions) == 1 else torch.cat(directions, -1))
+    return torch.split(product, [U.shape[2] for U in directions], -1)
+
+
+def _displacements(models: Sequence[LocalModel], passes: Sequence[Sequence[Tensor]]) -> list[Displacement]:
+    """From what `_along` returned for every block."""
+    return [model.displacement(own) for model, own in zip(models, zip(*passes, strict=True), strict=True)]
 
 
 def predict(
@@ -182,7 +188,7 @@ def predict(
     """Displacements of several domains and their raw predictions.
 
     Args:
-        weights: Per block ``(matrices, units, width)`` fp32.
+        weights: Per block ``(matrices, units, width)`` fp32; read by index, one at a time and once.
         models: The domains' local models.
         matrices: R per block, ``(width, residual)``.
 
@@ -191,9 +197,15 @@ def predict(
         outside, 0-d tensors. Over several ranks one sum is made, so all of them call it.
     """
     spread = models[0].spread
-    passes = see_through(weights, matrices, spread)
+    passes, along = [], []
+    for index, R in enumerate(matrices):
+        W = weights[index]
+        passes.append(W @ _across(R, index, spread))
+        along.append(_along(models, index, W))
+        # Let go before the next block is made.
+        del W
     through = [model.through(passes) for model in models]
-    seen = displacements(weights, models)
+    seen = _displacements(models, along)
     if spread is not None:
         spread.add([item.flat for item in seen] + [q for part in through for q in part])
     return [
@@ -204,9 +216,12 @@ def predict(
 
 def see_through(weights: Sequence[Tensor], matrices: Sequence[Tensor], spread: Spread | None) -> list[Tensor]:
     """The weights seen through R per block, ``(matrices, units, residual)``; over several ranks a part of it."""
-    if spread is None:
-        return [W @ R for W, R in zip(weights, matrices, strict=True)]
-    return [W @ region.across(R) for W, R, region in zip(weights, matrices, spread.regions, strict=True)]
+    return [weights[index] @ _across(R, index, spread) for index, R in enumerate(matrices)]
+
+
+def _across(matrix: Tensor, index: int, spread: Spread | None) -> Tensor:
+    """A ``(width, n)`` matrix as far as it meets a block's width on this rank."""
+    return matrix if spread is None else spread.regions[index].across(matrix)
 
 
 def anchor_domain(
@@ -222,7 +237,8 @@ def anchor_domain(
 
     Args:
         curvature: The domain's sums; they are factored in place unless `reuse` is given.
-        weights: Per block ``(matrices, units, width)`` fp32; not changed and not kept.
+        weights: Per block ``(matrices, units, width)`` fp32; not changed and not kept, read by index, one at a
+            time and once.
         matrices: R per block, ``(width, residual)``.
         rank: Most directions a matrix.
         rows: Protected units per block, or None for all of them.
@@ -241,17 +257,17 @@ def anchor_domain(
         share = energy.amax(-1) / energy.sum(-1).clamp(min=tiny)
         tops.append((share * lam[:, 0]).amax())
     top = torch.stack(tops).amax().clamp(min=tiny)
-    passes = see_through(weights, matrices, spread)
     blocks = []
-    for index, ((U, lam, rho), energy, W, seen, chosen) in enumerate(
-        zip(parts, energies, weights, passes, rows, strict=True)
-    ):
+    for index, ((U, lam, rho), energy, R, chosen) in enumerate(zip(parts, energies, matrices, rows, strict=True)):
         # lam / top first: a product of two small eigenvalue sums would underflow.
         scale = 1 / energy.sum(-1).clamp(min=tiny)
         region = None if spread is None else spread.regions[index]
         block = LocalBlock(U, lam / top, rho / top, scale, energy, chosen, lam, lam, region)
+        W = weights[index]
         block.z0 = block.take(W @ block.directions()).contiguous()
-        block.q0 = block.take(seen).contiguous()
+        block.q0 = block.take(W @ _across(R, index, spread)).contiguous()
+        # Let go before the next block is made.
+        del W
         blocks.append(block)
     model = LocalModel(blocks, spread)
     model.settle()

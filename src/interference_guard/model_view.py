@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import STACK_LIMIT, Block, make_blocks
+from .blocks import STACK_LIMIT, Block, Blocks, make_blocks
 from .checks import difference, trainable_parameters
 from .config import GuardConfig
 from .curvature import block_matrices
@@ -127,20 +127,22 @@ class ModelView:
         """Call after a forward pass that no backward pass follows; see `shards.reshard`."""
         reshard(self._model)
 
-    def weights(self) -> list[Tensor]:
-        """What lies here per block, ``(matrices, units, width)`` fp32; may share memory with the parameters."""
-        tensors = self._pieces()
-        return [block.gather(tensors) for block in self.blocks]
+    def weights(self) -> Blocks:
+        """What lies here per block, ``(matrices, units, width)`` fp32, as it is when a block is asked for.
 
-    def gradients(self) -> list[Tensor]:
+        Take them afresh at every use: blocks may share memory with the parameters, and engines swap it.
+        """
+        return Blocks(self.blocks, self._pieces())
+
+    def gradients(self) -> Blocks:
         """The parameters' gradients, laid out as `weights`."""
         table = {name: self.shards.gradient(name, parameter) for name, parameter in self._parameters.items()}
-        return [block.gather(table, self.device) for block in self.blocks]
+        return Blocks(self.blocks, table, self.device)
 
-    def arrange(self, gradients: Mapping[str, Tensor | None]) -> list[Tensor]:
+    def arrange(self, gradients: Mapping[str, Tensor | None]) -> Blocks:
         """Given gradients by parameter name, laid out as `weights`; None reads as zero."""
         table = {canonical_name(name): gradient for name, gradient in gradients.items()}
-        return [block.gather(table, self.device) for block in self.blocks]
+        return Blocks(self.blocks, table, self.device)
 
     @torch.no_grad()
     def subtract(self, corrections: Sequence[Correction], step: int = 0) -> None:
@@ -188,7 +190,8 @@ def _subtract(targets: list[Tensor], correction: Correction, generator: torch.Ge
         torch._foreach_sub_(targets, parts)
         return
     for target, part in zip(targets, parts, strict=True):
-        projected = target.float() - part
+        # Into the change's own memory: this is the step's largest piece of work in fp32.
+        projected = torch.sub(target.float(), part, out=part)
         if generator is not None and target.dtype == torch.bfloat16:
             projected = round_at_random(projected, generator)
         target.copy_(projected)

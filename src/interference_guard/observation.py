@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .errors import HostError
 from .shards import Spread
 
@@ -20,31 +21,35 @@ class Observation:
     """Local products of one step's gradients; `shared` must be summed over ranks before the rest is read.
 
     Args:
-        gradients: Per block the piece here, ``(matrices, units, width)`` fp32; held until the step is over.
+        gradients: Per block the piece here. They are read once more after the step, so the gradients themselves
+            are held until it is over, and no copy of them.
         omegas: Test matrix of each block, ``(width, sketch)``.
         spread: How the blocks lie on the ranks.
     """
 
-    def __init__(self, gradients: Sequence[Tensor], omegas: Sequence[Tensor], spread: Spread) -> None:
-        self.gradients = gradients
-        self.energies = [gradient.square().sum(-1) for gradient in gradients]
+    def __init__(self, gradients: Blocks, omegas: Sequence[Tensor], spread: Spread) -> None:
+        self._gradients = gradients
         self._regions = spread.regions
-        self.products = [
-            gradient @ region.across(omega)
-            for gradient, omega, region in zip(gradients, omegas, spread.regions, strict=True)
-        ]
+        self.energies: list[Tensor] = []
+        """Per block the energy of every unit here, ``(matrices, units)``."""
+        self.products: list[Tensor] = []
         """Per block G Omega: of the units here, or of all units where they are cut and it is a sum over ranks."""
-        for index, region in enumerate(spread.regions):
-            if region.split:
-                self.products[index] = region.whole_units(self.products[index])
+        self.widths: list[int] = []
+        """Per block how much of a unit's width lies here."""
+        for index, (omega, region) in enumerate(zip(omegas, spread.regions, strict=True)):
+            across = region.across(omega)
+            energy, product = _see(gradients[index], across)
+            self.energies.append(energy)
+            self.products.append(region.whole_units(product) if region.split else product)
+            self.widths.append(across.shape[0])
         own = [
             energy.sum()
             for energy, region in zip(self.energies, spread.regions, strict=True)
             if region.owner or region.split
         ]
-        zero = gradients[0].new_zeros(())
+        zero = self.energies[0].new_zeros(())
         self.total = torch.stack([zero, *own]).sum()
-        self._versions = [gradient._version for gradient in gradients]
+        self._versions = gradients.versions
 
     @property
     def shared(self) -> list[Tensor]:
@@ -63,11 +68,16 @@ class Observation:
         Raises:
             HostError: If the optimizer changed the gradients during its step.
         """
-        if [gradient._version for gradient in self.gradients] != self._versions:
+        if self._gradients.versions != self._versions:
             raise HostError(
                 "The optimizer changed the gradients in place during its step, and on sharded parameters the "
                 "guard reads them once more after it. Use an optimizer that leaves parameter.grad as it is "
                 "(all of torch.optim do, without fused=True)."
             )
-        for gradient, seen, region in zip(self.gradients, self.products, self._regions, strict=True):
-            yield gradient.mT @ (region.units(seen) if region.split else seen)
+        for index, (seen, region) in enumerate(zip(self.products, self._regions, strict=True)):
+            yield self._gradients[index].mT @ (region.units(seen) if region.split else seen)
+
+
+def _see(gradient: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies and G Omega of one block, which is let go on return."""
+    return gradient.square().sum(-1), gradient @ omega

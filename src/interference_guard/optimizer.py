@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -127,6 +128,8 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
     def open_step() -> None:
         if begin is not None:
             begin()
+        if hasattr(guard, "rate"):
+            guard.rate = _rate(inner)
         guard.before_step()
 
     if (sharded := partitioned(optimizer)) is not None and getattr(guard, "enabled", True):
@@ -148,6 +151,14 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
         after_step()
 
     return _hooks(inner, guard, before, after)
+
+
+def _rate(optimizer: Optimizer) -> float:
+    """The largest learning rate of the groups; NaN where it lies on an accelerator, whose reading would stall."""
+    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+    if any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates):
+        return math.nan
+    return max(map(float, rates), default=math.nan)
 
 
 def _check_parameters(optimizer: Optimizer, guard: Any) -> None:

@@ -44,7 +44,7 @@ PLAIN = (
     "reference",
 )
 # Not in every state of this version: read with the default where they are missing.
-LATER = ("fresh", "interrupted")
+LATER = ("fresh", "interrupted", "rewarded")
 
 
 def pack(guard: Guard, folders: int = 1) -> dict[str, object]:

@@ -173,7 +173,8 @@ def _scores(model: nn.Module, batch: Completions, temperature: float) -> Tensor:
     logits = (output if isinstance(output, Tensor) else output.logits)[:, :-1].float() / temperature
     targets = batch.input_ids[:, 1:]
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    return torch.nn.functional.pad(chosen, (1, 0)) * (batch.completion_mask != 0)
+    # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
+    return torch.nn.functional.pad(chosen, (1, 0)).where(batch.completion_mask != 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,10 @@ def estimate(
         reduce: Sums a 1-d fp64 tensor over ranks, so that every rank returns the same measurement.
     """
     mask = mask.to(torch.float64)
-    log_ratio = (now.double() - anchor.double()) * mask
+    now, anchor = now.double(), anchor.double()
+    # Impossible under both policies: the ratio says nothing.
+    counts = (mask != 0) & ~(now.isneginf() & anchor.isneginf())
+    log_ratio = (now - anchor).where(counts, 0.0)
     tokens = mask.sum(-1)
     # exp(x) - 1 - x of the token ratios: an estimate of KL(anchor || now) that is never negative.
     bounded = log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT)

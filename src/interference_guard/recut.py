@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import block_shape
 from .errors import StateError
 from .local_block import LocalBlock
 from .local_model import LocalModel
+from .model_view import ModelView
+from .packing import pack, unpack
 from .regions import Region
 from .shards import Shards
 
@@ -68,6 +70,26 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
         tensors |= {f"{number}/{key}": tensor for key, tensor in found.items()}
     shards = guard.view.shards
     return {**parts[0][0], "domains": domains, "shards": [shards.rank, shards.world]}, tensors
+
+
+def share_out(guard: Guard, model: nn.Module) -> None:
+    """Go on with a model whose parameters ranks now share, of which the guard knew the whole; all ranks call it.
+
+    Each rank keeps the completions that it has.
+
+    Args:
+        guard: Its model was whole on this rank.
+        model: The same model, sharded.
+    """
+    packed = pack(guard)
+    before = guard.view
+    guard.view = ModelView(model, guard.config)
+    try:
+        details, tensors = recut(guard, [(packed["details"], packed["tensors"])], (0, 1))  # type: ignore[list-item]
+        unpack(guard, {"details": details, "tensors": tensors})
+    except BaseException:
+        guard.view = before
+        raise
 
 
 # The parts as they were

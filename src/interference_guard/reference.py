@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .anchoring import set_anchor
 from .curvature import DomainCurvature
 from .errors import ConfigError, ShapeError, UnsupportedError
+from .exact import exact_products
 from .probe import Completions
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def observe_softened(
         for number in range(passes):
             chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
             batch = rows.rows(chosen[: len(rows)] % len(rows))
-            curvature.observe(guard.view.arrange(_gradients(guard.model, batch, generator)))
+            found = _gradients(guard.model, batch, generator)
+            with exact_products(guard.device):
+                curvature.observe(guard.view.arrange(found))
     finally:
         for module, training in modes:
             module.training = training

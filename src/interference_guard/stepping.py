@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .anchoring import set_anchor
 from .correcting import project
+from .exact import exact_products
 from .first_order import GradientMean
 from .local_model import displacements, see_through
 from .observation import Observation
@@ -31,10 +32,13 @@ def open_step(guard: Guard) -> None:
     for name in sorted(guard.domains):
         if name not in active and guard.domains[name].own_steps and name != guard.recovery:
             set_anchor(guard, guard.domains[name])
+            if not guard.domains[name].anchored:
+                guard.warn_without_gradients(name)
     for name in active:
         state = guard.domains[name]
         if state.start is None and guard.config.selection == "edits" and not state.anchored:
-            state.start = see_through(guard.view.weights(), guard.view.residuals, spread)
+            with exact_products(guard.device):
+                state.start = see_through(guard.view.weights(), guard.view.residuals, spread)
     guard.clock.add("anchor", started)
 
 
@@ -106,6 +110,8 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         # start of a warm-up) shows rounding alone, and a radius of that size would freeze learning.
         if state.radius is None:
             state.radius = torch.full_like(state.subspace, math.inf)
+        if (factor := state.region.longer_steps(guard.rate)) != 1:
+            state.radius = state.radius * factor
         if not state.region.radius and state.model is not None:
             visible = (state.subspace > 4 * state.model.rounding()) & state.radius.isinf()
             state.radius = torch.where(visible, state.subspace, state.radius)
@@ -123,7 +129,9 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
             if displacement.taken is not None and state.model is not None:
                 moved = state.model.lengths(displacement.split(displacement.taken))
                 state.moved = moved if state.moved is None else state.moved + moved
-    guard.kept.add((_subspaces(states).sum() / before.sum().clamp(min=1e-37)).clamp(max=1.0).sqrt())
+    total = before.sum()
+    kept = (_subspaces(states).sum() / total.clamp(min=1e-37)).clamp(max=1.0).sqrt()
+    guard.kept.add(torch.where(total > 0, kept, 1.0))
     guard.clock.add("project", started)
 
 

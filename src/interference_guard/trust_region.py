@@ -50,6 +50,7 @@ class TrustRegion:
         radius: Bound of the raw subspace term; 0 until the first foreign step has set it.
         largest: Largest radius so far that a measurement within the budget led to.
         ceiling: Radius above which it does not grow, since the domain needed a recovery there.
+        rate: Largest learning rate so far of a step that the radius knows of; 0 where rates are not known.
         at_floor: The last measurement was over budget while the floor held the radius.
         xy, xx: Running sums of raw x loss and raw^2 (quadratic parts), whose quotient is the calibration.
         ly, ll, lx: Running sums of linear x loss, linear^2 and linear x raw: with a first-order term the
@@ -65,6 +66,7 @@ class TrustRegion:
     radius: float = 0.0
     largest: float = 0.0
     ceiling: float = math.inf
+    rate: float = 0.0
     at_floor: bool = False
     xy: float = 0.0
     xx: float = 0.0
@@ -133,6 +135,10 @@ class TrustRegion:
             # A reward range has appeared, or is gone: old pairs are in another unit.
             self.unit, self.xy, self.xx = unit, 0.0, 0.0
             self.ly = self.ll = self.lx = 0.0
+        if not all(map(math.isfinite, (result.loss, x, raw.linear))):
+            # One such number in the running sums would stay there for good.
+            self.estimate, self.loss = found.loss, result.loss
+            return result
         # Normalised by raw so that one large displacement does not outweigh all others.
         weight = 1.0 / x if x > 0 else 0.0
         self.xy = MEMORY * self.xy + weight * x * result.loss
@@ -164,6 +170,29 @@ class TrustRegion:
         if self.radius > 0 and SURFACE * subspace <= self.radius:
             self.radius = max(self.radius * SHRINK, min(self.radius, self.largest * FLOOR))
             self.ceiling = self.radius
+
+    def longer_steps(self, rate: float) -> float:
+        """Factor by which the radius grows because the learning rate has risen above that of the steps so far.
+
+        The radius begins at the length of one step. In a warm-up the first steps are a small part of what
+        follows, and growth by measurements would take far longer than the warm-up. Nothing grows where the last
+        loss asks for less.
+
+        Args:
+            rate: Of the coming step; NaN where it is not known.
+        """
+        before = self.rate
+        if not rate > before:
+            return 1.0
+        self.rate = rate
+        if not before or self.loss > 0.5 * self.allowed:
+            return 1.0
+        factor = (rate / before) ** 2
+        if self.radius > 0:
+            factor = max(min(factor, self.ceiling / self.radius), 1.0)
+            self.radius *= factor
+            self.largest = max(self.largest, self.radius)
+        return factor
 
     def loosen(self) -> None:
         """The domain is trained again: what it needed before says nothing of where it will stand."""

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from interference_guard import GuardConfig
-from interference_guard.integrations.trl import InterferenceGuardCallback
+from interference_guard.integrations.trl import InterferenceGuardCallback, grpo
 from tests.distributed import zero_jobs
 from tests.distributed.jobs import whole
 from tests.trl import host
@@ -74,12 +74,12 @@ def weights_of(trainer):
     return {name: whole(p) for name, p in trainer.model.named_parameters()}
 
 
-def supervised_run(how, folder, steps=25):
-    """25 steps of 4 rows over all ranks, 5 of one domain and 20 guarded ones of another."""
+def supervised_run(how, folder, steps=25, blocks=PHASES, before=None):
+    """25 steps of 4 rows over all ranks, 5 of one domain and 20 guarded ones of another; from `before` on."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if how == "fsdp2":
         fsdp_on_cpu()
-    data = rows(PHASES).map(lambda row: {"completion": " " + row["answer"]}, remove_columns="answer")
+    data = rows(blocks).map(lambda row: {"completion": " " + row["answer"]}, remove_columns="answer")
     options = dict(FSDP2) if how == "fsdp2" else {}
     if how.startswith("zero"):
         options = zero(int(how[-1]))
@@ -100,6 +100,8 @@ def supervised_run(how, folder, steps=25):
     )
     away = any(hasattr(parameter, "ds_tensor") for parameter in trainer.model.parameters())
     callback = InterferenceGuardCallback(trainer, CONFIG)
+    if before is not None:
+        callback.load(before)
     trainer.add_callback(callback)
     trainer.train()
     state = callback.guard.domains["math"]
@@ -113,11 +115,33 @@ def supervised_run(how, folder, steps=25):
         "weights": weights_of(trainer),
         "radius": state.radius.item(),
         "foreign": state.foreign_steps,
+        "steps": callback.guard.steps,
         "subspace": state.subspace.item(),
         "loss": state.measurement.loss,
     }
+    callback.save(folder / f"{how}_{steps}")
     callback.detach()
     return table
+
+
+def streamed_run(folder):
+    """A supervised stream that the first rank reads for both: the second domain reaches one rank a step early."""
+    data = rows([("math", 6), ("code", 10)])
+    data = data.map(lambda row: {"completion": " " + row["answer"]}, remove_columns="answer")
+    host.known(folder / "model")
+    trainer = host.supervised(folder, data.to_iterable_dataset(), max_steps=4)
+    callback = InterferenceGuardCallback(trainer, CONFIG)
+    trainer.add_callback(callback)
+    seen = []
+    begin = callback.guard.begin
+    callback.guard.begin = lambda shares: (seen.append(dict(shares)), begin(shares))
+    trainer.train()
+    return seen
+
+
+def script_run(arguments):
+    """The script that trains a YAML file, on every rank."""
+    return grpo.main(arguments).state.global_step
 
 
 def load_on_cpu():

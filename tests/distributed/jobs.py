@@ -255,3 +255,14 @@ def refusal(kind, folder):
             layer.weight = torch.nn.Parameter(placed)
         attempt = lambda: Guard(model)  # noqa: E731
     return answer(attempt)
+
+
+def taken_over(at, **options):
+    """A run whose model is sharded after some steps, as a trainer does that was given a guard with a state."""
+    model, guard, optimizer = guarded("whole", make=torch.optim.SGD, rate=0.5, **options)
+    train(model, guard, optimizer, ORDER[:at])
+    optimizer.detach()
+    guard.bind(shard(model, "fsdp2"))
+    optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
+    train(model, guard, optimizer, ORDER[at:], start=at)
+    return outcome(model, guard)

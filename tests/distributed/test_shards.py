@@ -93,6 +93,19 @@ def test_resume_is_exact(tmp_path):
             assert whole["counts"] == cut["counts"]
 
 
+@pytest.mark.parametrize("options", [{}, {"coverage": 0.6, "first_order": True}])
+def test_a_model_that_is_sharded_later_goes_on(options, tmp_path):
+    calls = [functools.partial(jobs.taken_over, at, **options) for at in (3, 9, 17)]
+    expected = alone(make=torch.optim.SGD, rate=0.5, **options)
+    assert expected["metrics"]["guard/update_kept"] < 0.99, "the projection must have acted"
+    for first, second in zip(*run_ranks(2, jobs.several, calls, folder=tmp_path), strict=True):
+        assert_equal(first, second)
+        for name, value in expected["weights"].items():
+            torch.testing.assert_close(first["weights"][name], value, **TOLERANCE)
+        assert first["foreign"] == expected["foreign"]
+        assert first["counts"] == pytest.approx(expected["counts"])
+
+
 # Before an anchor, with one protected domain, with two.
 CUTS = [(at, {}) for at in (3, 9, 17)]
 # One process stacks matrices that ranks keep apart, and the other way round.

@@ -97,12 +97,11 @@ def online(kind, tmp_path, dataset, model=None, peft=None, evaluation=None, **op
     )
 
 
-def supervised(tmp_path, dataset, **options):
+def supervised(tmp_path, dataset, evaluation=None, **options):
     start, words = model_and_words(tmp_path / "model")
-    args = SFTConfig(
-        output_dir=str(tmp_path / "sft"), per_device_train_batch_size=2, max_steps=6, **(COMMON | options)
-    )
-    return SFTTrainer(start, args=args, train_dataset=dataset, processing_class=words)
+    settings = {"output_dir": str(tmp_path / "sft"), "per_device_train_batch_size": 2, "max_steps": 6}
+    args = SFTConfig(**(settings | COMMON | options))
+    return SFTTrainer(start, args=args, train_dataset=dataset, eval_dataset=evaluation, processing_class=words)
 
 
 def weights(trainer):

@@ -119,8 +119,6 @@ def test_detaching_puts_train_back(tmp_path):
     assert "train" in vars(trainer)
     callback.detach()
     assert "train" not in vars(trainer)
-    unshown, _ = live(tmp_path, shown=False)
-    assert "train" not in vars(unshown)
 
 
 def test_a_fault_of_the_display_ends_it_alone(monkeypatch):

@@ -53,7 +53,7 @@ def guarded(trainer, config=EAGER, **options):
 
 def never(config):
     """The same settings, with nothing that starts a phase by itself."""
-    return dataclasses.replace(config, budget=50.0, recovery_budget=99.0)
+    return dataclasses.replace(config, budget=1.0, recovery_budget=99.0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

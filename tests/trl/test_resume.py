@@ -1,7 +1,7 @@
 import pytest
 from peft import LoraConfig
 
-from interference_guard import StateError
+from interference_guard import GuardConfig, HostError, StateError
 from interference_guard.checkpoint import DETAILS, TENSORS
 from tests.trl.host import SHAPES, TWO_PHASES, StopAt, guarded, online, rows, same, weights
 
@@ -77,6 +77,33 @@ class TestSaving:
         guarded(trainer)
         with pytest.raises(StateError, match=message):
             trainer.train(resume_from_checkpoint=str(folder))
+
+    def test_checkpoints_of_the_model_alone_are_told_at_once(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), save_only_model=True, **SAVING)
+        with pytest.warns(UserWarning, match="save_only_model=True: the guard's state is not saved"):
+            guarded(trainer)
+        trainer.train()
+        again = online("grpo", tmp_path, rows(TWO_PHASES), save_only_model=True, **SAVING)
+        guarded(again)
+        with pytest.raises(StateError, match=r"with save_only_model=True a checkpoint is the model alone.*False"):
+            again.train(resume_from_checkpoint=True)
+
+    @pytest.mark.filterwarnings("error:save_only_model")
+    def test_nothing_is_told_where_nothing_is_saved(self, tmp_path):
+        guarded(online("grpo", tmp_path, rows(TWO_PHASES), save_only_model=True))
+
+    def test_the_state_can_be_saved_beside_a_model(self, tmp_path):
+        callback, _folder = self.saved(tmp_path)
+        callback.save(tmp_path / "end")
+        again = guarded(online("grpo", tmp_path, rows(TWO_PHASES)))
+        again.guard.load(tmp_path / "end")
+        assert again.guard.steps == 6
+        callback.detach()
+        with pytest.raises(HostError, match="has no trainer"):
+            callback.save(tmp_path / "end")
+        off = online("grpo", tmp_path / "off", rows(TWO_PHASES))
+        guarded(off, GuardConfig(enabled=False)).save(tmp_path / "off" / "end")
+        assert not (tmp_path / "off" / "end").exists()
 
     def test_state_of_another_model_is_refused(self, tmp_path):
         _, folder = self.saved(tmp_path)

@@ -30,6 +30,7 @@ from interference_guard.errors import ConfigError
         ("selection", "best", "one of"),
         ("domain_column", "", "a column name"),
         ("seed", 1.5, "an integer"),
+        ("seed", 2**50, "below"),
     ],
 )
 def test_values_outside_their_range_are_refused(field, value, allowed):
@@ -48,6 +49,10 @@ def test_overrides_are_a_table():
         "*.mix": "column",
         "a=b": "row",
     }
+
+
+def test_overrides_are_kept_as_a_list():
+    assert GuardConfig(unit_overrides=("*.mix=column",)) == GuardConfig(unit_overrides=["*.mix=column"])
 
 
 def test_every_field_has_help_and_cannot_be_changed():

@@ -6,7 +6,6 @@ import torch
 
 from interference_guard import (
     Completions,
-    ConfigError,
     Guard,
     GuardConfig,
     MissingDomainError,
@@ -121,7 +120,8 @@ def test_a_step_without_usable_gradients_leaves_no_anchor():
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    train(model, guard, optimizer, ["code"])
+    with pytest.warns(UserWarning, match=r"All gradients of domain 'math' were zero .*Guard\.protect"):
+        train(model, guard, optimizer, ["code"])
     assert not guard.domains["math"].anchored
     assert guard.domains["code"].own_steps == 1
 
@@ -207,17 +207,6 @@ def test_domains_must_be_named():
         guard.begin("math")
     with pytest.raises(MissingDomainError, match="named 3"), guard.domain(3):
         pass
-
-
-def test_other_objects_are_refused():
-    with pytest.raises(ConfigError, match=r"The model is of type str\. Give Guard"):
-        Guard("Qwen/Qwen3-0.6B")
-    with pytest.raises(ConfigError, match=r"settings are of type dict\. Give a GuardConfig"):
-        Guard(torch.nn.Linear(3, 3), {"budget": 0.02})
-    guard = Guard(torch.nn.Linear(3, 3))
-    with pytest.raises(ShapeError, match="was given dict"):
-        guard.retain("math", {"input_ids": torch.ones(1, 2)})
-    assert not guard.domains
 
 
 def test_domains_without_an_anchor_cannot_be_asked_for():
@@ -329,6 +318,21 @@ def test_a_first_step_at_rate_zero_sets_no_radius():
     optimizer.param_groups[0]["lr"] = rate
     train(model, guard, optimizer, ["code"], start=8)
     assert 1e-9 < guard.domains["math"].radius.item() < 1
+
+
+def test_a_warm_up_of_the_next_phase_does_not_leave_a_tiny_region():
+    radii = []
+    for warm_up in (0, 100):
+        model, guard, optimizer = guarded(rate=2e-4, config=dataclasses.replace(CONFIG, probe_steps=1000))
+        train(model, guard, optimizer, ["math"] * 5)
+        group = optimizer.param_groups[0]
+        for step in range(max(warm_up, 5)):
+            group["lr"] = 2e-4 * min((step + 1) / max(warm_up, 1), 1.0)
+            train(model, guard, optimizer, ["code"], start=5 + step)
+        radii.append(guard.domains["math"].radius.item())
+    plain, warmed = radii
+    # Its first step is a ten-thousandth of the other's, by energy.
+    assert warmed > plain / 4
 
 
 def test_watching_a_long_run_without_projection():

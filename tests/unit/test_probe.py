@@ -137,6 +137,17 @@ def test_masked_tokens_do_not_count():
     assert (found.loss, found.kl) == (0.0, 0.0)
 
 
+def test_tokens_that_are_not_scored_or_impossible_do_not_count():
+    now = torch.tensor([[math.nan, -1.0], [-math.inf, -1.0], [-math.inf, -1.0]])
+    anchor = torch.tensor([[0.0, -1.0], [math.inf, -1.0], [-math.inf, -1.0]])
+    mask = torch.tensor([[0, 1], [0, 1], [1, 1]])
+    found = estimate("d", now, anchor, mask, torch.ones(3), (0.0, 1.0))
+    assert (found.loss, found.kl) == (0.0, 0.0)
+    # A model that returns NaN where it is scored says so.
+    broken = estimate("d", now, anchor, torch.ones(3, 2), torch.ones(3), (0.0, 1.0))
+    assert math.isnan(broken.loss)
+
+
 def test_ranks_agree_on_the_sum():
     anchor = torch.full((8, 1), -1.0)
     now = anchor - torch.rand(8, 1, generator=torch.Generator().manual_seed(0))

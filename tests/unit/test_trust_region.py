@@ -107,6 +107,45 @@ def test_truth_scales_later_measurements_and_is_shrunk_toward_one():
     assert control.measured(found(0.04), Raw(1.0, 0.0)).loss == pytest.approx(0.04 * control.scale)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_measurement_that_is_no_number_leaves_the_calibration(bad):
+    control = region()
+    control.measured(found(0.01), Raw(1.0, 0.0, 0.5))
+    before = control.state()
+    control.measured(found(bad), Raw(1.0, 0.0))
+    control.measured(found(0.01), Raw(1.0, bad))
+    control.measured(found(0.01), Raw(1.0, 0.0, bad))
+    after = control.state()
+    assert {**after, "loss": 0, "estimate": 0, "radius": 0} == {**before, "loss": 0, "estimate": 0, "radius": 0}
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor"),
+    [(math.nan, 9.0), (0.009, 9.0), (0.011, 1.0)],  # not measured; within half the budget; beyond
+)
+def test_a_radius_follows_a_rising_learning_rate(loss, factor):
+    control = TrustRegion(0.02, 0.01)
+    # Of the step that sets the radius nothing more is known.
+    assert control.longer_steps(1e-6) == 1
+    control.radius = control.largest = 1.0
+    control.loss = loss
+    assert control.longer_steps(3e-6) == pytest.approx(factor)
+    assert control.radius == control.largest == pytest.approx(factor)
+    # Neither a lower rate nor one that is not known changes it, nor one that was reached before.
+    for rate in (1e-6, math.nan, 3e-6):
+        assert control.longer_steps(rate) == 1
+
+
+def test_a_rising_learning_rate_stops_at_the_ceiling():
+    control = region()
+    control.longer_steps(1e-6)
+    control.ceiling = 2.0
+    assert control.longer_steps(1e-5) == 2
+    assert control.radius == 2
+    control.ceiling = 1.0
+    assert control.longer_steps(1e-4) == 1
+
+
 def test_a_measurement_that_is_no_number_changes_no_radius():
     control = region()
     control.measured(found(math.nan), Raw(1.0, 0.0))

@@ -1,0 +1,94 @@
+"""The guard's state beside the trainer's own checkpoints, saved and read by every rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from interference_guard.checkpoint import load_own
+from interference_guard.errors import StateError
+from interference_guard.files import DETAILS
+from interference_guard.guard import Guard
+
+from .seams import Seams
+
+
+class Checkpoints:
+    """Saves and reads the guard's state where the trainer saves and reads its optimizer's.
+
+    Args:
+        seams: The trainer's methods, to be wrapped.
+        guard: Its state is saved.
+        bind: Called before a state is read: the trainer may have sharded the model by then.
+    """
+
+    def __init__(self, seams: Seams, guard: Guard, bind: Callable[[], None]) -> None:
+        self.trainer, self.guard, self._bind = seams.trainer, guard, bind
+        self._failed: StateError | None = None
+        args = self.trainer.args
+        if args.save_only_model and getattr(args.save_strategy, "value", args.save_strategy) != "no":
+            warnings.warn(
+                "save_only_model=True: the guard's state is not saved with checkpoints, so a resumed run cannot "
+                "go on guarded. Set it to False.",
+                stacklevel=4,
+            )
+        seams.wrap("_save_optimizer_and_scheduler", self._save)
+        seams.wrap("_load_optimizer_and_scheduler", self._load)
+
+    def save(self, directory: str | Path) -> None:
+        """Save this rank's part; each rank retains completions, and may hold weights, of its own."""
+        accelerator = self.trainer.accelerator
+        self.guard.save(_folder(directory, accelerator.process_index), folders=accelerator.num_processes)
+
+    def load(self, directory: str | Path) -> None:
+        """Read what all ranks of a run saved there."""
+        accelerator = self.trainer.accelerator
+        load_own(self.guard, partial(_folder, directory), accelerator.process_index, accelerator.num_processes)
+
+    def report(self) -> None:
+        """Raise the error of a state that could not be written with the last checkpoint."""
+        error, self._failed = self._failed, None
+        if error is not None:
+            raise error
+
+    def _save(self, method: Any) -> Any:
+        def save(directory: str, *args: Any, **kwargs: Any) -> Any:
+            result = method(directory, *args, **kwargs)
+            try:
+                self.save(directory)
+            except StateError as error:
+                # Raised in on_save, when the trainer's own checkpoint is complete.
+                self._failed = error
+            return result
+
+        return save
+
+    def _load(self, method: Any) -> Any:
+        def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+            result = method(checkpoint, *args, **kwargs)
+            if checkpoint is not None:
+                self._bind()
+                self._read(checkpoint)
+            return result
+
+        return load
+
+    def _read(self, checkpoint: str) -> None:
+        try:
+            self.load(checkpoint)
+        except StateError as error:
+            stem, _, suffix = DETAILS.rpartition(".")
+            if self.trainer.args.save_only_model and not any(Path(checkpoint).rglob(f"{stem}*.{suffix}")):
+                raise StateError(
+                    f"{checkpoint} holds no state of the guard: with save_only_model=True a checkpoint is the "
+                    "model alone, and neither the optimizer nor the guard goes on from it. Set it to False and "
+                    "train from the start, or resume without the guard."
+                ) from error
+            raise
+
+
+def _folder(directory: str | Path, rank: int) -> Path:
+    return Path(directory) if rank == 0 else Path(directory) / f"interference_guard_rank{rank}"

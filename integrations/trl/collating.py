@@ -1,0 +1,63 @@
+"""The domains of supervised rows on their way through a data loader, as bytes in a tensor of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interference_guard.errors import HostError
+
+DOMAIN_ID = "domain_id"
+# Of a name in UTF-8. One width for all batches: accelerate joins those of several ranks.
+WIDTH = 256
+
+
+class NamingCollator:
+    """A trainer's collator that takes the domain out of the rows and adds the names' bytes to the batch.
+
+    It may run in a worker process, or on the first rank for all others. What it knew about other rows would be
+    lost there, so names are numbered later, in the main process of each rank; only tensors get that far.
+
+    Args:
+        collator: The trainer's own.
+        column: The column of the domain.
+        width: Bytes a name may have.
+    """
+
+    def __init__(self, collator: Any, column: str, width: int = WIDTH) -> None:
+        self.collator, self.column, self.width = collator, column, width
+
+    def __call__(self, rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        """The trainer's batch, and in it the names."""
+        names = pack([row.get(self.column) for row in rows], self.width)
+        bare = [{key: value for key, value in row.items() if key != self.column} for row in rows]
+        batch = self.collator(bare, *args, **kwargs)
+        batch[DOMAIN_ID] = names
+        return batch
+
+
+def pack(names: Sequence[object], width: int = WIDTH) -> Tensor:
+    """Names as ``(names, width)`` uint8; what is no string is all zeros, as an empty name is.
+
+    Raises:
+        HostError: If a name is too long.
+    """
+    table = torch.zeros(len(names), width, dtype=torch.uint8)
+    for row, name in zip(table, names, strict=True):
+        written = name.encode() if isinstance(name, str) else b""
+        if len(written) > width:
+            raise HostError(
+                f"The domain {str(name)[:40]!r}... has {len(written)} bytes in UTF-8; {width} are allowed in a "
+                "stream of rows. Give it a shorter name."
+            )
+        if written:
+            row[: len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+    return table
+
+
+def unpack(table: Tensor) -> list[str]:
+    """The names that `pack` wrote."""
+    return [bytes(row).rstrip(b"\0").decode() for row in table.tolist()]

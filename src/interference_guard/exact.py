@@ -1,0 +1,45 @@
+"""Matrix products in full fp32, whatever the host has switched on for its own.
+
+Under autocast or TF32 the weights would be rounded before they meet the directions, and the displacement of a
+step at a small learning rate lies below what is left of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Turn autocast and reduced precision of fp32 products off; both are as before afterwards.
+
+    Args:
+        device: Where the guard computes.
+    """
+    before = [(switch, name, getattr(switch, name)) for switch, name in _switches(device)]
+    reduced = [item for item in before if item[2] not in _FULL]
+    cast = torch.is_autocast_enabled(device.type)
+    for switch, name, value in reduced:
+        setattr(switch, name, False if isinstance(value, bool) else "ieee")
+    try:
+        with torch.autocast(device.type, enabled=False) if cast else nullcontext():
+            yield
+    finally:
+        for switch, name, value in reduced:
+            setattr(switch, name, value)
+
+
+_FULL = (False, "none", "ieee")
+
+
+def _switches(device: torch.device) -> list[tuple[Any, str]]:
+    """Where torch keeps the precision of fp32 products; since 2.9 by words, before by a flag."""
+    backends = torch.backends
+    library = backends.cuda if device.type == "cuda" else getattr(backends, "mkldnn", None)
+    products = getattr(library, "matmul", None)
+    names = [name for name in ("fp32_precision", "allow_tf32") if hasattr(products, name)]
+    return [(products, name) for name in names[:1]]
