@@ -90,9 +90,9 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
     if not numbered_ahead(dataset):
         return
     names = dataset.unique(table.column)
-    bad = next((name for name in names if not isinstance(name, str) or not name), "")
+    bad = next((name for name in names if not named(name)), "")
     if bad != "" or "" in names:
-        index = next(i for i, name in enumerate(dataset[table.column]) if not isinstance(name, str) or not name)
+        index = next(i for i, name in enumerate(dataset[table.column]) if not named(name))
         raise missing(table.column, index, dataset[index][table.column], dataset[index])
     table.add(sorted(names))
 

@@ -188,6 +188,7 @@ class GuardConfig:
             "domain_column", isinstance(self.domain_column, str) and self.domain_column != "", "a column name"
         )
         self._check_recovery()
+        self._check("unit_overrides", not isinstance(self.unit_overrides, str), "a list, ['pattern=row']")
         if self.unit_overrides is not None:
             # As a state file gives it back, to be compared.
             object.__setattr__(self, "unit_overrides", list(self.unit_overrides))

@@ -31,6 +31,7 @@ from interference_guard.errors import ConfigError
         ("domain_column", "", "a column name"),
         ("seed", 1.5, "an integer"),
         ("seed", 2**50, "below"),
+        ("unit_overrides", "*.w=row", "a list"),
     ],
 )
 def test_values_outside_their_range_are_refused(field, value, allowed):
