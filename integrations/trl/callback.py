@@ -57,8 +57,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         UnsupportedError: If the model cannot be guarded. In each case nothing has been changed.
 
     Example:
+        ```python
         trainer = GRPOTrainer(model, reward_funcs, args, train_dataset=dataset)
         trainer.add_callback(InterferenceGuardCallback(trainer, GuardConfig(budget=0.02)))
+        ```
     """
 
     def __init__(

@@ -24,11 +24,12 @@ class GuardConfig:
     Raises:
         ConfigError: If a value is outside its range. The message names the field, the value and the range.
 
-    >>> GuardConfig(budget=0.05).budget
-    0.05
-    >>> GuardConfig(budget=0)
-    Traceback (most recent call last):
-    interference_guard.errors.ConfigError: budget=0 is not allowed: it must be a number above 0 and ...
+    Examples:
+        >>> GuardConfig(budget=0.05).budget
+        0.05
+        >>> GuardConfig(budget=0)
+        Traceback (most recent call last):
+        interference_guard.errors.ConfigError: budget=0 is not allowed: it must be a number above 0 and ...
     """
 
     enabled: bool = field(

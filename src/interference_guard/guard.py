@@ -43,15 +43,16 @@ class Guard(GuardState):
     Raises:
         UnsupportedError: If the model holds something the guard cannot protect; nothing is changed.
 
-    >>> from interference_guard import GuardConfig
-    >>> model = torch.nn.Linear(4, 2)
-    >>> guard = Guard(model, GuardConfig(rank=2, sketch=4))
-    >>> with guard.domain("math"):
-    ...     model(torch.ones(1, 4)).sum().backward()
-    ...     guard.before_step()
-    ...     guard.after_step()
-    >>> guard.domains["math"].own_steps
-    1
+    Examples:
+        >>> from interference_guard import GuardConfig
+        >>> model = torch.nn.Linear(4, 2)
+        >>> guard = Guard(model, GuardConfig(rank=2, sketch=4))
+        >>> with guard.domain("math"):
+        ...     model(torch.ones(1, 4)).sum().backward()
+        ...     guard.before_step()
+        ...     guard.after_step()
+        >>> guard.domains["math"].own_steps
+        1
     """
 
     def retain(self, domain: str, completions: Completions) -> None:

@@ -200,8 +200,9 @@ def pieces(shape: tuple[int, ...], limit: int = PIECE) -> Iterator[tuple[int, in
 def resolve(name: str, names: Iterable[str]) -> str | None:
     """The checkpoint's name of a parameter of the running model; adapters are saved without their name.
 
-    >>> resolve("m.q.lora_A.default.weight", ["m.q.lora_A.weight"])
-    'm.q.lora_A.weight'
+    Examples:
+        >>> resolve("m.q.lora_A.default.weight", ["m.q.lora_A.weight"])
+        'm.q.lora_A.weight'
     """
     known = names if isinstance(names, Mapping | set) else set(names)
     bare = re.sub(r"(\.lora_\w+)\.[^.]+\.(weight)$", r"\1.\2", name)

@@ -186,8 +186,9 @@ def top_neurons(magnitudes: Mapping[str, Tensor], share: float = 0.1) -> dict[st
 def jaccard(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """Common members over united members of two sets of masks; 0 where both are empty.
 
-    >>> jaccard({"a": torch.tensor([True, True])}, {"a": torch.tensor([True, False])})
-    0.5
+    Examples:
+        >>> jaccard({"a": torch.tensor([True, True])}, {"a": torch.tensor([True, False])})
+        0.5
     """
     both = sum(int((mask & second[name]).sum()) for name, mask in first.items())
     either = sum(int((mask | second[name]).sum()) for name, mask in first.items())

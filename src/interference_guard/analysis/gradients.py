@@ -43,10 +43,11 @@ def gradient_cosines(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
         first: Gradient by parameter name, any shape; or a linear image of it, the same for both.
         second: The other domain's.
 
-    >>> import torch
-    >>> a, b = {"x.weight": torch.tensor([1.0, 0.0])}, {"x.weight": torch.tensor([1.0, 1.0])}
-    >>> round(gradient_cosines(a, b).whole, 3)
-    0.707
+    Examples:
+        >>> import torch
+        >>> a, b = {"x.weight": torch.tensor([1.0, 0.0])}, {"x.weight": torch.tensor([1.0, 1.0])}
+        >>> round(gradient_cosines(a, b).whole, 3)
+        0.707
     """
     products: dict[str, list[float]] = {}
     for name, a in first.items():
