@@ -223,7 +223,8 @@ class GuardState:
 
     def warn_without_gradients(self, name: str) -> None:
         """Say once that a domain cannot be protected because none of its gradients was of use."""
-        if (name,) not in self._mixed:
+        # Of a domain that was only trained in mixed steps nothing was observed, which was said already.
+        if not any(name in names for names in self._mixed):
             self._mixed.add((name,))
             warnings.warn(
                 f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "
