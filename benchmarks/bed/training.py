@@ -20,6 +20,7 @@ from . import domains
 from . import model as policy
 from .beds import BEDS, GYM, Bed
 from .method import METHODS, Method, Mixed
+from .quiet import QUIET
 from .run import Result, Run, Watch
 from .watching import Evaluate, save
 
@@ -126,13 +127,7 @@ def _arguments(run: Run, bed: Bed, folder: str, steps: int, other: dict[str, Any
             "temperature": 1.0,
             "seed": run.seed,
             "logging_steps": 5,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
+            **QUIET,
             "log_level": "error",
             **other,
         }

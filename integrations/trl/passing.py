@@ -14,7 +14,7 @@ from interference_guard.guard import Guard
 from .collating import DOMAIN_ID, WIDTH, NamingCollator, unpack
 from .completions import generated, labelled
 from .evaluation import EvaluationRounds
-from .rows import DomainTable, missing, numbered_ahead
+from .rows import DomainTable, missing, named, numbered_ahead
 from .seams import Seams
 
 
@@ -119,7 +119,7 @@ class PassingRows:
 
             # A streaming dataset shows new names at different times on different ranks.
             fresh = [row.get(self.domains.column) for row in rows]
-            self.domains.add(sorted({name for name in gather_object(fresh) if isinstance(name, str) and name}))
+            self.domains.add(sorted(set(filter(named, gather_object(fresh)))))
         return self.domains.numbers(rows, needed)
 
     def _retain(self, output: Mapping[str, Any], rewards: Tensor | None, numbers: Tensor) -> None:

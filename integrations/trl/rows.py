@@ -90,8 +90,7 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
     if not numbered_ahead(dataset):
         return
     names = dataset.unique(table.column)
-    bad = next((name for name in names if not named(name)), "")
-    if bad != "" or "" in names:
+    if not all(map(named, names)):
         index = next(i for i, name in enumerate(dataset[table.column]) if not named(name))
         raise missing(table.column, index, dataset[index][table.column], dataset[index])
     table.add(sorted(names))

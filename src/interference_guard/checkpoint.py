@@ -44,14 +44,14 @@ def save(guard: Guard, directory: Path, folders: int = 1) -> None:
     tensors = {
         # Shared and strided memory cannot be stored as it is.
         name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in packed["tensors"].items()  # type: ignore[attr-defined]
+        for name, tensor in packed["tensors"].items()
     }
     names = file_names(guard)
     temporary = [directory / f".{name}.tmp-{os.getpid()}" for name in names]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary[0])
-        details = dict(packed["details"])  # type: ignore[call-overload]
+        details = dict(packed["details"])
         details["tensor_bytes"] = temporary[0].stat().st_size
         details["tensor_sha256"] = _digest(temporary[0])
         temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")

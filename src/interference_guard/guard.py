@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import nn
 
 from . import checkpoint, measuring, packing, recovering, reference, stepping
 from .errors import MissingDomainError, ShapeError, UnknownDomainError
@@ -21,7 +22,8 @@ from .guard_state import GuardState
 from .local_model import predict
 from .metering import collect
 from .places import Places, curvature_places, projected_places
-from .probe import Completions, Measurement, Policy
+from .probe import Completions, Measurement, Policy, model_policy
+from .recut import share_out
 from .trust_region import Raw
 
 # The first foreign steps are the ones about which least is known.
@@ -54,6 +56,25 @@ class Guard(GuardState):
         >>> guard.domains["math"].own_steps
         1
     """
+
+    def bind(self, model: nn.Module) -> None:
+        """Go on with another object of the same model, for instance in the next phase's trainer.
+
+        The guard's own policy is bound too, unless a host gave one. The model may have been sharded since.
+
+        Raises:
+            ShapeError: If its trainable parameters differ; nothing is changed then.
+            StateError: If they lie on the ranks in other pieces than those the guard's sums are of.
+        """
+        if not self.enabled:
+            return
+        if self._domains and self.view.shared_since(model):
+            share_out(self, model)
+        else:
+            self.view.bind(model, known=list(self._domains))
+        self.model = model
+        if self._own_policy:
+            self.policy = model_policy(model)
 
     def retain(self, domain: str, completions: Completions) -> None:
         """Keep a domain's latest completions, to measure its interference on later.
@@ -310,7 +331,7 @@ class Guard(GuardState):
 
     def state_dict(self) -> dict[str, object]:
         """Everything needed to go on exactly: see `packing.pack`. Tensors are not copied."""
-        return packing.pack(self)
+        return dict(packing.pack(self))
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over a `state_dict`; checked as a whole before anything is changed.

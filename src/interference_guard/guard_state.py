@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .checks import trainable_parameters
 from .config import GuardConfig
 from .correcting import Grams
 from .curvature import DomainCurvature
@@ -24,10 +23,7 @@ from .observation import Observation
 from .probe import Policy, model_policy
 from .ranks import Ranks, Reduce
 from .recovery import RecoverySchedule
-from .recut import share_out
-from .shards import Shards
 from .trust_region import TrustRegion
-from .zero import zero_of
 
 Own = TypeVar("Own", bound="GuardState")
 
@@ -80,32 +76,12 @@ class GuardState:
         # Domains a host can give own steps to; None: all of them.
         self.recoverable: frozenset[str] | None = None
         # What was warned about: domains of one mixed step, or one domain without gradients.
-        self._mixed: set[tuple[str, ...]] = set()
+        self._warned: set[tuple[str, ...]] = set()
         self._followed = 0
         self._shares: dict[str, float] = {}
         self._domains: dict[str, DomainState] = {}
         if self.enabled:
             self.view = ModelView(model, self.config)
-
-    def bind(self, model: nn.Module) -> None:
-        """Go on with another object of the same model, for instance in the next phase's trainer.
-
-        The guard's own policy is bound too, unless a host gave one. The model may have been sharded since.
-
-        Raises:
-            ShapeError: If its trainable parameters differ; nothing is changed then.
-            StateError: If they lie on the ranks in other pieces than those the guard's sums are of.
-        """
-        if not self.enabled:
-            return
-        now = Shards(trainable_parameters(model), zero_of(model))
-        if self._domains and now.sharded and not self.view.shards.sharded:
-            share_out(self, model)  # type: ignore[arg-type]
-        else:
-            self.view.bind(model, known=list(self._domains))
-        self.model = model
-        if self._own_policy:
-            self.policy = model_policy(model)
 
     @contextmanager
     def domain(self: Own, name: str | Mapping[str, float]) -> Iterator[Own]:
@@ -210,8 +186,8 @@ class GuardState:
 
     def warn_mixed(self, names: tuple[str, ...]) -> None:
         """Say once for each combination that a step of several domains adds to no domain's curvature."""
-        if names not in self._mixed:
-            self._mixed.add(names)
+        if names not in self._warned:
+            self._warned.add(names)
             warnings.warn(
                 f"A step trained the domains {sorted(names)} together. Its gradient cannot be told apart by "
                 "domain, so it is added to no domain's curvature: a domain that is only trained so gets no "
@@ -224,8 +200,8 @@ class GuardState:
     def warn_without_gradients(self, name: str) -> None:
         """Say once that a domain cannot be protected because none of its gradients was of use."""
         # Of a domain that was only trained in mixed steps nothing was observed, which was said already.
-        if not any(name in names for names in self._mixed):
-            self._mixed.add((name,))
+        if not any(name in names for names in self._warned):
+            self._warned.add((name,))
             warnings.warn(
                 f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "
                 "of each group are alike. Until it has others it is not protected. If the model has mastered it "

@@ -57,16 +57,7 @@ class ModelView:
             ShapeError: If its trainable parameters differ; nothing is changed then.
             StateError: If they lie on the ranks in other pieces and there are sums of the former ones.
         """
-        found = trainable_parameters(model)
-        mine = {name: whole_shape(tensor) for name, tensor in self._parameters.items()}
-        theirs = {name: whole_shape(tensor) for name, tensor in found.items()}
-        if mine != theirs:
-            count, name = difference(mine, theirs)
-            raise ShapeError(
-                f"The guard was built for other trainable parameters: {count} differ, for instance "
-                f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
-                "model, or build a new guard."
-            )
+        found = self._same(model)
         shards = Shards(found, zero_of(model))
         agrees = self.shards.agrees(shards)
         if known and not agrees:
@@ -79,6 +70,24 @@ class ModelView:
         if not agrees:
             self._lay_out()
         self.place()
+
+    def shared_since(self, model: nn.Module) -> bool:
+        """Whether ranks share the parameters of the same model, which were whole here; `ShapeError` as `bind`."""
+        found = self._same(model)
+        return not self.shards.sharded and Shards(found, zero_of(model)).sharded
+
+    def _same(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        found = trainable_parameters(model)
+        mine = {name: whole_shape(tensor) for name, tensor in self._parameters.items()}
+        theirs = {name: whole_shape(tensor) for name, tensor in found.items()}
+        if mine != theirs:
+            count, name = difference(mine, theirs)
+            raise ShapeError(
+                f"The guard was built for other trainable parameters: {count} differ, for instance "
+                f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
+                "model, or build a new guard."
+            )
+        return found
 
     @property
     def spread(self) -> Spread | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, cast
 
@@ -119,7 +120,8 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
             parameters, or if it is a ZeRO optimizer and the guard was not built on its engine.
     """
     inner = innermost(optimizer)
-    if any(getattr(hook, "guard", None) is guard for hook in inner._optimizer_step_pre_hooks.values()):
+    hooks = inner._optimizer_step_pre_hooks.values()
+    if any(isinstance(hook, _Before) and hook.guard is guard for hook in hooks):
         raise HostError(
             f"This guard watches this {type(inner).__name__} already, and would count each step twice. Keep the "
             "hooks there are, or call their detach() first."
@@ -175,15 +177,24 @@ def _check_parameters(optimizer: Optimizer, guard: Any) -> None:
 def _hooks(
     optimizer: Optimizer, guard: StepGuard, before: Callable[..., Any], after: Callable[..., Any]
 ) -> StepHooks:
-    # By this `attach` knows its own hooks again.
-    before.guard = guard  # type: ignore[attr-defined]
-    handles: list[Any] = [optimizer.register_step_pre_hook(before)]
+    handles: list[Any] = [optimizer.register_step_pre_hook(_Before(guard, before))]
     try:
         handles.append(optimizer.register_step_post_hook(after))
     except BaseException:
         handles[0].remove()
         raise
     return StepHooks(handles)
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """A pre-hook by which `attach` knows again whose it is."""
+
+    guard: StepGuard
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
 
 
 def _in_parts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
@@ -47,7 +47,14 @@ PLAIN = (
 LATER = ("fresh", "interrupted", "rewarded")
 
 
-def pack(guard: Guard, folders: int = 1) -> dict[str, object]:
+class Packed(TypedDict):
+    """A guard's state: what JSON can hold, and tensors by name."""
+
+    details: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def pack(guard: Guard, folders: int = 1) -> Packed:
     """A guard's state as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared.
 
     Args:

@@ -85,7 +85,7 @@ def share_out(guard: Guard, model: nn.Module) -> None:
     before = guard.view
     guard.view = ModelView(model, guard.config)
     try:
-        details, tensors = recut(guard, [(packed["details"], packed["tensors"])], (0, 1))  # type: ignore[list-item]
+        details, tensors = recut(guard, [(packed["details"], packed["tensors"])], (0, 1))
         unpack(guard, {"details": details, "tensors": tensors})
     except BaseException:
         guard.view = before

@@ -10,7 +10,7 @@ from interference_guard import Guard
 from interference_guard.checkpoint import DETAILS
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
-from tests.trl.host import COMMON, model_and_words
+from tests.trl.host import model_and_words, script
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -19,22 +19,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def found(tmp_path_factory):
     """The folder, and what two ranks returned by run: they are started once."""
     folder = tmp_path_factory.mktemp("shared")
-    model_and_words(folder / "model")
     (folder / "rewards.py").write_text("def brief(completions, **columns): return [-len(t) for t in completions]")
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} + 1 ="}) for n in range(4)))
     domain = {"path": str(folder / "rows.jsonl"), "rewards": [f"{folder}/rewards.py:brief"], "batches": 2}
-    settings = {
-        "model_name_or_path": str(folder / "model"),
-        "dtype": "float32",
-        "output_dir": str(folder / "script"),
-        "per_device_train_batch_size": 2,
-        "num_generations": 2,
-        "max_completion_length": 3,
-        "guard_rank": 4,
-        "guard_sketch": 8,
-        "domains": [{"name": name, **domain} for name in ("math", "code")],
-        **COMMON,
-    }
+    domains = [{"name": name, **domain} for name in ("math", "code")]
+    settings = script(folder, domains, output="script", rows=2)
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     calls = [
         functools.partial(engines.streamed_run, folder),

@@ -10,20 +10,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.bed.quiet import QUIET
+
 # Model names a reader would use, each replaced by the small model of the `trl` prelude.
 MODEL_NAMES = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Base")
 WORDS = [*"0123456789", "+", "=", "reverse", "a", "b", "c", "[PAD]", "[EOS]", "[UNK]"]
-
-# Of every trainer in a test: one process on the CPU that writes nothing by itself.
-PLAIN: dict[str, Any] = {
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-}
 
 
 def empty(folder: Path) -> dict[str, Any]:
@@ -65,7 +56,7 @@ def trl(folder: Path) -> dict[str, Any]:
         max_steps=3,
         shuffle_dataset=False,
         logging_steps=1,
-        **PLAIN,
+        **QUIET,
     )
     return {
         "model": str(small_model(folder / "model")),
@@ -89,7 +80,7 @@ def sft(folder: Path) -> dict[str, Any]:
         output_dir=str(folder / "sft"),
         per_device_train_batch_size=3,
         num_train_epochs=1,
-        **PLAIN,
+        **QUIET,
     )
     return {"model": given["model"], "args": args, "dataset": Dataset.from_list(rows)}
 

@@ -5,19 +5,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
+from benchmarks.bed.quiet import QUIET
 from interference_guard import GuardConfig
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from tests.docs.preludes import small_model
 
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4, probe_steps=2, retain=16)
-COMMON = {
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "save_strategy": "no",
+COMMON = QUIET | {
     "logging_steps": 1,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
@@ -102,6 +96,24 @@ def supervised(tmp_path, dataset, evaluation=None, **options):
     settings = {"output_dir": str(tmp_path / "sft"), "per_device_train_batch_size": 2, "max_steps": 6}
     args = SFTConfig(**(settings | COMMON | options))
     return SFTTrainer(start, args=args, train_dataset=dataset, eval_dataset=evaluation, processing_class=words)
+
+
+def script(folder, domains, output="run", rows=4, **options):
+    """Settings of the script that trains from a YAML file, over the model in the folder."""
+    model_and_words(folder / "model")
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "dtype": "float32",
+        "output_dir": str(folder / output),
+        "per_device_train_batch_size": rows,
+        "num_generations": 2,
+        "max_completion_length": 3,
+        "guard_rank": 4,
+        "guard_sketch": 8,
+        "domains": domains,
+        **COMMON,
+        **options,
+    }
 
 
 def weights(trainer):

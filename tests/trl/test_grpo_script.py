@@ -6,7 +6,7 @@ import yaml
 from interference_guard import ConfigError, GuardConfig
 from interference_guard.integrations.trl import grpo
 from interference_guard.integrations.trl.rewards import for_domain, load, route
-from tests.trl.host import COMMON, model_and_words
+from tests.trl.host import script
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -23,27 +23,13 @@ def brief(completions, **columns):
 
 @pytest.fixture
 def settings(tmp_path):
-    model_and_words(tmp_path / "model")
     (tmp_path / "rewards.py").write_text(REWARDS)
     for name, prompt in (("math", "1 + 1 ="), ("code", "reverse a")):
         lines = [json.dumps({"prompt": prompt, "answer": "1", f"only_{name}": index}) for index in range(6)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     domain = {"rewards": [f"{tmp_path}/rewards.py:contains", f"{tmp_path}/rewards.py:brief"], "batches": 2}
-    return {
-        "model_name_or_path": str(tmp_path / "model"),
-        "dtype": "float32",
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": 4,
-        "num_generations": 2,
-        "max_completion_length": 3,
-        "guard_rank": 4,
-        "guard_sketch": 8,
-        "guard_seed": 3,
-        "domains": [
-            {"name": name, "path": str(tmp_path / f"{name}.jsonl"), **domain} for name in ("math", "code")
-        ],
-        **COMMON,
-    }
+    domains = [{"name": name, "path": str(tmp_path / f"{name}.jsonl"), **domain} for name in ("math", "code")]
+    return script(tmp_path, domains, guard_seed=3)
 
 
 def written(tmp_path, settings):
