@@ -42,6 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SHARED = {"head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True, "max_position_embeddings": 4096}
 TOKENS, LENGTH = 1024, 256
+# Gradients that are only there to be observed: enough tokens for every direction, and no more.
+FEW = 64
 DOMAINS = 4
 REPEATS = 3
 
@@ -76,10 +78,13 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
     model = build(name, layers, device)
     weights = [parameter.detach() for parameter in model.parameters()]
     count = sum(weight.numel() for weight in weights)
-    ids = torch.randint(0, SHARED["vocab_size"], (TOKENS // LENGTH, LENGTH), device=device)
+
+    def draw(rows: int, length: int, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.randint(0, SHARED["vocab_size"], (rows, length), device=device)
 
     @torch.enable_grad()
-    def train_step() -> None:
+    def train_step(ids: Tensor) -> None:
         model.zero_grad(set_to_none=False)
         model(input_ids=ids, labels=ids).loss.backward()
 
@@ -87,27 +92,25 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         return [weight.sum() for weight in weights]
 
     found: dict[str, Any] = {"layers": layers, "parameters": count}
-    train_step()
-    found["forward_backward"] = timed(train_step, device, 1)
+    train_step(draw(1, FEW, 0))
+    found["forward_backward"] = timed(lambda: train_step(draw(TOKENS // LENGTH, LENGTH, 0)), device, 1)
     guard = Guard(model, GuardConfig())
     domains = [f"domain_{index}" for index in range(DOMAINS)]
-    ones = torch.ones_like(ids)
-    rewards = torch.linspace(0, 1, len(ids), device=device)
     found["by_domains"] = []
     for index, domain in enumerate(domains):
-        torch.manual_seed(index)
-        ids.copy_(torch.randint(0, SHARED["vocab_size"], ids.shape, device=device))
-        train_step()
+        train_step(draw(1, FEW, index))
         guard.begin({domain: 1.0})
         guard.before_step()
         # Like the micro-steps of a domain's own training: its sums are there, its directions not yet.
         observe = timed(guard.before_step, device)
-        guard.retain(domain, Completions(ids.clone(), ones, ones, rewards))
+        # The first domain is the one whose probe is timed.
+        ids = draw(TOKENS // LENGTH, LENGTH, index) if index == 0 else draw(2, FEW, index)
+        ones = torch.ones_like(ids)
+        guard.retain(domain, Completions(ids, ones, ones, torch.linspace(0, 1, len(ids), device=device)))
         guard.after_step()
         found["by_domains"].append({"protected": index + 1, "observe": observe})
     guard.begin({"next": 1.0})
-    anchor = timed(guard.before_step, device, 1)
-    found["anchor"] = anchor / DOMAINS
+    found["anchors"] = timed(guard.before_step, device, 1)
     states = [guard.domains[domain] for domain in domains]
     _move(weights, 0)
     hold(guard, states)
@@ -163,7 +166,7 @@ def scale(low: dict[str, Any], high: dict[str, Any], layers: int) -> dict[str, A
     def whole(a: float, b: float) -> float:
         return b + (b - a) / between * (layers - high["layers"])
 
-    names = ("parameters", "forward_backward", "anchor", "probe", "read")
+    names = ("parameters", "forward_backward", "anchors", "probe", "read")
     rows = []
     for a, b in zip(low["by_domains"], high["by_domains"], strict=True):
         rows.append({key: whole(a[key], b[key]) if key != "protected" else a[key] for key in a})
@@ -182,7 +185,7 @@ def ratios(whole: dict[str, Any]) -> dict[str, Any]:
     weights = 4 * whole["parameters"]
     return {
         "by_domains": table,
-        "anchor_over_read": whole["anchor"] / whole["read"],
+        "anchors_of_four_over_read": whole["anchors"] / whole["read"],
         "probe_of_1024_tokens_over_forward_backward": whole["probe"] / step,
         "memory_share": {key: value / weights for key, value in whole["memory"].items()},
     }

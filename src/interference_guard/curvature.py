@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .blocks import Block
 from .errors import ShapeError
-from .observation import Observation
+from .observation import Observation, unit_energy
 from .shards import Spread
 
 # Part of a matrix's energy after which further directions are left to the residual.
@@ -107,7 +107,7 @@ class DomainCurvature:
         energies, updates = [], []
         for index, omega in enumerate(self.omegas):
             if reads:
-                energies.append(gradients[index].square().sum(-1))
+                energies.append(unit_energy(gradients[index]))
             else:
                 energy, update = _see(gradients[index], omega)
                 energies.append(energy)
@@ -242,7 +242,7 @@ class DomainCurvature:
 
 def _see(gradient: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     """A block's energies and what it adds to Y; the block is let go on return."""
-    return gradient.square().sum(-1), gradient.mT @ (gradient @ omega)
+    return unit_energy(gradient), gradient.mT @ (gradient @ omega)
 
 
 def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .blocks import Blocks
+from .blocks import STACK_LIMIT, Blocks
 from .errors import HostError
 from .shards import Spread
 
@@ -78,6 +78,14 @@ class Observation:
             yield self._gradients[index].mT @ (region.units(seen) if region.split else seen)
 
 
+def unit_energy(gradient: Tensor) -> Tensor:
+    """Squared length of every unit's gradient, ``(matrices, units)``, of a block ``(matrices, units, width)``."""
+    # The squares of a large block are a second one, written and read again; a norm along memory reads it once.
+    if gradient.numel() > STACK_LIMIT and gradient.stride(-1) == 1:
+        return torch.linalg.vector_norm(gradient, dim=-1).square()
+    return gradient.square().sum(-1)
+
+
 def _see(gradient: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     """Energies and G Omega of one block, which is let go on return."""
-    return gradient.square().sum(-1), gradient @ omega
+    return unit_energy(gradient), gradient @ omega

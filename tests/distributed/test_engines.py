@@ -12,9 +12,9 @@ from tests.trl.host import model_and_words
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def equal_to_ddp(found, ddp, rtol, atol, rel):
+def equal_to_ddp(found, ddp, rtol, atol, rel, foreign=20):
     """After 20 guarded steps: weights within `rtol` and `atol`, what the guard knows within `rel`."""
-    assert found["foreign"] == 20
+    assert found["foreign"] == foreign
     assert found["kept"] < 0.99, "the projection must have acted"
     for name, value in ddp["weights"].items():
         torch.testing.assert_close(found["weights"][name], value, rtol=rtol, atol=atol)
@@ -98,7 +98,12 @@ def zero(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
     model_and_words(folder / "model")
     # DDP first: DeepSpeed leaves its mark in the environment.
-    calls = {how: functools.partial(engines.supervised_run, how, folder) for how in ("ddp", "zero2", "zero3")}
+    calls = {}
+    for how in ("ddp", "zero2", "zero3"):
+        run = functools.partial(engines.supervised_run, how, folder)
+        calls[how] = run
+        # The state is read before the trainer hands its model to the engine.
+        calls[f"{how} next"] = functools.partial(run, steps=8, blocks=[("code", 32)], before=folder / f"{how}_25")
     for name, (settings, stop) in UNDER_ZERO.items():
         run = functools.partial(engines.rollouts_run, folder, **settings)
         calls[f"whole {name}"] = functools.partial(run, f"whole {name}")
@@ -115,6 +120,14 @@ def test_zero_equals_ddp_after_twenty_guarded_steps(zero, stage):
     assert "DEEPSPEED" in found["engine"]
     assert found["away"] == (stage == 3), "stage 3 must have shared the weights out before the guard was built"
     equal_to_ddp(found, ddp, rtol=1e-4, atol=1e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_next_trainer_under_zero_goes_on_from_the_state_like_ddp(zero, stage):
+    ddp, (found, other) = zero["ddp next"][0], zero[f"zero{stage} next"]
+    assert ddp["steps"] == found["steps"] == 25 + 8
+    alike(found, other, "radius", "subspace", "loss", "foreign")
+    equal_to_ddp(found, ddp, rtol=1e-4, atol=1e-5, rel=1e-3, foreign=20 + 8)
 
 
 @pytest.mark.parametrize("name", UNDER_ZERO)

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from interference_guard.blocks import STACK_LIMIT
 from interference_guard.curvature import DomainCurvature, nystrom, sketch_matrix, truncate
 from interference_guard.errors import ShapeError
+from interference_guard.observation import unit_energy
 
 
 def curvature(width=24, sketch=12, half_life=4.0):
@@ -25,6 +27,17 @@ def test_sums_are_the_decayed_sums_by_definition():
     torch.testing.assert_close(found.sums[0].sketch.double(), sketch, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.sums[0].energy.double(), energy, rtol=1e-5, atol=1e-5)
     assert found.count.item() == pytest.approx(sum(weights))
+
+
+def test_energies_of_a_large_block_are_the_same_whichever_way_it_lies():
+    (block,) = gradients(1, units=600, width=300, matrices=2)
+    assert block.numel() > STACK_LIMIT
+    energy = block.double().square().sum(-1)
+    for way in (block, block.mT.contiguous().mT):
+        torch.testing.assert_close(unit_energy(way).double(), energy, rtol=1e-6, atol=0)
+    block[0, 0, 0], block[0, 1, 0] = float("inf"), float("nan")
+    assert unit_energy(block)[0, 0].isinf()
+    assert unit_energy(block)[0, 1].isnan()
 
 
 def test_half_life_is_exact():
