@@ -82,7 +82,8 @@ def unit_energy(gradient: Tensor) -> Tensor:
     """Squared length of every unit's gradient, ``(matrices, units)``, of a block ``(matrices, units, width)``."""
     # The squares of a large block are a second one, written and read again; a norm along memory reads it once.
     if gradient.numel() > STACK_LIMIT and gradient.stride(-1) == 1:
-        return torch.linalg.vector_norm(gradient, dim=-1).square()
+        energy: Tensor = torch.linalg.vector_norm(gradient, dim=-1).square()
+        return energy
     return gradient.square().sum(-1)
 
 

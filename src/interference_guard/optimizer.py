@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from .errors import HostError, UnsupportedError
+from .unusual import trains_nothing, unscale
 from .zero import Zero, partitioned
 
 HOOK_TABLES = (
@@ -101,9 +102,11 @@ def innermost(optimizer: Any) -> Optimizer:
 def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = None) -> StepHooks:
     """Call `guard.before_step` and `guard.after_step` around every step of an optimizer.
 
-    Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. With a
+    Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. (Of a fused
+    optimizer the gradients that `GradScaler` left scaled are unscaled here, as its step would do.) With a
     closure, `before_step` runs after its first evaluation, when the gradients exist. DeepSpeed's ZeRO steps its
-    optimizer once for each of its flat buffers, which makes one step of the guard.
+    optimizer once for each of its flat buffers, which makes one step of the guard. A step that `GradScaler` skips
+    is none, nor is the one by which `torch.distributed.checkpoint` sets up a new optimizer.
 
     Args:
         optimizer: A torch optimizer, or a wrapper around one (accelerate's `AcceleratedOptimizer`, the
@@ -138,8 +141,13 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
         return _hooks(inner, guard, *_in_parts(sharded, guard, open_step))
     _check_parameters(inner, guard)
     before_step, after_step = _eager(open_step), _eager(guard.after_step)
+    idle = False
 
-    def before(_: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        nonlocal idle
+        if idle := trains_nothing(optimizer, guard):
+            return None
+        unscale(optimizer)
         closure, place = _closure(args, kwargs)
         if closure is None:
             before_step()
@@ -149,8 +157,9 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
             return args, {**kwargs, "closure": wrapped}
         return (*args[:place], wrapped, *args[place + 1 :]), kwargs
 
-    def after(_: Optimizer, args: Any, kwargs: Any) -> None:
-        after_step()
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not idle:
+            after_step()
 
     return _hooks(inner, guard, before, after)
 
