@@ -373,7 +373,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def _heard(self, found: dict[str, float]) -> None:
         # True rewards by domain, of one round of evaluation.
         if found and self.history is not None:
-            self.history.evaluation(self._guard().steps, found)
+            self.history.evaluation(self._guard().steps, found, self._guard().trained)
         for name, reward in found.items():
             # A domain that has not been trained yet has nothing to keep.
             if name in self._guard().domains:

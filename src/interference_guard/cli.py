@@ -1,15 +1,17 @@
 """Entry point of the command line: errors become one sentence and an exit code, never a traceback.
 
-Exit codes: 0 done, 1 a limit of `check` was passed or `doctor` found a fault, 2 wrong usage or input that
-cannot be read.
+Exit codes: 0 done, 1 a limit of `check` was passed or `doctor` found a fault, 2 wrong usage, input that cannot
+be read or a gate that saw nothing of a domain, 3 a fault of the program.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .errors import GuardError
+from .report.text import plain
 
 EXTRA = "interference-guard needs {0}, which is not installed. Run: pip install 'interference-guard[report]'"
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .commands import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich", "packaging"):
-            raise
+            return _fault(error)
         sys.stderr.write(EXTRA.format(error.name) + "\n")
         return 2
     try:
@@ -40,11 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("Stopped.")
         return 130
+    except Exception as error:
+        return _fault(error)
     return 0
 
 
+def _fault(error: Exception) -> int:
+    # Python's own code would be 1, and of `check` that says that a limit was passed.
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    _say(
+        f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}). This is a fault of the "
+        "program, or a damaged input that it does not know. Please report it with the command and its input."
+    )
+    return 3
+
+
 def _say(sentence: str) -> None:
-    sys.stderr.write(f"Error: {sentence}\n")
+    sys.stderr.write(f"Error: {plain(sentence)}\n")
 
 
 def run() -> None:

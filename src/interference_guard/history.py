@@ -3,7 +3,8 @@
 The first line says what the run is. Each further line is one report of metrics (``"step"``), one evaluation
 (``"evaluation"``), or the sums by layer and module so far (``"places"``), of which the latest counts. When more
 than `limit` lines lie in the file, every second step line is dropped and from then on only every second one is
-written, so that the whole run keeps one resolution.
+written, so that the whole run keeps one resolution. In a run of phases the lines on both sides of a change of
+domain are written and kept all the same; where domains take turns, the one with fewer lines goes first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, StateError
 from .files import HISTORY
+from .thinning import Key, Line, active_of, halved, has_phases, key_of
 
 if TYPE_CHECKING:
     from .places import Places
@@ -27,10 +30,14 @@ if TYPE_CHECKING:
 VERSION = 1
 __all__ = ["HISTORY", "History", "RecordedRun", "find_history", "read_history"]
 LIMIT = 4000
+FAULTS = (OSError, TypeError, ValueError, StateError)
 
 
 class History:
     """Writes a run's history. A fault of the disk ends the writing with one warning, never the run.
+
+    A history that a resumed run finds damaged from end to end, or empty, is set aside with a warning, and a new
+    one begins.
 
     Args:
         path: The file; lines already in it up to `step` are kept, later ones belong to steps that are
@@ -52,14 +59,20 @@ class History:
         self.limit = limit
         self.failed = False
         self.stride = 1
-        self._reports = 0
         self._lines = 1
+        # The newest report; the newest that is in the file; of those since then, the one to write next.
+        self._latest: Line | None = None
+        self._written: Line | None = None
+        self._chosen: Line | None = None
+        self._since = 0
+        self._counts: Counter[Key] = Counter()
+        self._phased = True
         self._settings = dict(settings or {})
         try:
             earlier = self._earlier(step)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._rewrite(earlier)
-        except (OSError, TypeError, ValueError) as error:
+        except FAULTS as error:
             self._fail(error)
 
     def report(
@@ -73,18 +86,46 @@ class History:
             metrics: Plain numbers by name.
             seconds: Wall-clock time since the run, or its resumed part, began.
         """
-        self._reports += 1
-        if (self._reports - 1) % self.stride:
+        line: Line = {
+            "kind": "step",
+            "step": step,
+            "active": list(active),
+            "seconds": round(seconds, 3),
+            "metrics": _finite(metrics),
+        }
+        before, self._latest = self._latest, line
+        if before is not None and self._phased and active_of(before) != active_of(line):
+            # Where a phase ends must not depend on the stride.
+            self._write(before)
+            self._write(line)
             return
-        line = {"kind": "step", "step": step, "active": list(active), "seconds": round(seconds, 3)}
-        self._append({**line, "metrics": _finite(metrics)})
+        self._since += 1
+        # Of each stride the domains with the fewest lines: in step with their order, others would never be seen.
+        if self._chosen is None or self._counts[key_of(line)] <= self._counts[key_of(self._chosen)]:
+            self._chosen = line
+        if self._since >= self.stride:
+            self._write(self._chosen)
 
-    def evaluation(self, step: int, rewards: Mapping[str, float]) -> None:
-        """Add an evaluation: mean reward, or pass rate, by domain."""
-        self._append({"kind": "evaluation", "step": step, "rewards": _finite(rewards)})
+    def evaluation(self, step: int, rewards: Mapping[str, float], active: Sequence[str] | None = None) -> None:
+        """Add an evaluation.
+
+        Args:
+            step: Steps done.
+            rewards: Mean reward, or pass rate, by domain.
+            active: Domains that this step trained (`Guard.trained`), so that the evaluation is of the right
+                phase; by default those of the latest report.
+        """
+        if active is None:
+            active = active_of(self._latest or {})
+        line: dict[str, Any] = {"kind": "evaluation", "step": step}
+        if active:
+            line["active"] = list(active)
+        self._append({**line, "rewards": _finite(rewards)})
 
     def places(self, step: int, places: Mapping[str, Mapping[str, Places]]) -> None:
         """Add what `Guard.places` returned; only the latest is read, so that of a run's end is enough.
+
+        The latest report is written before it, if the stride left it out: it is how the run ended.
 
         Args:
             step: Steps done.
@@ -97,17 +138,48 @@ class History:
             }
             for name, by_domain in places.items()
         }
+        if self._latest is not None:
+            self._write(self._latest)
         self._append({"kind": "places", "step": step, "places": tables})
 
     def _earlier(self, step: int) -> list[dict[str, Any]]:
         if step <= 0 or not self.path.is_file():
             return []
-        found = read_history(self.path)
+        try:
+            found = read_history(self.path)
+        except StateError as error:
+            self._set_aside(error)
+            return []
         self.stride = found.stride
         # The sums will be written again when the run ends.
-        return [line for line in found.lines if line["step"] <= step and line["kind"] != "places"]
+        lines = [line for line in found.lines if line["step"] <= step and line["kind"] != "places"]
+        self._note([line for line in lines if line["kind"] == "step"])
+        return lines
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def _set_aside(self, error: StateError) -> None:
+        aside = self.path.with_name(f"{self.path.name}.damaged")
+        os.replace(self.path, aside)
+        warnings.warn(
+            f"The guard's history could not be read: {error} It lies in {aside} now, and a new one begins.",
+            stacklevel=4,
+        )
+
+    def _note(self, steps: Sequence[Line]) -> None:
+        """Take in which step lines lie in the file."""
+        self._counts = Counter(map(key_of, steps))
+        self._phased = has_phases(steps)
+        if self._latest is None and steps:
+            self._latest = self._written = steps[-1]
+
+    def _write(self, line: Line) -> None:
+        """Append a step line, unless it was the last one that was."""
+        if line is self._written:
+            return
+        self._written, self._chosen, self._since = line, None, 0
+        self._counts[key_of(line)] += 1
+        self._append(line)
+
+    def _append(self, line: Line) -> None:
         if self.failed:
             return
         try:
@@ -116,25 +188,24 @@ class History:
             self._lines += 1
             if self._lines > self.limit:
                 self._thin()
-        except (OSError, TypeError, ValueError) as error:
+        except FAULTS as error:
             self._fail(error)
 
     def _thin(self) -> None:
         lines = read_history(self.path).lines
-        steps = [line for line in lines if line["kind"] == "step"]
-        others = [line for line in lines if line["kind"] == "evaluation"]
+        steps: list[Line] = [line for line in lines if line["kind"] == "step"]
+        others: list[Line] = [line for line in lines if line["kind"] == "evaluation"]
         last = [line for line in lines if line["kind"] == "places"][-1:]
-        # The newest of both kinds stay; a run of evaluations alone must be bounded too.
+        # A run of evaluations alone must be bounded too.
         if len(steps) >= len(others):
             self.stride *= 2
-            steps = steps[::-1][::2][::-1]
+            steps = halved(steps)
+            self._note(steps)
         else:
-            others = others[::-1][::2][::-1]
+            others = halved(others)
         self._rewrite(sorted([*steps, *others, *last], key=lambda line: int(line["step"])))
-        # The last report was kept: the next one kept is a whole stride later.
-        self._reports = 1
 
-    def _rewrite(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def _rewrite(self, lines: Sequence[Line]) -> None:
         head = {"kind": "run", "version": VERSION, "stride": self.stride, "settings": self._settings}
         temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
         try:
@@ -246,7 +317,7 @@ def _parsed(raw: str) -> dict[str, Any] | None:
     """A line as a table with the fields its kind must have, else None."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(line, dict):
         return None
@@ -260,7 +331,8 @@ def _parsed(raw: str) -> dict[str, Any] | None:
     if not isinstance(step, int) or isinstance(step, bool) or not isinstance(table, dict):
         return None
     numbers = all(isinstance(value, int | float) for value in table.values() if value is not None)
-    if not numbers or not isinstance(line.get("active", []), list):
+    seconds = line.get("seconds", 0.0)
+    if not numbers or not isinstance(seconds, int | float) or not isinstance(line.get("active", []), list):
         return None
     return line
 
@@ -285,5 +357,5 @@ def _number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _dumped(line: Mapping[str, Any]) -> str:
+def _dumped(line: Line) -> str:
     return json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"

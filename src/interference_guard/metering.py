@@ -99,7 +99,7 @@ def _domain(state: DomainState, raw: Raw) -> dict[str, float | None]:
     found = state.measurement
     if found is not None:
         table |= {"measured": found.loss, "kl": found.kl, "effective": found.effective}
-        table["token_ratio"] = float(found.ratio == "token")
+        table |= {"token_ratio": float(found.ratio == "token"), "nats": float(state.region.unit == "nats")}
     if math.isfinite(state.true_reward) and math.isfinite(state.anchor_reward):
         table["forgetting"] = state.anchor_reward - state.true_reward
     elif found is not None and found.ratio != "nats" and state.span is not None:

@@ -9,6 +9,7 @@ METRICS: dict[str, str] = {
     "guard/<domain>/predicted": "Predicted interference now, in parts of the domain's reward range "
     "(nats per token where no rewards are at hand).",
     "guard/<domain>/measured": "Interference found by the last probe, in the same unit.",
+    "guard/<domain>/nats": "1 where predicted and measured are in nats per token, 0 where in parts of the range.",
     "guard/<domain>/kl": "KL divergence from the anchor's policy at the last probe, nats per token.",
     "guard/<domain>/effective": "Effective sample size of the last probe, as a part of its rows.",
     "guard/<domain>/token_ratio": "1 where the last probe had to use per-token ratios, 0 for sequence ratios.",
@@ -34,7 +35,7 @@ METRICS: dict[str, str] = {
 def expand(domains: Iterable[str]) -> list[str]:
     """Every metric name a run over `domains` can log.
 
-    >>> len(expand(["math"])) == len(expand([])) + 12
+    >>> len(expand(["math"])) == len(expand([])) + 13
     True
     """
     names = sorted(domains)

@@ -137,3 +137,92 @@ def test_damaged_sums_are_skipped_and_counted(tmp_path, places):
     )
     found = read_history(tmp_path / HISTORY)
     assert (found.skipped, found.places) == (1, {})
+
+
+def trained(path):
+    return {line["active"][0] for line in read_history(path).steps}
+
+
+@pytest.mark.parametrize("order", ["ab", "abcd", "aabb"])
+def test_domains_that_take_turns_all_stay(tmp_path, order):
+    history = History(tmp_path / HISTORY, limit=32)
+    for step in range(1, 1001):
+        history.report(step, [order[step % len(order)]], {})
+    assert history.stride > 1
+    assert trained(tmp_path / HISTORY) == set(order)
+    # Nothing but the stride decides when to write: the whole run keeps one resolution.
+    steps = [line["step"] for line in read_history(tmp_path / HISTORY).steps]
+    assert max(b - a for a, b in pairwise(steps)) <= 3 * history.stride
+
+
+def test_a_change_of_domain_is_written_whatever_the_stride_and_stays(tmp_path):
+    history = History(tmp_path / HISTORY, limit=32)
+    for step in range(1, 1001):
+        history.report(step, ["math" if step <= 333 else "code" if step <= 777 else "qa"], {})
+        assert len((tmp_path / HISTORY).read_text().splitlines()) <= 32
+    steps = [line["step"] for line in read_history(tmp_path / HISTORY).steps]
+    assert {333, 334, 777, 778} <= set(steps)
+
+
+def test_a_resumed_run_sees_the_change_and_the_earlier_lines(tmp_path):
+    first = History(tmp_path / HISTORY, limit=16)
+    for step in range(1, 101):
+        first.report(step, ["math"], {})
+    second = History(tmp_path / HISTORY, step=100, limit=16)
+    second.evaluation(100, {"math": 0.5})
+    second.report(101, ["code"], {})
+    found = read_history(tmp_path / HISTORY)
+    assert found.steps[-1]["step"] == 101
+    assert found.evaluations[0]["active"] == ["math"]
+
+
+def test_an_evaluation_says_what_was_trained(tmp_path):
+    history = History(tmp_path / HISTORY)
+    history.evaluation(0, {"math": 0.1}, ())
+    history.report(10, ["math"], {})
+    history.evaluation(12, {"math": 0.5})
+    history.evaluation(15, {"math": 0.4}, ("code",))
+    found = [line.get("active") for line in read_history(tmp_path / HISTORY).evaluations]
+    assert found == [None, ["math"], ["code"]]
+
+
+def test_the_last_report_of_a_run_is_written(tmp_path):
+    history = History(tmp_path / HISTORY, limit=8)
+    for step in range(1, 100):
+        history.report(step, ["math"], {"a": step})
+    history.places(99, PLACES)
+    assert read_history(tmp_path / HISTORY).steps[-1]["step"] == 99
+
+
+@pytest.mark.parametrize("text", ["", "\x00\x00garbage\n"])
+def test_a_damaged_history_does_not_end_a_resuming_run(tmp_path, text):
+    path = tmp_path / HISTORY
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=r"could not be read.*damaged now, and a new one begins"):
+        history = History(path, {"budget": 0.02}, step=5)
+    history.report(6, ["math"], {})
+    assert [line["step"] for line in read_history(path).steps] == [6]
+    assert path.with_name(f"{HISTORY}.damaged").read_text() == text
+
+
+def test_a_history_damaged_while_the_run_goes_on_ends_it_with_one_warning(tmp_path, monkeypatch):
+    history = History(tmp_path / HISTORY, limit=8)
+    for step in range(1, 8):
+        history.report(step, ["math"], {})
+
+    def damaged(path):
+        raise StateError("no line could be read")
+
+    monkeypatch.setattr("interference_guard.history.read_history", damaged)
+    with pytest.warns(UserWarning, match="Training goes on without it"):
+        history.report(8, ["math"], {})
+    history.report(9, ["math"], {})
+    assert history.failed
+
+
+@pytest.mark.parametrize("field", ['"seconds":null', '"seconds":"1"', '"active":null'])
+def test_a_line_with_a_damaged_field_is_skipped(tmp_path, field):
+    line = '{"kind":"step","step":1,"metrics":{}}\n'
+    (tmp_path / HISTORY).write_text(line + line.replace('"metrics"', field + ',"metrics"') + "[" * 100_000 + "\n")
+    found = read_history(tmp_path / HISTORY)
+    assert (len(found.steps), found.skipped) == (1, 2)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from interference_guard.errors import ConfigError, ReportError
-from interference_guard.report.run import read_run
+from interference_guard.report.run import Run, read_run
 from interference_guard.report.transfer import losses
 
 from . import output
@@ -18,11 +18,15 @@ def check(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its history file.")],
     max_forgetting: Annotated[float | None, typer.Option(help="Most reward any domain may have lost.")] = None,
     max_interference: Annotated[
-        float | None, typer.Option(help="Most interference any domain's last probe may have measured.")
+        float | None,
+        typer.Option(
+            help="Most interference any domain's last probe may have measured, as a part of its reward range; "
+            "of domains without rewards in nats per token."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Exit with 1 when a domain has lost more than allowed, else with 0.
+    """Exit with 1 when a domain has lost more than allowed, with 2 when one was not looked at, else with 0.
 
     Example: interference-guard check outputs/run --max-forgetting 0.02 --json
     """
@@ -30,32 +34,78 @@ def check(
         raise ConfigError("No limit is given. Pass --max-forgetting or --max-interference.")
     found = read_run(run)
     results: list[dict[str, Any]] = []
-    measured = {name: points[-1][1] for name in found.domains if (points := found.metric(name, "measured"))}
-    for kind, limit, values in (
-        ("forgetting", max_forgetting, losses(found)),
-        ("interference", max_interference, measured),
-    ):
-        if limit is None:
-            continue
-        if not values:
-            # A gate that has seen nothing must not open.
-            raise ReportError(
-                f"{found.path} has no {kind} of any domain: no domain was followed by another one, or nothing "
-                "was evaluated or measured. Check a run of at least two domains."
-            )
-        results += [
-            {"domain": name, "what": kind, "value": value, "limit": limit, "passed": value <= limit}
-            for name, value in values.items()
-        ]
+    if max_forgetting is not None:
+        # What has no rewards can lose none: where the other limit is given, that one is for it.
+        spared = {name for name in found.domains if found.in_nats(name) and max_interference is not None}
+        results += _judged(found, "forgetting", max_forgetting, losses(found), spared)
+    if max_interference is not None:
+        results += _judged(found, "interference", max_interference, _measured(found), set())
+    judged = {item["domain"] for item in results}
+    _show(found, results, [name for name in found.domains if name in found.guarded and name not in judged], json)
+    if any(item["value"] is not None and not item["passed"] for item in results):
+        raise typer.Exit(1)
+    unseen = sorted({repr(item["domain"]) for item in results if item["value"] is None})
+    if unseen:
+        raise ReportError(
+            f"{found.path} does not say what {', '.join(unseen)} lost since other domains are trained, and the "
+            "gate stays shut. Evaluate every domain after the last phase. For one without rewards pass "
+            "--max-interference, for one without probes --max-forgetting."
+        )
+
+
+def _judged(
+    run: Run, kind: str, limit: float, values: dict[str, float], spared: set[str]
+) -> list[dict[str, Any]]:
+    """A row for each domain with a value, and for each that should have one."""
+    if not values and not any(map(run.followed, run.domains)):
+        # A gate that has seen nothing must not open.
+        raise ReportError(
+            f"{run.path} has no {kind} of any domain: no domain was followed by another one, or nothing "
+            "was evaluated or measured. Check a run of at least two domains."
+        )
+    return [
+        {
+            "domain": name,
+            "what": kind,
+            "unit": _unit(run, name, kind),
+            "value": values.get(name),
+            "limit": limit,
+            "passed": name in values and values[name] <= limit,
+        }
+        for name in run.domains
+        if name in values or (run.followed(name) and name not in spared)
+    ]
+
+
+def _measured(run: Run) -> dict[str, float]:
+    values = {name: run.current(name, "measured") for name in run.domains}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _unit(run: Run, name: str, kind: str) -> str:
+    if kind == "forgetting":
+        return "reward"
+    return "nats per token" if run.in_nats(name) else "reward range"
+
+
+def _show(run: Run, results: list[dict[str, Any]], others: list[str], json: bool) -> None:
     passed = all(item["passed"] for item in results)
     if json:
-        output.as_json({"passed": passed, "skipped_lines": found.recorded.skipped, "checks": results})
-    else:
-        rows = [
-            [item["domain"], item["what"], output.number(item["value"], ".4f"), f"{item['limit']:g}",
-             "ok" if item["passed"] else "over"]
-            for item in results
-        ]  # fmt: skip
-        output.table("passed" if passed else "not passed", ["domain", "what", "value", "limit", ""], rows)
-    if not passed:
-        raise typer.Exit(1)
+        output.as_json(
+            {
+                "passed": passed,
+                "skipped_lines": run.recorded.skipped,
+                "checks": results,
+                "in_training": others,
+            }
+        )
+        return
+    rows = [
+        [item["domain"], item["what"], item["unit"], output.number(item["value"], ".4f"), f"{item['limit']:g}",
+         "ok" if item["passed"] else "not known" if item["value"] is None else "over"]
+        for item in results
+    ]  # fmt: skip
+    columns = ["domain", "what", "unit", "value", "limit", ""]
+    output.table("passed" if passed else "not passed", columns, rows)
+    if others:
+        output.line(f"Not judged, for they are in training at the end: {', '.join(others)}.")

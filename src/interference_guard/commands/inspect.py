@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interference_guard.errors import StateError
+from interference_guard.errors import GuardError, StateError
 from interference_guard.history import HISTORY
 from interference_guard.report.run import Run, find_state, read_run
 from interference_guard.report.transfer import losses
@@ -36,13 +36,22 @@ def inspect(
     if history is not None:
         found |= {"steps": history.last, "skipped_lines": history.recorded.skipped, "domains": _domains(history)}
     if state is not None:
-        found |= {"state": str(state), "anchors": _anchors(state)}
+        found["state"] = str(state)
+        try:
+            found["anchors"] = _anchors(state)
+        except GuardError as error:
+            # The history is worth showing without it.
+            if history is None:
+                raise
+            found["trouble"] = str(error)
     if json:
         output.as_json(found)
         return
     if history is not None:
         _show(found)
-    if state is not None:
+    if "trouble" in found:
+        output.line(f"No anchors: {found['trouble']}")
+    if "anchors" in found:
         rows = [
             [name, str(item["anchored"]), str(item["steps_since"]), output.number(item["reward_at_anchor"])]
             for name, item in found["anchors"].items()
@@ -67,8 +76,10 @@ def _domains(run: Run) -> dict[str, dict[str, float]]:
     lost = losses(run)
     found: dict[str, dict[str, float]] = {}
     for name in run.domains:
-        values = {key: points[-1][1] for key in ("predicted", "measured", "radius", "protected_share")
-                  if (points := run.metric(name, key))}  # fmt: skip
+        keys = ("radius", "protected_share")
+        values = {key: points[-1][1] for key in keys if (points := run.metric(name, key))}
+        now = {key: run.current(name, key) for key in ("predicted", "measured")}
+        values |= {key: value for key, value in now.items() if value is not None}
         if rates.get(name):
             values["reward"] = rates[name][-1][1]
         if name in lost:

@@ -14,21 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from interference_guard.report.text import plain
+
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is text, the others are numbers."""
-    made = Table(title=title, title_justify="left")
+    made = Table(title=Text(plain(title), "table.title"), title_justify="left")
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        # Text, not markup: a domain may be called [math].
-        made.add_row(*(Text(cell) for cell in row))
+        # Text, not markup: a domain may be called [math]. Plain: or hold what moves the cursor.
+        made.add_row(*(Text(plain(cell)) for cell in row))
     Console().print(made)
 
 
 def line(text: str) -> None:
-    """Print a line as it is."""
-    Console().print(Text(text), soft_wrap=True)
+    """Print a line, without control characters."""
+    Console().print(Text(plain(text)), soft_wrap=True)
 
 
 def as_json(value: Any) -> None:

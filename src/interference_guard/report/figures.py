@@ -9,6 +9,7 @@ from typing import Any
 
 from .run import Run, Series
 from .style import INK, MUTED, colour, dash
+from .text import plain
 
 # Points of one line that a figure can show; more would only make the page larger.
 POINTS = 240
@@ -43,7 +44,8 @@ def shade(axis: Any, run: Run, narrow: bool, *, label: bool = True) -> None:
         axis.axvspan(phase.first, phase.last, color=colour(number), alpha=0.1, linewidth=0)
         wide = (phase.last - phase.first) / max(run.last, 1)
         if label and not narrow and wide > 0.085:
-            short = phase.name if len(phase.name) < 16 else phase.name[:14] + "…"
+            name = plain(phase.name)
+            short = name if len(name) < 16 else name[:14] + "…"
             middle = (phase.first + phase.last) / 2
             axis.annotate(
                 short, (middle, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8
@@ -52,7 +54,7 @@ def shade(axis: Any, run: Run, narrow: bool, *, label: bool = True) -> None:
         axis.axvspan(
             phase.first, phase.last, facecolor="none", edgecolor=INK, hatch="////", alpha=0.5, linewidth=0
         )
-    axis.set_xlim(0, run.last)
+    axis.set_xlim(0, max(run.last, 1))
 
 
 def thinned(run: Run, name: str) -> dict[str, Series]:
@@ -68,19 +70,30 @@ def lines(axis: Any, run: Run, table: dict[str, Series], *, marker: str = "") ->
             x, y = zip(*points, strict=True)
             axis.plot(
                 x, y, color=colour(number), linestyle=dash(number), linewidth=1.8, marker=marker, markersize=3,
-                label=name,
+                label=str(number),
             )  # fmt: skip
 
 
-def legend(figure: Any, axis: Any, narrow: bool) -> None:
-    """The names, beside the axes or below them."""
-    handles, names = axis.get_legend_handles_labels()
+def legend(figure: Any, axis: Any, run: Run, narrow: bool, *, units: bool = False) -> None:
+    """The names, beside the axes or below them; with `units` those in nats per token are marked."""
+    handles, numbers = axis.get_legend_handles_labels()
     if not handles:
         return
     if narrow:
-        figure.legend(handles, names, loc="outside lower left", ncols=2, fontsize=8, handlelength=2.6)
+        made = figure.legend(handles, numbers, loc="outside lower left", ncols=2, fontsize=8, handlelength=2.6)
     else:
-        figure.legend(handles, names, loc="outside right upper", fontsize=9, handlelength=2.8)
+        made = figure.legend(handles, numbers, loc="outside right upper", fontsize=9, handlelength=2.8)
+    for text, number in zip(made.get_texts(), numbers, strict=True):
+        # Only now: a legend leaves out what has a label that begins with an underscore.
+        name = run.domains[int(number)]
+        text.set_text(plain(name) + (" (nats)" if units and run.in_nats(name) else ""))
+
+
+def budgets(run: Run) -> list[tuple[float, str]]:
+    """The budget of each unit that interference is measured in, and what it is called."""
+    nats = {run.in_nats(name) for name in run.domains if run.metric(name, "measured")} or {False}
+    keys = [("budget", "budget")] * (False in nats) + [("budget_nats", "budget in nats")] * (True in nats)
+    return [(run.settings[key], label) for key, label in keys if run.settings.get(key)]
 
 
 def rewards(run: Run, narrow: bool) -> Any:
@@ -93,7 +106,7 @@ def rewards(run: Run, narrow: bool) -> Any:
     lines(axis, run, table, marker="o" if max(map(len, table.values())) < 60 else "")
     axis.set_ylabel(kind)
     axis.set_xlabel("optimizer step")
-    legend(figure, axis, narrow)
+    legend(figure, axis, run, narrow)
     return figure
 
 
@@ -109,20 +122,21 @@ def interference(run: Run, narrow: bool) -> Any:
     if not any(any(table.values()) for table in tables):
         return None
     figure, axes = canvas(narrow, rows=2, height=1.6)
-    budget = run.settings.get("budget")
+    allowed = budgets(run)
     for axis, table, title in zip(axes, tables, names, strict=True):
         shade(axis, run, narrow, label=axis is axes[0])
         lines(axis, run, table)
         axis.set_ylabel(f"{title} interference")
-        if budget:
+        for budget, label in allowed:
             axis.axhline(budget, color=INK, linewidth=1, linestyle="--")
             axis.annotate(
-                f"budget {budget:g}", (0.005, budget), xycoords=("axes fraction", "data"), ha="left", va="bottom",
-                fontsize=8,
+                f"{label} {budget:g}", (0.005, budget), xycoords=("axes fraction", "data"), ha="left",
+                va="bottom", fontsize=8,
             )  # fmt: skip
-        _roof(axis, run.once(f"ranked/{title}", partial(_ranked, run, title)), budget)
+        ranked = run.once(f"ranked/{title}", partial(_ranked, run, title))
+        _roof(axis, ranked, max((budget for budget, _ in allowed), default=None))
     axes[-1].set_xlabel("optimizer step")
-    legend(figure, axes[0], narrow)
+    legend(figure, axes[0], run, narrow, units=True)
     return figure
 
 
@@ -171,23 +185,23 @@ def agreement(run: Run, narrow: bool) -> Any:
         if found[name]:
             axis.scatter(
                 *zip(*found[name], strict=True), s=16, color=colour(number), alpha=0.75, linewidths=0,
-                marker=marks[number % len(marks)], label=name,
+                marker=marks[number % len(marks)], label=str(number),
             )  # fmt: skip
     ranked = sorted(values)
     high = max(ranked[int(0.98 * (len(ranked) - 1))] * 1.1, 1e-6)
     low = min(0.0, ranked[int(0.02 * (len(ranked) - 1))] * 1.1)
     axis.plot([low, high], [low, high], color=MUTED, linewidth=1)
-    budget = run.settings.get("budget")
-    if budget:
+    allowed = budgets(run)
+    high = max([high, *(1.5 * budget for budget, _ in allowed)])
+    for budget, label in allowed:
         for draw in (axis.axhline, axis.axvline):
             draw(budget, color=INK, linewidth=1, linestyle="--")
-        high = max(high, 1.5 * budget)
-        axis.annotate("budget", (high, budget), ha="right", va="bottom", fontsize=8)
+        axis.annotate(label, (high, budget), ha="right", va="bottom", fontsize=8)
     axis.set_xlim(low, high)
     axis.set_ylim(low, high)
     axis.set_xlabel("predicted interference")
     axis.set_ylabel("measured interference")
-    legend(figure, axis, narrow)
+    legend(figure, axis, run, narrow, units=True)
     return figure
 
 
@@ -208,7 +222,7 @@ def radius(run: Run, narrow: bool) -> Any:
     axis.yaxis.set_minor_formatter(lambda value, position: "")
     axis.set_ylabel("radius (raw)")
     axis.set_xlabel("optimizer step")
-    legend(figure, axis, narrow)
+    legend(figure, axis, run, narrow)
     return figure
 
 

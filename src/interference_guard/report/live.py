@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .text import plain
+
 if TYPE_CHECKING:
     from interference_guard.guard import Guard
 
@@ -179,12 +181,3 @@ def _recovery(guard: Guard) -> str:
     if schedule.domain is None:
         return f"recovery {schedule.phase}{failed}"
     return f"recovering {plain(schedule.domain)}, {schedule.taken} steps{failed}"
-
-
-def plain(name: Any) -> str:
-    """A name without characters that move the cursor or end the line.
-
-    >>> plain("ma" + chr(27) + "th" + chr(10))
-    'ma th '
-    """
-    return "".join(letter if letter.isprintable() else " " for letter in str(name))

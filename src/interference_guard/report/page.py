@@ -15,11 +15,16 @@ from interference_guard.errors import ReportError
 
 from . import figures, tables
 from .run import Run, read_places, read_run
-from .style import DOMAINS, drawing, freeze, png, standalone, svg
+from .style import DOMAINS, drawing, freeze, in_tags, png, standalone, svg
+from .text import plain
 from .transfer import Transfer, losses, transfer
 
 if TYPE_CHECKING:
     from interference_guard.places import Places
+
+
+# Every figure that a report may have: those that this one lacks are not to be left from an earlier one.
+KEYS = ("rewards", "accuracy", "interference", "agreement", "radius", "overlap", "places", "overhead")
 
 
 @dataclass
@@ -51,7 +56,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
             the same name without `.html`.
         state: A folder with the guard's state, for the maps by layer and module; by default the history's own
             from the end of the run, else the newest state under the run.
-        force: Replace an existing report.
+        force: Replace an existing report, its figures included.
 
     Raises:
         StateError: If there is no readable history.
@@ -80,19 +85,21 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
         drawn = [
             figure for item in _plan(found, moved, maps) if (figure := _draw(folder, made, *item)) is not None
         ]
+        _clear(folder, made.figures)
         template = files("interference_guard.report").joinpath("page.html").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         text = environment.from_string(template).render(
-            title=found.path.parent.resolve().name or "run",
+            title=plain(found.path.parent.resolve().name or "run"),
             tiles=_tiles(found, moved),
             figures=drawn,
-            losses=losses(found),
+            losses=[(plain(name), value) for name, value in losses(found).items()],
             settings=found.settings,
             skipped=made.skipped,
             trouble=trouble,
             colours=[(index, *pair) for index, pair in enumerate(DOMAINS)],
         )
-        _write(page, text.encode())
+        # A setting may hold half of a character.
+        _write(page, text.encode(errors="replace"))
     except OSError as error:
         raise ReportError(f"{page} cannot be written: {error}. Choose another place with --out.") from error
     return made
@@ -124,8 +131,7 @@ def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[str, Places]]) 
         (
             "interference",
             "Interference over time",
-            "Above as the local model predicts it at every step, below as probes measured it; in parts of a "
-            "domain's reward range. The dashed line is the budget.",
+            "Above as the local model predicts it at every step, below as probes measured it; " + _units(run),
             lambda narrow: figures.interference(run, narrow),
         ),
         (
@@ -168,6 +174,19 @@ def _plan(run: Run, moved: Transfer | None, maps: dict[str, dict[str, Places]]) 
     return plans
 
 
+def _units(run: Run) -> str:
+    """The end of a note: what interference is measured in."""
+    nats = [run.in_nats(name) for name in run.domains if run.metric(name, "measured")]
+    if not any(nats):
+        return "in parts of a domain's reward range. The dashed line is the budget."
+    if all(nats):
+        return "in nats per token. The dashed line is the budget in nats."
+    return (
+        "in parts of a domain's reward range, of those marked so in nats per token. The dashed lines are the "
+        "budgets of the two units."
+    )
+
+
 def _once(narrow: bool, draw: Callable[[], Any]) -> Any:
     """A table is drawn once: on a phone it scrolls."""
     return None if narrow else draw()
@@ -193,9 +212,12 @@ def _draw(
 
 
 def _renamed(text: str, prefix: str) -> str:
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", text)
-    return re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}\1"', text)
+    def rename(tag: str) -> str:
+        tag = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', tag)
+        tag = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", tag)
+        return re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}\1"', tag)
+
+    return in_tags(text, rename)
 
 
 def _tiles(run: Run, moved: Transfer | None) -> list[tuple[str, str, str]]:
@@ -212,13 +234,22 @@ def _tiles(run: Run, moved: Transfer | None) -> list[tuple[str, str, str]]:
     else:
         lost = losses(run)
         if lost:
-            tiles.append((f"{max(lost.values()):.3f}", "worst forgetting", max(lost, key=lambda key: lost[key])))
+            worst = max(lost, key=lambda name: lost[name])
+            tiles.append((f"{lost[worst]:.3f}", "worst forgetting", plain(worst)))
     times = run.overhead()
     if times:
         # Medians: an evaluation or a save between two reports is not the price of a step.
         share = sorted(guard / every for _, guard, every in times)[len(times) // 2]
         tiles.append((f"{share:.1%}", "overhead", "median part of a step's time"))
     return tiles
+
+
+def _clear(folder: Path, written: list[Path]) -> None:
+    """Remove figures of an earlier report that this one does not have; other files are not the report's."""
+    for key in KEYS:
+        for path in (folder / f"{key}.png", folder / f"{key}.svg"):
+            if path not in written:
+                path.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes) -> None:

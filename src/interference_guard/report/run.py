@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from interference_guard.errors import GuardError, ReportError
 from interference_guard.files import DETAILS
 from interference_guard.history import RecordedRun, find_history, read_history
+from interference_guard.metrics import METRICS
+from interference_guard.thinning import active_of
+
+from .phases import planned, recoveries
 
 if TYPE_CHECKING:
     from interference_guard.places import Places
@@ -19,22 +24,8 @@ Made = TypeVar("Made")
 # More changes of domain than this are an interleaved run: shading them would be a blur.
 PHASE_LIMIT = 60
 # What a domain's metrics are called after "guard/<domain>/".
-OWN = ("predicted", "measured", "kl", "radius", "reward", "forgetting", "protected_share", "excess", "residual")
+OWN = frozenset(name.rpartition("/")[2] for name in METRICS if name.startswith("guard/<domain>/"))
 Series = list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of steps that trained the same domains."""
-
-    first: float
-    last: float
-    active: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The domains, as a label."""
-        return " + ".join(self.active) if len(self.active) <= 2 else f"{len(self.active)} domains"
 
 
 @dataclass
@@ -52,8 +43,11 @@ class Run:
     def __post_init__(self) -> None:
         self._made: dict[str, Any] = {}
         self.series: dict[str, Series] = {}
-        for line in self.recorded.steps:
+        logged: dict[str, None] = {}
+        reports = sorted(self.recorded.steps, key=lambda line: float(line["step"]))
+        for line in reports:
             for name, value in line["metrics"].items():
+                logged[name] = None
                 if value is not None:
                     self.series.setdefault(name, []).append((line["step"], value))
         self.evaluations: dict[str, Series] = {}
@@ -61,18 +55,20 @@ class Run:
             for name, value in line["rewards"].items():
                 if value is not None:
                     self.evaluations.setdefault(name, []).append((line["step"], value))
-        names: list[str] = []
-        for line in self.recorded.steps:
-            names += [str(name) for name in line.get("active", ()) if str(name) not in names]
+        trained = dict.fromkeys(name for line in self.recorded.lines for name in active_of(line))
+        # Reference domains are never trained, and a report every few steps may miss one that is.
+        seen = dict.fromkeys(name for key in logged if (name := domain_of(key)) is not None)
+        self.guarded = {**trained, **seen}
         # Evaluated domains that were never trained come last.
-        names += [name for name in self.evaluations if name not in names]
-        self.domains = names
-        steps = self.recorded.steps
-        recovering = _recovering(steps)
-        self.phases = _phases(steps, recovering)
-        trained = [_active(line) for line in steps]
-        found = _stretches(steps, list(zip(recovering, trained, strict=True)))
-        self.recoveries = [Phase(first, last, active) for first, last, (recovers, active) in found if recovers]
+        self.domains = list({**self.guarded, **dict.fromkeys(self.evaluations)})
+        self.planned = planned(reports, self.recorded.evaluations)
+        self.phases = [] if self.interleaved else self.planned
+        self.recoveries = recoveries(reports)
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether domains take turns, so that no phase of one is worth a name."""
+        return len(self.planned) > PHASE_LIMIT
 
     def once(self, key: str, make: Callable[[], Made]) -> Made:
         """What `make` returns, computed at the first call with this key: figures are drawn in two widths."""
@@ -94,6 +90,33 @@ class Run:
     def metric(self, domain: str, name: str) -> Series:
         """A domain's metric over steps."""
         return self.series.get(f"guard/{domain}/{name}", [])
+
+    def own_end(self, domain: str) -> float:
+        """Where a domain's last phase ended; minus infinity where it had none."""
+        return max((phase.last for phase in self.planned if domain in phase.active), default=-math.inf)
+
+    def followed(self, domain: str) -> bool:
+        """Whether a trained or guarded domain was followed by others, so that it may have lost something."""
+        return domain in self.guarded and bool(self.planned) and domain not in self.planned[-1].active
+
+    def current(self, domain: str, name: str) -> float | None:
+        """The last value of a domain's metric, or None where its own training has gone on since.
+
+        What was lost before is not logged any more then. Where domains take turns the last value stands: it is
+        as new as the others' turns are.
+        """
+        points = self.metric(domain, name)
+        if not points or (not self.interleaved and points[-1][0] <= self.own_end(domain)):
+            return None
+        return points[-1][1]
+
+    def in_nats(self, domain: str) -> bool:
+        """Whether a domain's interference was last measured in nats per token.
+
+        Older histories do not say, and count as parts of the reward range.
+        """
+        points = self.metric(domain, "nats")
+        return bool(points) and points[-1][1] > 0
 
     def rates(self) -> tuple[dict[str, Series], str]:
         """Evaluated rewards where there are any, else the training rewards; and which of the two."""
@@ -178,44 +201,13 @@ def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Place
     return tables, None
 
 
-def _active(line: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(map(str, line.get("active", ())))
+def domain_of(metric: str) -> str | None:
+    """The domain a metric is of, or None for the guard's own and for the host's.
 
-
-def _recovering(lines: list[dict[str, Any]]) -> list[bool]:
-    """Whether each report holds recovery steps: their count has grown.
-
-    The flag ``guard/recovery/active`` says what comes next: the step before a phase has it, its last step not.
+    >>> domain_of("guard/openai/gsm8k/measured"), domain_of("guard/recovery/steps"), domain_of("loss")
+    ('openai/gsm8k', None, None)
     """
-    found: list[bool] = []
-    before = 0.0
-    for line in lines:
-        total = float(line["metrics"].get("guard/recovery/steps") or 0.0)
-        # A history may begin in the middle of a run.
-        found.append(bool(found) and total > before)
-        before = total
-    return found
-
-
-def _phases(lines: list[dict[str, Any]], recovering: list[bool]) -> list[Phase]:
-    """The planned phases; a recovery interrupts one and does not end it."""
-    planned: list[tuple[str, ...]] = []
-    for line, recovers in zip(lines, recovering, strict=True):
-        active = _active(line)
-        planned.append(planned[-1] if recovers and active in planned else active)
-    found = [Phase(*item) for item in _stretches(lines, planned)]
-    return found if len(found) <= PHASE_LIMIT else []
-
-
-def _stretches(lines: list[dict[str, Any]], keys: list[Any]) -> list[tuple[float, float, Any]]:
-    """First step, last step and key of neighbouring reports of one key; a report is of the steps before it."""
-    found: list[tuple[float, float, Any]] = []
-    current, begin, last = None, 0.0, 0.0
-    for line, here in zip(lines, keys, strict=True):
-        if here != current and last > begin:
-            found.append((begin, last, current))
-            begin = last
-        current, last = here, float(line["step"])
-    if last > begin:
-        found.append((begin, last, current))
-    return found
+    name, _, own = metric.removeprefix("guard/").rpartition("/")
+    # The pair of a domain whose name ends like a metric.
+    pair = name.startswith("overlap/")
+    return name if metric.startswith("guard/") and name and own in OWN and not pair else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,12 +102,24 @@ def svg(figure: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    # Inside tags alone: a label that says 0.005 must not become 0.01.
-    text = re.sub(r"<[^>]+>", lambda tag: NUMBER.sub(_shorter, tag[0]), text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    return in_tags(text, _tag)
+
+
+def in_tags(text: str, change: Callable[[str], str]) -> str:
+    """Change the tags alone: a label that says 0.005 must not become 0.01, and one may look like code.
+
+    >>> in_tags('<text id="y">id="y"</text>', str.upper)
+    '<TEXT ID="Y">id="y"</TEXT>'
+    """
+    return re.sub(r"<[^>]+>", lambda tag: change(tag[0]), text)
+
+
+def _tag(tag: str) -> str:
+    tag = NUMBER.sub(_shorter, tag)
+    tag = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", tag)
     for plain, variable in VARIABLES.items():
-        text = text.replace(plain, f"var({variable})")
-    return text
+        tag = tag.replace(plain, f"var({variable})")
+    return tag
 
 
 def _shorter(number: re.Match[str]) -> str:
@@ -116,9 +128,14 @@ def _shorter(number: re.Match[str]) -> str:
 
 def standalone(text: str) -> str:
     """The same as a file of its own: the light colours, put back."""
-    for plain, variable in VARIABLES.items():
-        text = text.replace(f"var({variable})", plain)
+    text = in_tags(text, _light)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + text
+
+
+def _light(tag: str) -> str:
+    for plain, variable in VARIABLES.items():
+        tag = tag.replace(f"var({variable})", plain)
+    return tag
 
 
 def png(figure: Any) -> bytes:

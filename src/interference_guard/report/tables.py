@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .figures import NARROW, WIDE
 from .run import Run
 from .style import INK, MUTED, PAPER
+from .text import plain
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def matrix(
         axis.add_patch(Rectangle((x + 0.02, y + 0.02), 0.96, 0.96, fill=False, edgecolor=INK, linewidth=1.8))
     axis.set_xlim(0, len(columns))
     axis.set_ylim(len(rows), 0)
-    axis.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=40, ha="right", fontsize=8)
-    axis.set_yticks([y + 0.5 for y in range(len(rows))], rows, fontsize=8)
+    below, beside = ([plain(name) for name in names] for names in (columns, rows))
+    axis.set_xticks([x + 0.5 for x in range(len(columns))], below, rotation=40, ha="right", fontsize=8)
+    axis.set_yticks([y + 0.5 for y in range(len(rows))], beside, fontsize=8)
     axis.grid(visible=False)
     axis.tick_params(length=0)
     for spine in axis.spines.values():
@@ -116,8 +118,9 @@ def places(tables: dict[str, dict[str, Places]], narrow: bool) -> Any:
         bar.set_label("% of the domain's sum", fontsize=8)
         bar.ax.tick_params(labelsize=8)
     axes[0].set_ylim(len(domains) * (block + 1) - 1, 0)
-    axes[0].set_yticks([index * (block + 1) + block / 2 for index in range(len(domains))], domains, fontsize=8)
-    axes[0].set_xticks([index + 0.5 for index in range(len(names))], names)
+    middles = [index * (block + 1) + block / 2 for index in range(len(domains))]
+    axes[0].set_yticks(middles, [plain(name) for name in domains], fontsize=8)
+    axes[0].set_xticks([index + 0.5 for index in range(len(names))], [plain(name) for name in names])
     for axis in axes:
         axis.tick_params(axis="x", rotation=90, labelsize=7 if narrow else 8)
         axis.tick_params(axis="y", labelsize=8)

@@ -80,15 +80,37 @@ def at(points: Series, first: float, last: float) -> float | None:
 
 
 def losses(run: Run) -> dict[str, float]:
-    """What each earlier domain has lost: by evaluations where there are any, else the guard's own figure."""
+    """What each domain has lost that was followed by another one, in reward.
+
+    Domain by domain: by its evaluations where there is one since its own training ended, else the guard's own
+    figure. A domain without either is missing.
+    """
     found = transfer(run)
-    if found is not None:
-        return found.by_domain
-    if run.evaluations and run.phases:
-        return {
-            name: max(value for _, value in points) - points[-1][1]
-            for name, points in run.evaluations.items()
-            if name in run.domains
-        }
-    values = {name: run.metric(name, "forgetting") for name in run.domains}
-    return {name: points[-1][1] for name, points in values.items() if points}
+    lost: dict[str, float] = {}
+    for name in run.domains:
+        if found is not None and name in found.by_domain:
+            lost[name] = found.by_domain[name]
+        elif found is None or run.followed(name):
+            value = _evaluated(run, name)
+            value = value if value is not None else run.current(name, "forgetting")
+            if value is not None:
+                lost[name] = value
+    return lost
+
+
+def _evaluated(run: Run, name: str) -> float | None:
+    """Best evaluation minus the last one, or None where the last one is not newer than the own training."""
+    points = run.evaluations.get(name, [])
+    if not points or not run.planned:
+        return None
+    if run.interleaved or not run.followed(name):
+        # One alone, such as that before the first step, has nothing to be compared with.
+        if len(points) < 2:
+            return None
+        return max(value for _, value in points) - points[-1][1]
+    end = run.own_end(name)
+    if points[-1][0] <= end:
+        return None
+    # Before its own phase there was less to lose.
+    begin = max((phase.first for phase in run.planned if name in phase.active), default=-1.0)
+    return max(value for step, value in points if step > begin) - points[-1][1]

@@ -212,3 +212,34 @@ def test_a_missing_extra_is_named(tmp_path):
     assert done.returncode == 2
     assert "pip install 'interference-guard[report]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("float\nof \x1b[31mNone"), ModuleNotFoundError("torch", name="torch")]
+)
+def test_a_fault_of_the_program_has_a_code_of_its_own(capsys, monkeypatch, tmp_path, error):
+    # The package's name for it is the command.
+    check = sys.modules["interference_guard.commands.check"]
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(check, "read_run", fail)
+    code, _, err = run(capsys, "check", tmp_path, "--max-forgetting", "0.02")
+    # 1 would say that a limit was passed.
+    assert code == 3
+    assert f"Error: {type(error).__name__}: " in err
+    assert "Please report it" in err
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+
+
+def test_report_of_a_history_with_a_damaged_field(capsys, tmp_path):
+    history = History(tmp_path / HISTORY)
+    for step in range(1, 5):
+        history.report(step, ["math"], {"guard/math/reward": 0.5, "guard/seconds": 0.1}, step)
+    with (tmp_path / HISTORY).open("a") as file:
+        file.write('{"kind":"step","step":5,"active":[],"seconds":null,"metrics":{"guard/seconds":0.1}}\n')
+    code, out, _ = run(capsys, "report", tmp_path)
+    assert code == 0
+    assert "1 damaged lines" in out

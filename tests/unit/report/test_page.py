@@ -127,6 +127,79 @@ def test_labels_keep_their_digits():
     assert not re.search(r'd="[^"]*\.\d{3}', text)
 
 
+NAMES = ["_math", 'url(#x) id="y"', "\x1b[31mred", "<b>", "var(--ink) #1b1f24", "$x_1$"]
+
+
+def odd_run(folder, names=NAMES):
+    """Domains of such names, one phase each, the later ones without rewards."""
+    history, step = History(folder / HISTORY, {"budget": 0.02, "budget_nats": 0.01}), 0
+    for index, name in enumerate(names):
+        for _ in range(10):
+            step += 1
+            earlier = {
+                f"guard/{other}/{key}": 0.001 * step
+                for other in names[:index]
+                for key in ("predicted", "measured")
+            }
+            units = {f"guard/{other}/nats": float(place > 1) for place, other in enumerate(names[:index])}
+            history.report(step, [name], {f"guard/{name}/reward": 0.5, **earlier, **units})
+        history.evaluation(step, dict.fromkeys(names, 0.5))
+    return folder
+
+
+def labels(path):
+    return ["".join(item.itertext()) for item in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_odd_names_stay_what_they_are(tmp_path):
+    made = build_report(odd_run(tmp_path))
+    folder = made.page.with_suffix("")
+    shown = labels(folder / "rewards.svg")
+    for name in NAMES:
+        # Control characters cannot stand in XML.
+        assert name.replace("\x1b", " ") in shown
+    for path in folder.glob("*.svg"):
+        ET.parse(path)
+    text = made.page.read_text()
+    assert "\x1b" not in text
+    assert '>url(#x) id="y"<' in text
+    assert "#1b1f24<" in text
+
+
+def test_each_unit_has_its_budget(tmp_path):
+    made = build_report(odd_run(tmp_path))
+    shown = labels(made.page.with_suffix("") / "interference.svg")
+    assert shown.count("budget 0.02") == shown.count("budget in nats 0.01") == 2
+    assert "_math" in shown
+    assert "<b> (nats)" in shown
+    assert "of those marked so in nats per token" in made.page.read_text()
+    shown = labels(made.page.with_suffix("") / "agreement.svg")
+    assert {"budget", "budget in nats"} <= set(shown)
+
+
+def test_a_run_without_rewards_shows_the_budget_in_nats_alone(tmp_path):
+    history = History(tmp_path / HISTORY, {"budget": 0.02, "budget_nats": 0.01})
+    for step in range(1, 21):
+        nats = {"guard/a/measured": 0.05, "guard/a/predicted": 0.05, "guard/a/nats": 1.0} if step > 10 else {}
+        history.report(step, ["a" if step <= 10 else "b"], nats)
+    made = build_report(tmp_path)
+    shown = labels(made.page.with_suffix("") / "interference.svg")
+    assert [text for text in shown if "budget" in text] == ["budget in nats 0.01"] * 2
+    text = made.page.read_text()
+    assert "as probes measured it; in nats per token." in text
+    assert "reward range" not in text
+
+
+def test_figures_of_an_earlier_report_go_and_other_files_stay(toy_run, tmp_path):
+    build_report(toy_run[0], tmp_path / "report.html")
+    (tmp_path / "report" / "mine.png").write_bytes(b"")
+    History(tmp_path / HISTORY).report(1, ["math"], {"guard/math/reward": 0.5})
+    made = build_report(tmp_path / HISTORY, tmp_path / "report.html", force=True)
+    left = {path.name for path in (tmp_path / "report").iterdir()}
+    assert left == {"mine.png", *(path.name for path in made.figures)}
+    assert "accuracy.png" not in left
+
+
 def seen(hexadecimal, kind):
     """A colour as seen without one kind of cone (Viénot et al., 1999), linear RGB."""
     rgb = np.array([int(hexadecimal[i : i + 2], 16) / 255 for i in (1, 3, 5)])

@@ -49,3 +49,56 @@ def test_without_recoveries_none_is_found(tmp_path):
     run = read_run(tmp_path)
     assert spans(run.phases) == [(0, 2, "a")]
     assert run.recoveries == []
+
+
+def test_an_evaluation_after_a_phase_belongs_to_it(tmp_path):
+    history = History(tmp_path / HISTORY)
+    for step in range(1, 31):
+        if step % 4 == 0:
+            history.report(step, ["abc"[(step - 1) // 10]], {})
+        if step % 10 == 0:
+            history.evaluation(step, dict.fromkeys("abc", step / 100))
+    run = read_run(tmp_path)
+    assert spans(run.phases) == [(0, 10, "a"), (10, 20, "b"), (20, 30, "c")]
+    assert [set(row) for row in transfer(run).rows] == [{"a", "b", "c"}] * 3
+
+
+def test_an_evaluation_begins_no_second_phase(tmp_path):
+    history = History(tmp_path / HISTORY)
+    for step, active, total in ((5, "a", 0), (10, "b", 0), (15, "a", 1), (20, "b", 1)):
+        history.report(step, [active], {"guard/recovery/steps": total})
+        # By default of the domain last reported: here once of a recovery that is over by then.
+        history.evaluation(step + 2, {"a": 0.5})
+    history.evaluation(23, {"a": 0.5}, ["a"])
+    assert spans(read_run(tmp_path).phases) == [(0, 7, "a"), (7, 22, "b")]
+
+
+def test_a_history_that_does_not_say_what_evaluations_are_of(tmp_path):
+    lines = [
+        '{"kind":"run","version":1,"stride":1,"settings":{}}',
+        '{"kind":"step","step":8,"active":["a"],"seconds":1,"metrics":{}}',
+        '{"kind":"evaluation","step":10,"rewards":{"a":0.5}}',
+        '{"kind":"step","step":16,"active":["b"],"seconds":1,"metrics":{}}',
+    ]
+    (tmp_path / HISTORY).write_text("\n".join(lines))
+    run = read_run(tmp_path)
+    assert spans(run.phases) == [(0, 8, "a"), (8, 16, "b")]
+    assert run.evaluations == {"a": [(10, 0.5)]}
+
+
+def test_domains_are_also_those_that_metrics_name(tmp_path):
+    history = History(tmp_path / HISTORY)
+    metrics = {
+        "guard/general/measured": 0.1,
+        "guard/openai/gsm8k/kl": float("nan"),
+        "guard/recovery/steps": 1.0,
+        "guard/recovery/radius": 1.0,
+        "guard/overlap/a_b": 0.5,
+        "guard/overlap/a_b/reward": 0.5,
+        "guard/update_kept": 1.0,
+        "guard/seconds": 0.1,
+        "eval/reward": 0.5,
+    }
+    history.report(1, ["a"], metrics)
+    history.evaluation(1, {"b": 0.5})
+    assert read_run(tmp_path).domains == ["a", "general", "openai/gsm8k", "recovery", "b"]

@@ -90,3 +90,62 @@ def test_thinned_lines_keep_their_mean_and_end(count):
     assert found[-1][0] == count - 1
     means = [sum(value for _, value in item) / len(item) for item in (points, found)]
     assert means[0] == pytest.approx(means[1], abs=0.1)
+
+
+def test_what_was_lost_before_the_own_last_phase_is_over(tmp_path):
+    made = History(tmp_path / HISTORY)
+    for step in range(1, 31):
+        name = "aba"[(step - 1) // 10]
+        lost = {"guard/a/forgetting": 0.3, "guard/a/measured": 0.3} if name == "b" else {}
+        made.report(step, [name], lost | ({"guard/b/forgetting": 0.1} if step > 20 else {}))
+    run = read_run(tmp_path)
+    assert run.current("a", "measured") is None
+    assert losses(run) == {"b": 0.1}
+    assert (run.followed("a"), run.followed("b")) == (False, True)
+
+
+def test_each_domain_is_judged_by_what_there_is_of_it(tmp_path):
+    made = History(tmp_path / HISTORY)
+    for step in range(1, 41):
+        figures = {"guard/b/forgetting": 0.9, "guard/a/forgetting": 0.9} if step > 20 else {}
+        made.report(step, ["abcd"[(step - 1) // 10]], figures)
+        if step % 10 == 0:
+            made.evaluation(step, {"a": 0.8 - step / 100})
+    # a by its evaluations, b by the guard's figure, nothing of c.
+    assert losses(read_run(tmp_path)) == pytest.approx({"a": 0.3, "b": 0.9})
+
+
+def test_an_evaluation_of_the_own_phase_alone_says_nothing(tmp_path):
+    made = History(tmp_path / HISTORY)
+    for step in range(1, 21):
+        made.report(step, ["ab"[(step - 1) // 10]], {})
+        if step == 10:
+            made.evaluation(step, {"a": 0.8})
+    assert losses(read_run(tmp_path)) == {}
+
+
+def test_domains_in_turn_are_judged_by_their_evaluations(tmp_path):
+    made = History(tmp_path / HISTORY)
+    made.evaluation(0, {"a": 0.1, "c": 0.2})
+    for step in range(1, 301):
+        made.report(step, ["abc"[step % 3]], {f"guard/{name}/forgetting": 0.01 for name in "bc"})
+        if step % 50 == 0:
+            made.evaluation(step, {"a": 1 - step / 300})
+    run = read_run(tmp_path)
+    assert run.interleaved
+    # One evaluation of c before the first step cannot show a loss.
+    assert losses(run) == pytest.approx({"a": 1 - 50 / 300, "b": 0.01, "c": 0.01})
+
+
+def test_what_a_long_run_lost_is_not_thinned_away(tmp_path):
+    made = History(tmp_path / HISTORY, limit=64)
+    rates = [{"a": 0.8, "b": 0.1, "c": 0.1}, {"a": 0.5, "b": 0.8, "c": 0.1}, {"a": 0.4, "b": 0.4, "c": 0.8}]
+    made.evaluation(0, {"a": 0.1, "b": 0.1, "c": 0.1})
+    for step in range(1, 1201):
+        made.report(step, ["abc"[(step - 1) // 400]], {})
+        if step % 8 == 0:
+            made.evaluation(step, rates[(step - 1) // 400])
+    found = transfer(read_run(tmp_path))
+    assert found.rows == rates
+    assert found.by_domain == pytest.approx({"a": 0.4, "b": 0.4})
+    assert found.start["a"] == 0.1

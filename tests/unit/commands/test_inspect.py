@@ -1,0 +1,34 @@
+import json
+import shutil
+
+from interference_guard.cli import main
+from interference_guard.history import HISTORY, History
+
+
+def damaged(toy_run, folder):
+    """The history, and a newest state that was cut off."""
+    shutil.copy(toy_run[0] / HISTORY, folder / HISTORY)
+    shutil.copytree(toy_run[0] / "phase-3", folder / "phase-3")
+    with (folder / "phase-3" / "interference_guard.safetensors").open("r+b") as file:
+        file.truncate(100)
+
+
+def test_a_damaged_state_does_not_hide_the_history(capsys, toy_run, tmp_path):
+    damaged(toy_run, tmp_path)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 90
+    assert "anchors" not in found
+    assert "phase-3" in found["trouble"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "No anchors: " in capsys.readouterr().out
+    # Alone it is an error.
+    assert main(["inspect", str(tmp_path / "phase-3")]) == 2
+
+
+def test_names_cannot_move_the_cursor(capsys, tmp_path):
+    History(tmp_path / HISTORY).report(1, ["\x1b[31mred"], {"guard/\x1b[31mred/reward": 0.5})
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "[31mred" in out
