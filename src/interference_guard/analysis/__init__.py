@@ -6,7 +6,8 @@ from .edits import Edits, jaccard, measure_edits, top_neurons
 from .gradients import GradientCosines, gradient_cosines, stored_gradients
 from .merged import MergedCheckpoint
 from .prediction import Prediction, predict_damage
-from .rollback import RollbackPlan, plan_rollback, write_rollback
+from .rewriting import write_rollback
+from .rollback import RollbackPlan, plan_rollback
 from .routes import Routes, active_neurons, compare_routes
 from .state import DomainRecord, StateFile
 

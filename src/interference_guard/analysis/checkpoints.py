@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +19,10 @@ from .tensorfile import Entry, read_header
 
 SINGLE = ("model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
+# What stores packed weights. Not int64 and bool: these are positions and masks, which some models save.
+PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
+HEAD = "lm_head.weight"
+EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"))
 # Elements read at once, 4 MiB in fp32: pieces that fit a processor's cache are also the fastest.
 PIECE = 1 << 20
 
@@ -42,6 +45,16 @@ class Weights(Protocol):
         """The architecture's name in config.json, None where there is none."""
         ...
 
+    @property
+    def tied(self) -> bool:
+        """Whether config.json says that the head is the embedding."""
+        ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The folders or files that are read."""
+        ...
+
     def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of the first axis in fp32, checked to be finite."""
         ...
@@ -55,11 +68,12 @@ class Checkpoint:
             or one safetensors file.
 
     Raises:
-        CheckpointError: If there is no such file, a shard is missing or one is damaged.
+        CheckpointError: If there is no such file, a shard is missing or damaged, or the weights are packed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._config = _config(path)
         self.entries: dict[str, Entry] = {}
         for file, wanted in _files(path).items():
             found = read_header(file)
@@ -72,11 +86,23 @@ class Checkpoint:
             for name, entry in found.items():
                 if entry.dtype is None or entry.dtype.is_floating_point:
                     self.entries[canonical_name(name)] = entry
+                # A mask may be stored as bytes: it has leading axes of length 1.
+                elif entry.dtype in PACKED and len(entry.shape) > 1 and entry.shape[0] > 1:
+                    raise CheckpointError(
+                        f"{file} holds packed weights: {name!r} has shape {entry.shape} and dtype {entry.dtype}. "
+                        "Only floating-point weights can be measured. Save the model dequantized."
+                    )
         if not self.entries:
             raise CheckpointError(
                 f"{path} holds no floating-point tensor. Give a model's or an adapter's folder."
             )
         self._shapes = {name: entry.shape for name, entry in self.entries.items()}
+        # An adapter's own factors are whole, whatever the base that its config.json is of.
+        if self._config.get("quantization_config") and not self.adapter:
+            raise CheckpointError(
+                f"{path} holds packed weights: its config.json has a quantization_config. Only floating-point "
+                "weights can be measured. Save the model dequantized, without that entry."
+            )
 
     @property
     def label(self) -> str:
@@ -88,10 +114,22 @@ class Checkpoint:
         """Shape by canonical name."""
         return MappingProxyType(self._shapes)
 
-    @cached_property
+    @property
     def model_type(self) -> str | None:
         """The architecture's name in the config.json beside the weights, None where there is none."""
-        return _model_type(self.path)
+        found = self._config.get("model_type")
+        return None if found is None else str(found)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the config.json beside the weights says that the head is the embedding."""
+        tables = (self._config, self._config.get("text_config"))
+        return any(isinstance(table, dict) and table.get("tie_word_embeddings") is True for table in tables)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The folder or the file."""
+        return (self.path,)
 
     @property
     def adapter(self) -> bool:
@@ -157,11 +195,16 @@ def _files(path: Path) -> dict[Path, set[str]]:
 def check_same(first: Weights, second: Weights) -> None:
     """Refuse two checkpoints of different architectures.
 
+    A head that config.json says is tied to the embedding may be stored on one side alone.
+
     Raises:
         CheckpointError: Naming the first tensor that differs.
     """
     a, b = first.shapes, second.shapes
-    different = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
+    tied = first.tied or second.tied
+    different = sorted(
+        name for name in {*a, *b} if a.get(name) != b.get(name) and not (tied and _spare_head(name, a, b))
+    )
     if different:
         name = different[0]
         raise CheckpointError(
@@ -171,19 +214,41 @@ def check_same(first: Weights, second: Weights) -> None:
         )
 
 
+def _spare_head(name: str, a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether this is a head that one side alone stores, with the shape of the embedding of both."""
+    if (name in a) == (name in b) or not f".{name}".endswith(f".{HEAD}"):
+        return False
+    shape = a.get(name, b.get(name))
+    return any(a[item] == b.get(item) == shape for item in a if _embeds(item))
+
+
+def stored_twice(weights: Weights) -> tuple[str, str] | None:
+    """Names of an embedding and of the head tied to it, where both are stored."""
+    if not weights.tied:
+        return None
+    heads = [name for name in weights.shapes if f".{name}".endswith(f".{HEAD}")]
+    pairs = ((name, head) for head in heads for name in weights.shapes if _embeds(name))
+    return next((pair for pair in pairs if weights.shapes[pair[0]] == weights.shapes[pair[1]]), None)
+
+
+def _embeds(name: str) -> bool:
+    return any(part in EMBEDDINGS for part in name.split(".")[-2:-1])
+
+
 def unit_layout(weights: Weights, overrides: Mapping[str, str] = MappingProxyType({})) -> UnitLayout:
     """Unit views of a checkpoint's tensors; its config.json tells which layers are stored transposed."""
     empty = ((name, torch.empty(shape, device="meta")) for name, shape in weights.shapes.items())
     return UnitLayout(empty, overrides, transposed=stored_transposed(weights.model_type, weights.shapes))
 
 
-def _model_type(path: Path) -> str | None:
+def _config(path: Path) -> dict[str, Any]:
+    """What config.json beside the weights says; empty where there is none."""
     folder = path if path.is_dir() else path.parent
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return None if found is None else str(found)
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def pieces(shape: tuple[int, ...], limit: int = PIECE) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from interference_guard.errors import CheckpointError
+
 from .checkpoints import Weights
+from .part import displacement
 from .state import DomainRecord
 
 # Cosine of a principal angle from which a pair of directions counts as shared: 45 degrees.
@@ -58,39 +61,38 @@ def conflict_subspace(
         seed: Of the random subspaces that give the angles' chance level.
 
     Raises:
-        CheckpointError: If the checkpoints are not of the state's model.
+        CheckpointError: If the checkpoints are not of the state's model, or the domains of two models.
         UnknownDomainError: If the first domain has no local model.
     """
-    names = record.state.names(after)
-    record.state.names(before)
-    theirs = other.directions()
+    names, starts = record.state.names(after), record.state.names(before)
+    if list(record.state.views) != list(other.state.views):
+        raise CheckpointError(
+            f"The guard states in {record.state.folder} and {other.state.folder} are of different architectures. "
+            "Give two domains of one run."
+        )
     generator = torch.Generator().manual_seed(seed)
     cosines: dict[str, Tensor] = {}
     chance: dict[str, float] = {}
     total = kept = flat = damage = inside = shared = 0.0
-    for part in record.parts():
-        name, block = part.view.name, part.block
-        D = part.stack(after.rows(names[name])) - part.stack(before.rows(names[name]))
-        U, V = block.U, theirs[name]
+    for part, (name, V) in zip(record.parts(), other.directions(), strict=True):
+        block = part.block
+        U = block.U
         left, values, _ = torch.linalg.svd(U.mT @ V, full_matrices=False)
         if part.view.kind != "vector":
             cosines[name] = values
             chance[name] = _chance(U, V, generator)
-        energy = float(D.double().square().sum())
+        seen = part.see(displacement(names[name], after, before, starts[name]))
+        energy = float(seen.lengths.sum())
         total += energy
         flat += energy * min(U.shape[2] / part.view.width, 1.0)
-        kept += float((D @ U).double().square().sum())
-        z, _ = part.coordinates(after.rows(names[name]), before.rows(names[name]))
-        weights = block.weights()
-        first, rest = part.damage(after.rows(names[name]), before.rows(names[name]))
+        kept += float(seen.z.double().square().sum())
+        first, rest = part.damage(seen)
         inside += float(first.double().sum())
         damage += float(first.double().sum() + rest.double().sum())
         # Directions of the first domain that the other has too, as a projector on the coordinates z.
         common = left * (values > SHARED).unsqueeze(-2)
-        each = (common @ common.mT).repeat_interleave(block.energy.shape[1], 0)
-        each = each if block.rows is None else each[block.rows]
-        within = torch.bmm(z.unsqueeze(1), each).squeeze(1)
-        shared += float((weights * within.square()).double().sum() / 2)
+        within = block.select(seen.z @ (common @ common.mT))
+        shared += float((block.weights() * within.square()).double().sum() / 2)
     return Conflict(
         cosines,
         chance,

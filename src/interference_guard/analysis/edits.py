@@ -12,6 +12,7 @@ from interference_guard.places import place
 from interference_guard.units import UnitView
 
 from .checkpoints import Weights, check_same, pieces, unit_layout
+from .pieces import matrix_shape, unit_piece
 
 # The paper's two bounds.
 ABSOLUTE, RELATIVE = 1e-7, 1e-3
@@ -126,6 +127,9 @@ def measure_edits(
     views = unit_layout(before, overrides or {}).views
     found = {}
     for name, view in views.items():
+        # A head tied to the embedding may be stored on one side alone; the embedding's edit is its own.
+        if name not in after.shapes:
+            continue
         found[name] = _edit(view, before, after)
         advance(name)
     return Edits(found)
@@ -133,12 +137,13 @@ def measure_edits(
 
 def _edit(view: UnitView, before: Weights, after: Weights) -> ParameterEdit:
     edit = ParameterEdit(view, units=torch.zeros(view.units, dtype=torch.float64))
+    by_matrix = edit.units.view(matrix_shape(view))
     for first, last in pieces(view.shape):
         old, new = before.rows(view.name, first, last), after.rows(view.name, first, last)
         edit.before += float(torch.linalg.vector_norm(old)) ** 2
         change = new.sub_(old)
-        energy = change.square()
-        _add(edit, energy, first)
+        piece = unit_piece(view, first, last)
+        piece.part(by_matrix).add_(piece.view(change.square()).sum(-1, dtype=torch.float64))
         size = change.abs_()
         edit.elements += size.numel()
         edit.equal += size.numel() - int(size.count_nonzero())
@@ -153,32 +158,16 @@ def _both_zero(size: Tensor, bound: Tensor) -> int:
     return int(((size == 0) & (bound == 0)).sum())
 
 
-def _add(edit: ParameterEdit, energy: Tensor, first: int) -> None:
-    """Add squared changes of rows `first` and on to the units they belong to."""
-    view = edit.view
-    if view.kind == "vector":
-        edit.units += energy.sum(dtype=torch.float64)
-        return
-    experts, units = (view.shape[0], view.units // view.shape[0]) if view.stacked else (1, view.units)
-    if view.stacked:
-        sums = energy.sum(-1 if view.kind == "row" else -2, dtype=torch.float64)
-        edit.units.view(experts, units)[first : first + len(sums)] += sums
-    elif view.kind == "row":
-        sums = energy.sum(-1, dtype=torch.float64).flatten()
-        per_row = view.units // view.shape[0]
-        edit.units[first * per_row : first * per_row + len(sums)] += sums
-    else:
-        edit.units += energy.sum(0, dtype=torch.float64)
-
-
 def top_neurons(magnitudes: Mapping[str, Tensor], share: float = 0.1) -> dict[str, Tensor]:
-    """The most changed neurons over all MLPs together, as bool masks by MLP."""
+    """The most changed neurons over all MLPs together, as bool masks by MLP; never one that did not change."""
     if not magnitudes:
         return {}
     flat = torch.cat(list(magnitudes.values()))
     count = max(1, round(share * len(flat)))
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[flat.argsort(descending=True, stable=True)[:count]] = True
+    # Where fewer changed, the rest of the order is that of the names, which is alike in any two checkpoints.
+    mask &= flat > 0
     parts = torch.split(mask, [len(item) for item in magnitudes.values()])
     return dict(zip(magnitudes, parts, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Factors:
 class MergedCheckpoint:
     """W + scaling B A, computed for the rows that are asked for; whole weights that an adapter brings replace W.
 
+    Where an adapter brings a layer's weight beside its factors, as peft does of embeddings and heads, that is W.
+
     Args:
         base: The model.
         adapter: LoRA factors for it, with their `adapter_config.json`; one rank and scaling or several, rsLoRA,
@@ -54,7 +57,7 @@ class MergedCheckpoint:
         config = read_adapter_config(adapter.path)
         flipped = stored_transposed(base.model_type, base.shapes)
         self._factors: dict[str, Factors] = {}
-        self._replaced: dict[str, str] = {}
+        self._brought: dict[str, str] = {}
         for name in adapter.shapes:
             bare = name.removeprefix(PREFIX)
             if bare.endswith((".lora_A.weight", ".lora_embedding_A")):
@@ -64,7 +67,7 @@ class MergedCheckpoint:
             elif ".lora_" not in bare:
                 target = bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
                 self._check(target, adapter.shapes[name])
-                self._replaced[target] = name
+                self._brought[target] = name
             elif not bare.endswith((".lora_B.weight", ".lora_embedding_B", *MAGNITUDES)):
                 raise CheckpointError(
                     f"{adapter.path} holds {name!r}, which is no LoRA factor known here. Merge it with "
@@ -86,11 +89,23 @@ class MergedCheckpoint:
         """The base's architecture."""
         return self.base.model_type
 
+    @property
+    def tied(self) -> bool:
+        """Whether the base's config.json says that the head is the embedding."""
+        return self.base.tied
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The base and the adapter."""
+        return (*self.base.paths, *self.adapter.paths)
+
     def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Merged rows in fp32."""
-        if name in self._replaced:
-            return self.adapter.rows(self._replaced[name], first, last)
-        found = self.base.rows(name, first, last)
+        brought = self._brought.get(name)
+        if brought is None:
+            found = self.base.rows(name, first, last)
+        else:
+            found = self.adapter.rows(brought, first, last)
         pair = self._factors.get(name)
         if pair is None:
             return found

@@ -13,6 +13,7 @@ from interference_guard.units import UnitView
 
 from .checkpoints import Weights
 from .edits import neuron_sums
+from .part import displacement
 from .state import DomainRecord
 
 
@@ -80,14 +81,12 @@ def predict_damage(
         Yang et al., 2026, arXiv:2606.02398, without its first-order term and with an isotropic rest.
     """
     names = record.state.names(after)
-    if before is not None:
-        record.state.names(before)
+    starts = {} if before is None else record.state.names(before)
     inside, outside, views = {}, {}, {}
     for part in record.parts():
-        there = names[part.view.name]
-        start = None if before is None else before.rows(there)
         name = part.view.name
-        inside[name], outside[name] = part.damage(after.rows(there), start)
+        read = displacement(names[name], after, before, starts.get(name))
+        inside[name], outside[name] = part.damage(part.see(read, anchored=before is None))
         views[name] = part.view
         advance(name)
     sums = [sum(float(item.double().sum()) for item in group.values()) for group in (inside, outside)]

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from interference_guard.errors import CheckpointError, ConfigError, ReportError
-from interference_guard.files import DETAILS, TENSORS
+from interference_guard.errors import ConfigError
 
 from .checkpoints import Checkpoint, Weights
-from .state import DomainRecord, Part
+from .part import Part, Seen, displacement
+from .state import DomainRecord
 
 MODES = ("directions", "units")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-# A trainer's own state would no longer fit the weights.
-LEFT_OUT = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "scaler", "pytorch_model")
 Advance = Callable[[str], None]
 
 
@@ -67,8 +62,28 @@ class RollbackPlan:
         parts = torch.split(mask, [len(item) for item in self.damage.values()])
         return dict(zip(self.damage, parts, strict=True))
 
+    def check(self, share: float, strength: float) -> None:
+        """Refuse a rollback that cannot be, or would change nothing.
+
+        Raises:
+            ConfigError: If a value is out of range, or no unit is chosen.
+        """
+        found = self.predict(share, strength)
+        if found["units"]:
+            return
+        count = sum(int((item > 0).sum()) for item in self.edit.values())
+        if not self.predict(1.0, strength)["units"]:
+            raise ConfigError(
+                f"No unit's edit is predicted to cost {self.record.name!r} anything, so there is nothing to take "
+                "back. Give another domain, or the checkpoint from before the edit as BASE."
+            )
+        raise ConfigError(
+            f"share={share!r} of the {count} edited units is less than one, so nothing would be taken back. Give "
+            f"at least {1 / count:.2g}."
+        )
+
     def predict(self, share: float, strength: float) -> dict[str, float]:
-        """What a rollback is predicted to do.
+        """What a rollback is predicted to do, before the result is rounded to the checkpoint's dtype.
 
         Returns:
             ``damage_left`` and ``edit_left``, parts of the edit's predicted interference and of its squared
@@ -115,106 +130,27 @@ def plan_rollback(
     """
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is not allowed: it must be one of {list(MODES)}.")
-    names = record.state.names(after)
-    record.state.names(before)
     damage, edit, whole_damage, whole_edit = {}, {}, 0.0, 0.0
-    for part in record.parts():
-        there = names[part.view.name]
-        new, old = after.rows(there), before.rows(there)
-        inside, outside = part.damage(new, old)
-        D = part.stack(new) - part.stack(old)
-        lengths = D.double().square().sum(-1).flatten()
+    for part, seen in see_edit(record, before, after):
+        inside, outside = part.damage(seen)
         whole_damage += float(inside.double().sum() + outside.double().sum())
-        whole_edit += float(lengths.sum())
+        whole_edit += float(seen.lengths.sum())
         name = part.view.name
         if mode == "units":
-            damage[name], edit[name] = (inside + outside).double(), lengths
+            damage[name], edit[name] = (inside + outside).double(), seen.lengths
         else:
             damage[name] = inside.double()
-            edit[name] = (D @ part.block.U).double().square().sum(-1).flatten()
+            edit[name] = seen.z.double().square().sum(-1).flatten()
         advance(name)
     return RollbackPlan(record, before, after, mode, damage, edit, whole_damage, whole_edit)
 
 
-def write_rollback(
-    plan: RollbackPlan,
-    share: float,
-    strength: float,
-    out: str | Path,
-    *,
-    force: bool = False,
-    advance: Advance = lambda name: None,
-) -> dict[str, float]:
-    """Write a checkpoint in which the chosen units are rolled back; everything else is copied.
-
-    Args:
-        plan: From `plan_rollback`.
-        share: Part of the edited units to roll back, those of highest score first.
-        strength: Part of their edit that is taken back; 1 is all of it.
-        out: The new folder. The trainer's own state (optimizer, scheduler, random generators) and the
-            guard's are not copied, since they belong to the weights as they were.
-        force: Replace an existing folder.
-        advance: Called with each changed parameter's name.
-
-    Returns:
-        What `RollbackPlan.predict` says of it.
-
-    Raises:
-        ReportError: If `out` exists and `force` is not set, or is the source itself.
-        CheckpointError: If it cannot be written.
-    """
-    predicted, masks = plan.predict(share, strength), plan.chosen(share)
-    target, source = Path(out), plan.after.path
-    _check_target(target, source, plan.before, force)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        for file in [source] if source.is_file() else sorted(source.iterdir()):
-            if file.is_file() and file.name not in (DETAILS, TENSORS) and not file.name.startswith(LEFT_OUT):
-                shutil.copyfile(file, temporary / file.name)
-        names = plan.record.state.names(plan.after)
-        for part in plan.record.parts():
-            mask = masks[part.view.name]
-            if bool(mask.any()):
-                _patch(plan, part, mask, names[part.view.name], strength, temporary)
-                advance(part.view.name)
-        if target.exists():
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written: {error}. Free space or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return predicted
-
-
-def _patch(plan: RollbackPlan, part: Part, mask: Tensor, name: str, strength: float, folder: Path) -> None:
-    """Overwrite one tensor's bytes in the copy."""
-    new = plan.after.rows(name)
-    seen = part.stack(new)
-    D = seen - part.stack(plan.before.rows(name))
-    if plan.mode == "directions":
-        D = D @ part.block.U @ part.block.U.mT
-    # `seen` is a view of `new`: the change lands in the tensor's own layout.
-    seen.sub_(D * mask.view(seen.shape[0], -1, 1), alpha=strength)
-    entry = plan.after.entries[name]
-    assert entry.dtype is not None
-    data = new.to(entry.dtype).contiguous().flatten().view(torch.uint8)
-    with (folder / entry.path.name).open("r+b") as file:
-        file.seek(entry.start)
-        file.write(data.numpy().tobytes())
-
-
-def _check_target(target: Path, source: Path, before: Weights, force: bool) -> None:
-    taken = {source.resolve(), *source.resolve().parents, Path(before.label).resolve()}
-    if target.resolve() in taken:
-        raise ReportError(
-            f"{target} is, or holds, the checkpoint that is read. Choose another folder for the result."
-        )
-    if target.exists() and not force:
-        raise ReportError(f"{target} exists already. Choose another folder, or pass --force to replace it.")
+def see_edit(record: DomainRecord, before: Weights, after: Weights) -> Iterator[tuple[Part, Seen]]:
+    """An edit parameter by parameter, as the domain's local model sees it."""
+    names, starts = record.state.names(after), record.state.names(before)
+    for part in record.parts():
+        name = part.view.name
+        yield part, part.see(displacement(names[name], after, before, starts[name]))
 
 
 def _check(**values: float) -> None:

@@ -13,6 +13,8 @@ from interference_guard.units import CHANNELS_IN, UnitLayout, canonical_name
 
 from .checkpoints import Weights, check_same, unit_layout
 from .edits import jaccard, neuron_sums, top_neurons
+from .part import displacement
+from .pieces import matrix_shape, unit_pieces
 
 
 @torch.no_grad()
@@ -138,11 +140,17 @@ def _products(first: tuple[Weights, Weights], second: tuple[Weights, Weights]) -
     for name, view in views.items():
         if view.neuron is None:
             continue
-        a = view.view(first[1].rows(name) - first[0].rows(name)).double()
-        b = view.view(second[1].rows(name) - second[0].rows(name)).double()
-        units["product"][name] = (a * b).sum(-1).flatten()
-        units["first"][name] = a.square().sum(-1).flatten()
-        units["second"][name] = b.square().sum(-1).flatten()
+        sums = {key: torch.zeros(matrix_shape(view), dtype=torch.float64) for key in units}
+        for piece in unit_pieces(view):
+            a, b = (
+                piece.view(displacement(name, after, before)(piece.first, piece.last)).double()
+                for before, after in (first, second)
+            )
+            piece.part(sums["product"]).add_((a * b).sum(-1))
+            piece.part(sums["first"]).add_(a.square().sum(-1))
+            piece.part(sums["second"]).add_(b.square().sum(-1))
+        for key, values in units.items():
+            values[name] = sums[key].flatten()
     return {key: neuron_sums(values, views) for key, values in units.items()}
 
 

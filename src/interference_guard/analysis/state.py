@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +21,11 @@ from interference_guard.trust_region import TrustRegion
 from interference_guard.units import UnitLayout, UnitView
 
 from .checkpoints import Weights, resolve
+from .part import Part
 from .tensorfile import Entry, read_header
 
-
-@dataclass
-class Part:
-    """One parameter's share of a domain's local model.
-
-    Args:
-        view: The parameter's unit view.
-        block: Its local model; `matrices` is 1, or the number of experts of a stack.
-        R: Random directions of the residual, ``(width, residual)`` fp32.
-    """
-
-    view: UnitView
-    block: LocalBlock
-    R: Tensor
-
-    def stack(self, weight: Tensor) -> Tensor:
-        """A weight as ``(matrices, units, width)`` fp32."""
-        seen = self.view.view(weight).float()
-        return seen if seen.dim() == 3 else seen.unsqueeze(0)
-
-    def scatter(self, values: Tensor) -> Tensor:
-        """Per protected unit ``(rows,)`` to ``(units,)`` of the whole parameter, zero elsewhere."""
-        return self.block.scatter(values.unsqueeze(-1)).flatten()
-
-    def coordinates(self, weight: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Displacement from the anchor, or from `before`, seen through U and R.
-
-        Returns:
-            z ``(rows, rank)`` and r ``(rows, residual)``.
-        """
-        block = self.block
-        W = self.stack(weight)
-        if before is not None:
-            W = W - self.stack(before)
-        z, q = block.select(W @ block.U), block.select(W @ self.R)
-        if before is None:
-            z, q = z - block.z0, q - block.q0
-        mixed = block.U.mT @ self.R
-        if block.rows is None:
-            each = mixed.repeat_interleave(block.energy.shape[1], 0)
-        else:
-            each = mixed[block.rows // block.energy.shape[1]]
-        return z, q - torch.bmm(z.unsqueeze(1), each).squeeze(1)
-
-    def damage(self, weight: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Raw predicted interference of each unit, inside and outside the directions, ``(units,)`` each."""
-        block = self.block
-        z, r = self.coordinates(weight, before)
-        inside = (block.weights() * z.square()).sum(-1) / 2
-        rho = block.rho.repeat_interleave(block.energy.shape[1])
-        rho = rho if block.rows is None else rho[block.rows]
-        outside = block.unit_scale() * rho * r.square().sum(-1) / 2
-        return self.scatter(inside), self.scatter(outside)
+# Settings without which the tensors cannot be read.
+NEEDED = ("rank", "sketch", "residual", "seed")
 
 
 class DomainRecord:
@@ -85,13 +34,16 @@ class DomainRecord:
     def __init__(self, state: StateFile, name: str, number: int, details: Mapping[str, Any]) -> None:
         self.state, self.name, self.details = state, name, details
         self._prefix = f"{number}/"
-        region = dict(details["region"])
-        self.region = TrustRegion(**region)
-
-    @property
-    def modelled(self) -> bool:
-        """Whether it has a local model: only domains that another one's steps have followed do."""
-        return bool(self.details["model"])
+        try:
+            self.region = TrustRegion(**details["region"])
+            self.modelled = bool(details["model"])
+            """Whether it has a local model: only domains that another one's steps have followed do."""
+        except (KeyError, TypeError) as error:
+            raise StateError(
+                f"{state.folder / DETAILS} cannot be used: domain {name!r} lacks an entry, or has one that is "
+                f"not known here ({type(error).__name__}: {error}). Copy it again, or use the release of "
+                "interference-guard that wrote it."
+            ) from error
 
     def tensor(self, key: str) -> Tensor | None:
         """A tensor of this domain, or None."""
@@ -191,9 +143,8 @@ class DomainRecord:
             start += energy.shape[0]
         return by_place(found)
 
-    def directions(self) -> dict[str, Tensor]:
+    def directions(self) -> Iterator[tuple[str, Tensor]]:
         """Leading directions by parameter, ``(matrices, width, rank)``, of domains without an anchor too."""
-        found: dict[str, Tensor] = {}
         rank = self.state.settings["rank"]
         for index, _, views in self.members():
             basis = self.tensor(f"sums/{index}/basis")
@@ -202,8 +153,7 @@ class DomainRecord:
                 omega = sketch_matrix(views[0].width, self.state.settings["sketch"], self.state.settings["seed"])
                 basis, _ = nystrom(sketch, omega)
             for view, piece in zip(views, basis[:, :, :rank].chunk(len(views)), strict=True):
-                found[view.name] = piece
-        return found
+                yield view.name, piece
 
 
 class StateFile:
@@ -229,7 +179,9 @@ class StateFile:
                     f"{path} has format version {details['version']!r}; this version reads {VERSION}. Use the "
                     "release of interference-guard that wrote it."
                 )
-            self.settings: dict[str, Any] = details["settings"]
+            self.settings: dict[str, Any] = {**details["settings"]}
+            # Used when directions are read, which may be long after.
+            self.settings |= {name: int(self.settings[name]) for name in NEEDED}
             self.steps = int(details["steps"])
             shapes = {name: tuple(shape) for name, shape in details["parameters"].items()}
             transposed = [str(name) for name in details.get("transposed", ())]

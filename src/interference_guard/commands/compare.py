@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Rows of the table by layer and module that are printed; --json gives all.
 PLACES = 20
+# What a prediction is in, by what the domain's calibration was measured in.
+UNITS = {"reward": "reward", "nats": "nats per token"}
 
 
 def compare(
@@ -65,7 +67,8 @@ def compare(
         {"first": found[i]["after"], "second": found[j]["after"], "jaccard": jaccard(tops[i], tops[j])}
         for i in range(len(tops))
         for j in range(i + 1, len(tops))
-        if tops[i] and tops[j]
+        # Between sets of which one is empty, as of a checkpoint without an edit, there is no overlap to speak of.
+        if all(any(bool(mask.any()) for mask in tops[index].values()) for index in (i, j))
     ]
     predictions = _predictions(state, opened, weights)
     if json:
@@ -89,7 +92,14 @@ def _predictions(state: Path | None, opened: list[Checkpoint], weights: list[Wei
     if not records:
         raise ConfigError(f"{state} has no anchored domain, so nothing can be predicted. Leave out --state.")
     return [
-        {"after": after.label, "domain": record.name, "raw": found.raw, "predicted": found.calibrated}
+        {
+            "after": after.label,
+            "domain": record.name,
+            "raw": found.raw,
+            "predicted": found.calibrated,
+            # Before a measurement there is no calibration, and so no unit.
+            "unit": record.region.unit if record.region.xx > 0 else None,
+        }
         for alone, after in zip(opened, weights, strict=True)
         for record in records
         # A guard of LoRA factors knows these, and not the merged weights.
@@ -130,7 +140,9 @@ def _show(
                 f"{short[item['after']]}, {item['domain']}",
                 output.number(item["raw"], ".3e"),
                 output.number(item["predicted"]),
+                UNITS.get(item["unit"], "-"),
             ]
             for item in predictions
         ]
-        output.table("Predicted interference since the anchor", ["checkpoint, domain", "raw", "reward"], rows)
+        names = ["checkpoint, domain", "raw", "predicted", "unit"]
+        output.table("Predicted interference since the anchor", names, rows)

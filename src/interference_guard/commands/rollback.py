@@ -37,7 +37,7 @@ def rollback(
             "back. Once for each domain, also for those that the edit was for."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Take back what an edit costs a domain, without training.
@@ -55,13 +55,19 @@ def rollback(
         raise ConfigError("Nothing says where the result goes. Pass --out FOLDER, or --dry-run to see the curve.")
     from interference_guard.analysis import StateFile, open_checkpoint, plan_rollback, write_rollback
     from interference_guard.analysis.measured import nats_per_token, read_rows
+    from interference_guard.analysis.target import check_target
 
     texts = {name: read_rows(path) for name, path in given.items()}
     record = StateFile(state if state is not None else checkpoint).domain(domain)
     before, after = open_checkpoint(base), open_checkpoint(checkpoint)
+    # First what can fail: scoring and measuring take long.
+    if out is not None and not dry_run:
+        check_target(out, (base, checkpoint, record.state.folder), force=force)
     with output.progress("scoring", len(record.state.views)) as advance:
         plan = plan_rollback(record, before, after, mode, advance)
-    # First what can fail: folders that cannot be run must not cost a written checkpoint.
+    if out is not None and not dry_run:
+        plan.check(share, strength)
+    # Before anything is written: folders that cannot be run must not cost a written checkpoint.
     measured = {
         name: {"before": nats_per_token(base, lines, checkpoint), "after": nats_per_token(checkpoint, lines)}
         for name, lines in texts.items()

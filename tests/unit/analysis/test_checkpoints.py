@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
-from interference_guard.analysis import MergedCheckpoint, check_same, open_checkpoint
+from interference_guard.analysis import MergedCheckpoint, check_same, measure_edits, open_checkpoint
 from interference_guard.analysis.checkpoints import pieces, resolve, unit_layout
 from interference_guard.errors import CheckpointError
 from interference_guard.places import place
@@ -91,6 +91,69 @@ def test_different_architectures(tmp_path):
         check_same(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_packed_weights(tmp_path, dtype):
+    tensors = {"up_proj.weight": torch.ones(8, 4, dtype=dtype), "up_proj.absmax": torch.ones(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"packed weights: 'up_proj\.weight' has shape \(8, 4\).*dequantized"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_packed_weights_that_the_configuration_tells_of(tmp_path):
+    save_model(Toy(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(CheckpointError, match=r"its config\.json has a quantization_config"):
+        open_checkpoint(tmp_path)
+
+
+def test_positions_and_masks_are_not_packed_weights(tmp_path):
+    tensors = {
+        "a.weight": torch.ones(2, 2),
+        "position_ids": torch.arange(4).unsqueeze(0),
+        "index": torch.zeros(3, 3, dtype=torch.int64),
+        "bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "mask": torch.ones(4, 4, dtype=torch.bool),
+        "count": torch.ones(3, dtype=torch.int32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert list(open_checkpoint(tmp_path).shapes) == ["a.weight"]
+
+
+def tied(folder, model, *, head, config=True):
+    """A model of which the head is the embedding; `head` stores it twice."""
+    tensors = {"model.embed_tokens.weight": model.embed.weight.detach().clone()}
+    if head:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": config}))
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("config", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("twice", [(True, False), (False, True)])
+def test_a_tied_head_may_be_stored_on_one_side_alone(tmp_path, config, twice):
+    a, b = (
+        tied(tmp_path / str(index), Toy(index), head=head, config=says)
+        for index, (head, says) in enumerate(zip(twice, config, strict=True))
+    )
+    check_same(a, b)
+    assert list(measure_edits(a, b).parameters) == ["model.embed_tokens.weight"]
+
+
+def test_a_head_of_its_own_is_not_left_out(tmp_path):
+    a, b = (tied(tmp_path / str(head), Toy(), head=head, config=False) for head in (True, False))
+    with pytest.raises(CheckpointError, match=r"1 of 2 tensors differ, for instance 'lm_head\.weight'"):
+        check_same(a, b)
+    save_model(Toy(), tmp_path / "toy")
+    (tmp_path / "toy/config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    # The sizes may be those of an embedding and its head, but nothing here has the name of one.
+    with pytest.raises(CheckpointError, match="different architectures"):
+        check_same(open_checkpoint(tmp_path / "toy"), b)
+
+
 # peft and transformers warn about what a toy does not have.
 quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -170,6 +233,25 @@ def test_adapter_reads_as_peft_merges_it(tmp_path, settings):
     names = {"embed": "embed", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj"}
     changed = [names[name] for name in settings["target_modules"]] + settings.get("modules_to_save", [])
     assert_merged(base, tmp_path / "lora", expected, changed)
+
+
+@pytest.mark.parametrize("layers", [["lm_head"], ["embed_tokens"], ["q_proj", "lm_head"]], ids=str)
+@quiet
+def test_adapter_that_brings_the_weight_beside_its_factors(tmp_path, layers):
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    config = Qwen3Config(vocab_size=16, num_hidden_layers=1, head_dim=8, tie_word_embeddings=False, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    expected = trained_adapter(model, tmp_path / "lora", target_modules=layers)
+    # peft's names for what it calls the embedding layers: it saves those whole.
+    assert any(".base_layer." in name for name in open_checkpoint(tmp_path / "lora").shapes)
+    names = {
+        "lm_head": "lm_head",
+        "embed_tokens": "model.embed_tokens",
+        "q_proj": "model.layers.0.self_attn.q_proj",
+    }
+    assert_merged(base, tmp_path / "lora", expected, [names[layer] for layer in layers])
 
 
 @quiet

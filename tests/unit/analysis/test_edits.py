@@ -79,6 +79,17 @@ def test_top_neurons_are_the_most_changed(tmp_path):
     assert found.by_place()["up_proj"]["equal"] == pytest.approx(30 / 32)
 
 
+def test_top_neurons_that_did_not_change_are_none(tmp_path):
+    def change(model):
+        model.mlp["up_proj"].weight[5] += 1
+
+    _, _, found = pair(tmp_path, change)
+    # A tenth of the 32 would be three.
+    assert top_neurons(found.neurons())["mlp"].nonzero().flatten().tolist() == [5]
+    _, _, same = pair(tmp_path / "same", lambda model: None)
+    assert not top_neurons(same.neurons())["mlp"].any()
+
+
 def test_jaccard_of_disjoint_and_empty_sets():
     a, b = {"m": torch.tensor([True, False])}, {"m": torch.tensor([False, True])}
     assert jaccard(a, b) == 0

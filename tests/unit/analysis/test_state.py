@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from interference_guard import Guard
+from interference_guard import Guard, GuardedOptimizer
 from interference_guard.analysis import (
     StateFile,
     conflict_subspace,
@@ -87,7 +87,7 @@ def test_shared_damage_is_the_dense_form_on_the_shared_subspace(toy_run):
     state = StateFile(folder / "phase-3")
     before, after = (open_checkpoint(folder / f"phase-{index}") for index in (1, 2))
     found = conflict_subspace(state.domain("math"), state.domain("code"), before, after)
-    theirs, shared = state.domain("code").directions(), 0.0
+    theirs, shared = dict(state.domain("code").directions()), 0.0
     for part in state.domain("math").parts():
         name, block = part.view.name, part.block
         U, V = block.U[0].double(), theirs[name][0].double()
@@ -183,12 +183,47 @@ def test_damaged_states(toy_run, tmp_path):
         StateFile(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table["domains"]["math"].pop("region"), "domain 'math' lacks an entry, .* 'region'"),
+        (lambda table: table["domains"]["math"].pop("model"), "domain 'math' lacks an entry, .* 'model'"),
+        (
+            lambda table: table["domains"]["math"]["region"].update(new=1),
+            "not known here .*'new'.* use the release",
+        ),
+        (lambda table: table["settings"].pop("seed"), "is damaged: KeyError: 'seed'"),
+        (lambda table: table["settings"].update(rank=None), "is damaged: TypeError"),
+    ],
+)
+def test_details_that_lack_an_entry_or_have_a_new_one(toy_run, tmp_path, change, message):
+    path = copy(toy_run[0], tmp_path) / DETAILS
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+    with pytest.raises(StateError, match=message):
+        StateFile(tmp_path)
+
+
+def test_conflict_subspace_of_two_models(toy_run, tmp_path):
+    model = Toy()
+    model.lm_head.weight.requires_grad_(False)
+    guard = Guard(model, CONFIG)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 2)
+    guard.save(tmp_path)
+    first, other = (StateFile(folder).domain("math") for folder in (toy_run[0] / "phase-3", tmp_path))
+    before, after = (open_checkpoint(toy_run[0] / f"phase-{index}") for index in (1, 2))
+    with pytest.raises(CheckpointError, match="are of different architectures. Give two domains of one run"):
+        conflict_subspace(first, other, before, after)
+
+
 def test_reading_changes_nothing(toy_run):
     folder, _, _ = toy_run
     before = {path.name: path.read_bytes() for path in (folder / "phase-3").iterdir()}
     record = StateFile(folder / "phase-3").domain("math")
     predict_damage(record, open_checkpoint(folder / "phase-3"))
-    record.directions()
+    dict(record.directions())
     assert before == {path.name: path.read_bytes() for path in (folder / "phase-3").iterdir()}
     # What was read can still be loaded.
     from dataclasses import replace

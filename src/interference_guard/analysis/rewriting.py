@@ -1,0 +1,172 @@
+"""The checkpoint a rollback writes: a copy in which the chosen units' bytes are others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from interference_guard.errors import CheckpointError
+from interference_guard.files import DETAILS, TENSORS
+from interference_guard.rounding import round_at_random
+
+from .checkpoints import open_checkpoint, pieces, stored_twice
+from .part import Part, displacement
+from .pieces import Piece, matrix_shape, unit_pieces
+from .rollback import RollbackPlan, see_edit
+from .target import check_target, put_in_place
+from .tensorfile import Entry
+
+# A trainer's own state would no longer fit the weights.
+LEFT_OUT = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "scaler", "pytorch_model")
+
+
+def write_rollback(
+    plan: RollbackPlan,
+    share: float,
+    strength: float,
+    out: str | Path,
+    *,
+    force: bool = False,
+    advance: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """Write a checkpoint in which the chosen units are rolled back; everything else is copied.
+
+    Args:
+        plan: From `plan_rollback`.
+        share: Part of the edited units to roll back, those of highest score first.
+        strength: Part of their edit that is taken back; 1 is all of it.
+        out: The new folder. The trainer's own state (optimizer, scheduler, random generators) and the
+            guard's are not copied, since they belong to the weights as they were.
+        force: Replace an existing checkpoint.
+        advance: Called with each changed parameter's name.
+
+    Returns:
+        As `RollbackPlan.predict`, with `damage_left` and `edit_left` of what was written: bf16 is rounded at
+        random, with bits that depend on the state's seed alone, and fp16 to the nearest number.
+
+    Raises:
+        ConfigError: If a value is out of range, or no unit would be rolled back.
+        ReportError: If `out` exists and `force` is not set, holds something else than one checkpoint, or is, or
+            holds, what is read.
+        CheckpointError: If it cannot be written.
+    """
+    plan.check(share, strength)
+    target, source = Path(out), plan.after.path
+    check_target(target, (*plan.after.paths, *plan.before.paths, plan.record.state.folder), force=force)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        for file in [source] if source.is_file() else sorted(source.iterdir()):
+            if file.is_file() and file.name not in (DETAILS, TENSORS) and not file.name.startswith(LEFT_OUT):
+                shutil.copyfile(file, temporary / file.name)
+        _rewrite(plan, share, strength, temporary, advance)
+        found = plan.predict(share, strength) | _left(
+            plan, temporary / source.name if source.is_file() else temporary
+        )
+        put_in_place(temporary, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error}. Free space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+def _left(plan: RollbackPlan, written: Path) -> dict[str, float]:
+    """What the written weights have of the edit's interference and squared length."""
+    damage, edit = 0.0, 0.0
+    for part, seen in see_edit(plan.record, plan.before, open_checkpoint(written)):
+        damage += sum(float(item.double().sum()) for item in part.damage(seen))
+        edit += float(seen.lengths.sum())
+    return {
+        "damage_left": damage / plan.whole_damage if plan.whole_damage else 0.0,
+        "edit_left": edit / plan.whole_edit if plan.whole_edit else 1.0,
+    }
+
+
+def _rewrite(
+    plan: RollbackPlan, share: float, strength: float, folder: Path, advance: Callable[[str], None]
+) -> None:
+    masks = plan.chosen(share)
+    names, starts = (plan.record.state.names(weights) for weights in (plan.after, plan.before))
+    # Of the seed alone: the same command writes the same bytes.
+    generator = torch.Generator().manual_seed(plan.record.state.settings["seed"])
+    for part in plan.record.parts():
+        name = part.view.name
+        if bool(masks[name].any()):
+            change = _Change(plan, part, names[name], starts[name], strength)
+            path = folder / plan.after.entries[names[name]].path.name
+            with path.open("r+b") as file:
+                change.write(file, masks[name].view(matrix_shape(part.view)), generator)
+            advance(name)
+    pair = stored_twice(plan.after)
+    # A guard sees tied weights once, by the embedding's name.
+    if pair is not None and pair[0] in names.values() and pair[1] not in names.values():
+        _copy_head(plan.after.entries[pair[0]], plan.after.entries[pair[1]], folder)
+
+
+def _copy_head(embedding: Entry, head: Entry, folder: Path) -> None:
+    """Write a changed embedding over the copy of it that is stored as the head, where that was a copy."""
+    rows = list(pieces(embedding.shape))
+    if not all(torch.equal(embedding.read(*piece), head.read(*piece)) for piece in rows):
+        return
+    written = replace(embedding, path=folder / embedding.path.name)
+    with (folder / head.path.name).open("r+b") as file:
+        file.seek(head.start)
+        for piece in rows:
+            file.write(_bytes(written.read(*piece).to(head.dtype)))
+
+
+def _bytes(rows: Tensor) -> bytes:
+    return rows.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+class _Change:
+    """What a rollback does to one tensor."""
+
+    def __init__(self, plan: RollbackPlan, part: Part, name: str, start: str, strength: float) -> None:
+        self.part, self.strength = part, strength
+        self.before, self.start = plan.before, start
+        self.entry = plan.after.entries[name]
+        # Rows that hold a part of every unit need all of a unit's coordinates first.
+        self.z: Tensor | None = None
+        if plan.mode == "directions":
+            self.z = part.see(displacement(name, plan.after, plan.before, start)).z
+
+    def write(self, file: BinaryIO, mask: Tensor, generator: torch.Generator) -> None:
+        """Overwrite the chosen units ``(matrices, units)`` in the copy, piece by piece."""
+        row = self.entry.size // max(self.entry.rows, 1)
+        for piece in unit_pieces(self.part.view):
+            chosen = piece.part(mask).unsqueeze(-1)
+            if not bool(chosen.any()):
+                continue
+            stored = self.entry.read(piece.first, piece.last)
+            wanted = self._wanted(piece, stored.to(torch.float32, copy=True))
+            if stored.dtype == torch.bfloat16:
+                rounded = round_at_random(wanted, generator)
+            else:
+                rounded = wanted.to(stored.dtype)
+            # A view of `stored`: the change lands in the tensor's own layout, and other units keep their bits.
+            seen = piece.view(stored)
+            seen.copy_(torch.where(chosen, piece.view(rounded), seen))
+            file.seek(self.entry.start + piece.first * row)
+            file.write(_bytes(stored))
+
+    def _wanted(self, piece: Piece, rows: Tensor) -> Tensor:
+        """These rows with all units rolled back, fp32; `rows` is changed in place."""
+        seen = piece.view(rows)
+        if self.z is None:
+            # At full strength the result is the earlier number to the last bit.
+            seen.lerp_(piece.view(self.before.rows(self.start, piece.first, piece.last)), self.strength)
+            return rows
+        U = self.part.block.U[piece.matrices, piece.width]
+        seen.sub_(piece.part(self.z) @ U.mT, alpha=self.strength)
+        return rows

@@ -1,0 +1,57 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from interference_guard.checkpoint import DETAILS
+from interference_guard.cli import main
+from tests.unit.helpers import Toy
+from tests.unit.runs import save_model
+
+
+def compare(capsys, *words):
+    assert main(["compare", *map(str, words)]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_checkpoints_without_an_edit_have_no_most_changed_neurons(capsys, toy_run):
+    base, after = (toy_run[0] / f"phase-{index}" for index in (1, 3))
+    found = json.loads(compare(capsys, base, base, base, after, after, "--json"))
+    labels = [(pair["first"], pair["second"]) for pair in found["top_neurons"]]
+    assert labels == [(str(after), str(after))]
+    assert "most changed neurons" not in compare(capsys, base, base, base)
+
+
+def test_edits_outside_of_the_mlps_have_no_overlap_of_neurons(capsys, tmp_path):
+    folders = []
+    for seed in range(3):
+        model = Toy()
+        with torch.no_grad():
+            model.lm_head.weight.add_(float(seed))
+        folders.append(save_model(model, tmp_path / str(seed)))
+    found = json.loads(compare(capsys, *folders, "--json"))
+    assert found["edits"][1]["norm"] > 0
+    assert found["top_neurons"] == []
+
+
+@pytest.mark.parametrize(
+    ("region", "unit", "shown"),
+    [
+        ({"unit": "reward", "xx": 1.0, "xy": 1.0}, "reward", "reward"),
+        ({"unit": "nats", "xx": 1.0, "xy": 1.0}, "nats", "nats per token"),
+        ({"unit": "reward", "xx": 0.0, "xy": 0.0}, None, "-"),
+    ],
+    ids=["reward", "nats", "never measured"],
+)
+def test_a_prediction_names_its_unit(capsys, toy_run, tmp_path, region, unit, shown):
+    state = shutil.copytree(toy_run[0] / "phase-3", tmp_path / "state")
+    table = json.loads((state / DETAILS).read_text())
+    table["domains"]["math"]["region"] |= region
+    (state / DETAILS).write_text(json.dumps(table))
+    words = [toy_run[0] / "phase-1", toy_run[0] / "phase-3", "--state", state]
+    by_domain = {item["domain"]: item for item in json.loads(compare(capsys, *words, "--json"))["predictions"]}
+    assert by_domain["math"]["unit"] == unit
+    assert by_domain["code"]["unit"] == "reward"
+    (row,) = (line for line in compare(capsys, *words).splitlines() if ", math" in line)
+    assert row.rpartition("│")[0].rpartition("│")[2].strip() == shown

@@ -1,0 +1,65 @@
+import shutil
+
+import pytest
+
+from interference_guard.cli import main
+
+
+def rollback(capsys, *words):
+    code = main(["rollback", *map(str, words)])
+    captured = capsys.readouterr()
+    return code, captured.out, " ".join(captured.err.split())
+
+
+@pytest.fixture
+def run(toy_run, tmp_path):
+    """The checkpoints of a run under one folder, and the last one apart."""
+    shutil.copytree(toy_run[0], tmp_path / "run")
+    shutil.copytree(toy_run[0] / "phase-3", tmp_path / "final")
+    return tmp_path
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_force_spares_the_run_that_base_lies_in(capsys, run, state):
+    files = sorted(run.rglob("*"))
+    base = run / "run/phase-1"
+    words = [base, run / "final", "--domain", "math", "--force"]
+    if state:
+        base = shutil.copytree(base, run / "elsewhere/base")
+        files = sorted(run.rglob("*"))
+        words = [base, run / "final", "--domain", "math", "--force", "--state", run / "run/phase-3"]
+    code, _, err = rollback(capsys, *words, "-o", run / "run")
+    assert code == 2
+    assert "is, or holds, the checkpoint or the state that is read" in err
+    assert sorted(run.rglob("*")) == files
+
+
+def test_a_share_of_no_unit_writes_nothing(capsys, run):
+    words = [run / "run/phase-1", run / "final", "--domain", "math", "--share", "0.002"]
+    code, out, err = rollback(capsys, *words, "-o", run / "out")
+    assert (code, out) == (2, "")
+    assert "edited units is less than one, so nothing would be taken back. Give at least" in err
+    assert not (run / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["exists", "nothing chosen"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(capsys, run, monkeypatch, kind):
+    from interference_guard.analysis import measured
+
+    def never(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(measured, "nats_per_token", never)
+    (run / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    words = [run / "run/phase-1", run / "final", "--domain", "math", "--data", f"math={run}/rows.jsonl"]
+    if kind == "exists":
+        from interference_guard import analysis
+
+        # Scoring reads both checkpoints: it comes later too.
+        monkeypatch.setattr(analysis, "plan_rollback", never)
+        code, _, err = rollback(capsys, *words, "-o", run / "run/phase-2")
+        assert "exists already" in err
+    else:
+        code, _, err = rollback(capsys, *words, "-o", run / "out", "--share", "0.002")
+        assert "less than one" in err
+    assert code == 2
