@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from interference_guard.probe import Completions
 
 # Rows that veRL adds so that a batch splits evenly carry a uid of this kind and a mask of zeros.
 PADDING = "pad"
+# The column of a row's number in its update.
+ROW = "interference_guard_row"
 
 
 def labels(data: Any, column: str, uids: Sequence[Any]) -> list[str | None]:
@@ -67,8 +68,13 @@ def completions(data: Any, rows: Sequence[int]) -> Completions:
         rows: Their indices, at least one.
 
     Raises:
-        HostError: If the batch is laid out in another way or has no rewards.
+        HostError: If the batch is laid out in another way, has no rewards or holds pictures.
     """
+    if any(tu.get(data, "multi_modal_inputs") or ()):
+        raise HostError(
+            "The batch has multi_modal_inputs. The guard scores completions as text alone, so their interference "
+            "cannot be measured. Train text, or take the guard out of actor_rollout_ref.model.external_lib."
+        )
     ids, mask, scores = tu.get(data, "input_ids"), tu.get(data, "response_mask"), rewards_of(data)
     whole = tu.get(data, "attention_mask")
     known = all(isinstance(item, Tensor) for item in (ids, mask, scores)) and ids.is_nested
@@ -123,26 +129,27 @@ def finite_rewards(data: Any) -> list[bool]:
     return [bool(row.isfinite().all()) for row in rewards.unbind()]
 
 
+def number_rows(data: Any) -> None:
+    """Give every row of an update a number in place, by which later epochs' copies of it are known."""
+    data[ROW] = torch.arange(len(data), device=data.device)
+
+
+def row_numbers(data: Any) -> list[int | None]:
+    """The rows' numbers in their update; None where nobody gave them any."""
+    found = tu.get(data, ROW)
+    return [None] * len(data) if found is None else found.tolist()
+
+
 class FreshRows:
-    """Tells rows that are seen for the first time in an update from those that a later epoch brings again.
+    """Tells rows that are seen for the first time in an update from those that a later epoch brings again."""
 
-    Args:
-        completions: Completions of each prompt.
-    """
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
 
-    def __init__(self, completions: int) -> None:
-        self.completions = completions
-        self._seen: Counter[Any] = Counter()
-
-    def take(self, uids: Sequence[Any]) -> list[int]:
-        """Indices of the fresh rows."""
-        fresh = []
-        for index, uid in enumerate(uids):
-            if is_padding(uid):
-                continue
-            self._seen[uid] += 1
-            if uid is None or self._seen[uid] <= self.completions:
-                fresh.append(index)
+    def take(self, numbers: Sequence[int | None]) -> list[int]:
+        """Indices of the fresh rows; one without a number is fresh."""
+        fresh = [index for index, number in enumerate(numbers) if number is None or number not in self._seen]
+        self._seen.update(number for number in numbers if number is not None)
         return fresh
 
     def clear(self) -> None:

@@ -31,6 +31,19 @@ def check_version(version: str | None = None) -> None:
         )
 
 
+def check_workers() -> None:
+    """Refuse the older workers of veRL 0.7, which build no engine that could be guarded.
+
+    Raises:
+        HostError: If this process is one of theirs.
+    """
+    if "verl.workers.fsdp_workers" in sys.modules:
+        raise HostError(
+            "This is a worker of verl.workers.fsdp_workers, which builds no engine, so nothing would be guarded. "
+            "Set trainer.use_legacy_worker_impl=disable."
+        )
+
+
 def hide_trl() -> bool:
     """Keep veRL 0.9.1 from patching a class that TRL no longer has; returns whether TRL was hidden.
 

@@ -11,6 +11,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from interference_guard.errors import ConfigError, HostError, MissingDomainError
 
 from .coordinator import Link, launch
+from .drawing import check_drawing
 from .order import DomainOrder
 from .settings import DOMAIN_COLUMN, RunSettings
 
@@ -27,7 +28,8 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
     after the step that asked for it.
 
     Raises:
-        ConfigError: If the data is shuffled or read by other processes, or the order cannot be served.
+        ConfigError: If the data is shuffled or read by other processes, if a step of the run is not one batch of
+            it, if validation reads the same files, or if the order cannot be served.
         MissingDomainError: If a row has no domain.
     """
 
@@ -37,6 +39,11 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         self._link: Link | None = None
         if _listed(self.original_data_files) != _listed(config.train_files):
             return
+        if _listed(config.get("val_files")) == _listed(config.train_files):
+            raise ConfigError(
+                f"data.val_files are data.train_files, {_listed(config.train_files)}: DomainDataset tells the "
+                "two sets apart by their files. Copy the file to validate on the same rows."
+            )
         for name, allowed in {"shuffle": False, "dataloader_num_workers": 0}.items():
             if config.get(name) != allowed:
                 raise ConfigError(
@@ -45,14 +52,16 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
                 )
         whole = config._get_root()
         run = RunSettings.of(whole) if "actor_rollout_ref" in whole else None
+        order = _plain(config.get("domain_order", "sequential"))
         column = DOMAIN_COLUMN if run is None else run.guard.domain_column
         self.order = DomainOrder(
             self._domains(column),
             int(config.train_batch_size),
-            _plain(config.get("domain_order", "sequential")),
+            order,
             _plain(config.get("domain_batches")),
             int(config.get("seed") or 0),
         )
+        check_drawing(whole, order, len(self.order.plan))
         if run is not None and run.guard.enabled and run.guard.recovery:
             self._link = launch(list(self.order.rows))
 

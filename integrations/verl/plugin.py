@@ -9,7 +9,8 @@ from typing import Any
 from interference_guard.errors import HostError
 
 from . import settings
-from .compat import check_version, hide_trl
+from .batch import number_rows
+from .compat import check_version, check_workers, hide_trl
 
 MODEL_TYPE = "language_model"
 
@@ -21,18 +22,21 @@ def register() -> None:
         HostError: If this veRL is another one than tested, or lacks a seam; nothing is wrapped then.
     """
     check_version()
+    check_workers()
     hide_trl()
     from verl.workers import engine_workers
     from verl.workers.engine import EngineRegistry
 
     engines = getattr(EngineRegistry, "_engines", {}).get(MODEL_TYPE)
-    if not engines or not hasattr(engine_workers, "omega_conf_to_dataclass"):
+    worker = getattr(engine_workers, "TrainingWorker", None)
+    if not engines or not hasattr(engine_workers, "omega_conf_to_dataclass") or worker is None:
         raise HostError(
             "veRL's engine registry holds no language-model engine, or its workers no longer convert their own "
             'configuration. Install a tested release: pip install "interference-guard[verl]".'
         )
     _wrap(engines)
     _watch(engine_workers, engines)
+    _number(worker)
 
 
 def _wrap(engines: dict[str, dict[Any, type[Any]]]) -> None:
@@ -58,6 +62,22 @@ def _watch(workers: Any, engines: dict[str, dict[Any, type[Any]]]) -> None:
 
     noting.guarded = True  # type: ignore[attr-defined]
     workers.omega_conf_to_dataclass = noting
+
+
+def _number(worker: Any) -> None:
+    """Number the rows of each update before it is cut into mini-batches, which several epochs draw anew."""
+    train = worker.train_mini_batch
+    if getattr(train, "guarded", False):
+        return
+
+    # With its attributes, by which Ray's groups dispatch it.
+    @wraps(train)
+    def numbering(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        number_rows(data)
+        return train(self, data, *args, **kwargs)
+
+    numbering.guarded = True  # type: ignore[attr-defined]
+    worker.train_mini_batch = numbering
 
 
 def say(line: str) -> None:

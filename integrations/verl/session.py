@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
 
 from interference_guard import checkpoint
 from interference_guard.errors import HostError
@@ -46,8 +47,8 @@ class Session:
         self.world = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
         self.temperature = math.nan
-        self.fresh = batch.FreshRows(settings.completions)
-        self._probed = -1
+        self.fresh = batch.FreshRows()
+        self._probed, self._within = -1, False
         self.link = Link() if settings.guard.recovery else None
         # Each rank keeps its part of the completions.
         config = replace(settings.guard, retain=max(settings.guard.retain // self.world, 1))
@@ -68,14 +69,15 @@ class Session:
         temperature = tu.get(data, "temperature")
         if temperature is not None:
             self.temperature = float(temperature.flatten()[0] if isinstance(temperature, Tensor) else temperature)
-        uids = batch.uids_of(data)
-        names = batch.labels(data, self.guard.config.domain_column, uids)
-        new = self._new_rows(data, names, uids)
+        names = batch.labels(data, self.guard.config.domain_column, batch.uids_of(data))
+        new = self._new_rows(data, names)
         counts = {name: names.count(name) for name in names if name is not None}
         shares: dict[str, float] = {}
         for theirs in self._gather(counts):
             for name, count in theirs.items():
                 shares[name] = shares.get(name, 0.0) + count
+        # A mini-batch may be padding alone: its gradient is zero, so it adds nothing to the domain before.
+        shares = shares or dict.fromkeys(self.guard.trained, 1.0)
         # By name, so that all ranks do the same in the same order.
         self.guard.begin({name: shares[name] for name in sorted(shares)})
         kept = {
@@ -87,17 +89,25 @@ class Session:
             self.guard.retain(name, rows)
 
     def end(self, data: Any, outputs: dict[str, Any]) -> None:
-        """Measure the domains whose turn it is, and add the guard's metrics to the engine's."""
-        if self._probed != self.guard.steps:
-            self._probed = self.guard.steps
-            self.guard.probe()
-            self._tell()
+        """Measure the domains whose turn it is; at the end of an update add the guard's metrics to the engine's.
+
+        An update uses its rollouts up, so that no recovery phase begins or ends within it.
+        """
+        over = bool(tu.get(data, "update_lr_scheduler", default=False))
+        # A step that was skipped is none, but an update may end with one.
+        if self._probed != self.guard.steps or (over and self._within):
+            self._probed, self._within = self.guard.steps, not over
+            self.guard.probe(free=over)
+        if not over:
+            return
+        self._tell()
+        self.fresh.clear()
         metrics = self.guard.metrics()
         self._record(metrics)
         if self.engine.is_mp_src_rank_with_outputs():
-            outputs["metrics"].update({name: [value] for name, value in metrics.items()})
-        if tu.get(data, "update_lr_scheduler", default=False):
-            self.fresh.clear()
+            # Without one, veRL takes the least or the most of what has "min" or "max" in its name.
+            means = {name: Metric(AggregationType.MEAN, value) for name, value in metrics.items()}
+            outputs["metrics"].update(means)
 
     def _record(self, metrics: dict[str, float]) -> None:
         if self.engine.rank or self.settings.folder is None:
@@ -147,10 +157,10 @@ class Session:
         if self.link is not None and self.engine.rank == 0:
             self.link.report(self.guard.recovery)
 
-    def _new_rows(self, data: Any, names: Sequence[str | None], uids: Sequence[Any]) -> dict[str, list[int]]:
+    def _new_rows(self, data: Any, names: Sequence[str | None]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         finite = batch.finite_rewards(data)
-        for row in self.fresh.take(uids):
+        for row in self.fresh.take(batch.row_numbers(data)):
             name = names[row]
             if name is not None and finite[row]:
                 found.setdefault(name, []).append(row)

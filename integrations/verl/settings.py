@@ -54,20 +54,17 @@ class RunSettings:
 
     Args:
         guard: Its own settings.
-        completions: Completions sampled for each prompt.
         folder: Where the run writes its checkpoints, and the guard its history; None where nothing says so.
     """
 
     guard: GuardConfig
-    completions: int = 1
     folder: str | None = None
 
     @classmethod
     def of(cls, config: DictConfig) -> RunSettings:
         """The settings in a run's whole configuration."""
-        rollouts = OmegaConf.select(config, "actor_rollout_ref.rollout.n", default=1)
         folder = OmegaConf.select(config, "trainer.default_local_dir", default=None)
-        return cls(guard_config(config.get(NODE)), int(rollouts), None if folder is None else str(folder))
+        return cls(guard_config(config.get(NODE)), None if folder is None else str(folder))
 
 
 _found: RunSettings | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .curvature import DomainCurvature
@@ -122,6 +123,11 @@ class DomainState:
     start: list[Tensor] | None = None
     rewards: RunningMean = field(default_factory=RunningMean)
     lengths: RunningMean = field(default_factory=RunningMean)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its sums lie, None before the first."""
+        return self.curvature.sums[0].energy.device if self.curvature.sums else None
 
     @property
     def span(self) -> tuple[float, float] | None:

@@ -81,8 +81,8 @@ class Guard(GuardState):
 
         Args:
             domain: Its name.
-            completions: Copied; the latest `retain` rows are kept. Their rewards widen the domain's
-                reward range.
+            completions: Copied; the latest `retain` rows that have a completion token are kept. The rewards of
+                all widen the domain's reward range.
 
         Raises:
             ShapeError: If they are something else.
@@ -98,9 +98,13 @@ class Guard(GuardState):
             return
         started = perf_counter()
         state = self.state_of(domain)
+        # A row without a token that counts (cut off, or rejected by its host) measures nothing.
+        scored = completions.completion_mask.bool().any(1)
+        rows = completions if bool(scored.all()) else completions.rows(scored)
         # Rows that `retain` would drop at once need not be copied.
-        rows = completions.rows(slice(max(len(completions) - self.config.retain, 0), None))
-        state.keep(rows.detached(), self.config.retain)
+        rows = rows.rows(slice(max(len(rows) - self.config.retain, 0), None))
+        if len(rows):
+            state.keep(rows.detached(), self.config.retain)
         lengths = completions.completion_mask.sum().item()
         state.lengths.add(float(lengths), len(completions))
         if completions.rewards is not None:
@@ -154,7 +158,7 @@ class Guard(GuardState):
                 "An optimizer step began and no domain is set. Put the step inside "
                 "`with guard.domain(name):`, or call guard.begin({name: share}) before it."
             )
-        self.view.place()
+        self._place()
         stepping.open_step(self)
         if self.view.zero is None:
             with exact_products(self.device):
@@ -184,9 +188,15 @@ class Guard(GuardState):
             with exact_products(self.device):
                 stepping.hold(self, states)
 
+    def _place(self) -> None:
+        """Follow the model to another device, for instance back from the CPU of an engine that offloads it."""
+        self.view.place()
+        if any(state.device not in (None, self.device) for state in self._domains.values()):
+            self.load_state_dict(self.state_dict())
+
     # Measurement
 
-    def probe(self, policy: Policy | None = None) -> dict[str, Measurement]:
+    def probe(self, policy: Policy | None = None, *, free: bool = True) -> dict[str, Measurement]:
         """Measure the protected domains whose turn it is; call after every step.
 
         A domain is due after 1, 2 and 4 foreign steps and then every `probe_steps`. When nothing is due
@@ -195,6 +205,8 @@ class Guard(GuardState):
 
         Args:
             policy: Replaces the guard's own for this call.
+            free: Whether the next step may be of another domain. False between the steps of one set of rollouts
+                that the host goes through to its end: a recovery phase neither begins nor ends there.
 
         Returns:
             The measurements made, by domain.
@@ -210,9 +222,12 @@ class Guard(GuardState):
             due = early or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
-        if self.config.recovery and self.steps > self._followed:
-            self._followed = self.steps
-            recovering.follow(self, found, policy)
+        if self.config.recovery:
+            self._unfollowed |= found
+            if free and self.steps > self._followed:
+                took, self._followed = self.steps - self._followed, self.steps
+                unfollowed, self._unfollowed = self._unfollowed, {}
+                recovering.follow(self, unfollowed, policy, took)
         return found
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -20,10 +21,13 @@ from .errors import ConfigError, MissingDomainError, UnknownDomainError
 from .metering import Clock, TensorMean
 from .model_view import ModelView
 from .observation import Observation
-from .probe import Policy, model_policy
+from .probe import Measurement, Policy, model_policy
 from .ranks import Ranks, Reduce
 from .recovery import RecoverySchedule
 from .trust_region import TrustRegion
+
+# Own steps without a gradient of use after which a domain is warned about.
+FRUITLESS = 5
 
 Own = TypeVar("Own", bound="GuardState")
 
@@ -77,7 +81,10 @@ class GuardState:
         self.recoverable: frozenset[str] | None = None
         # What was warned about: domains of one mixed step, or one domain without gradients.
         self._warned: set[tuple[str, ...]] = set()
+        self._fruitless: Counter[str] = Counter()
+        # Steps that the recovery schedule has seen, and what was measured since.
         self._followed = 0
+        self._unfollowed: dict[str, Measurement] = {}
         self._shares: dict[str, float] = {}
         self._domains: dict[str, DomainState] = {}
         if self.enabled:
@@ -170,6 +177,7 @@ class GuardState:
         """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
         self.steps = self._followed = steps
+        self._unfollowed = {}
         self.schedule = schedule
         self.grams.clear()
         self.overlaps.clear()
@@ -185,22 +193,31 @@ class GuardState:
         return self.device.type == "cpu" if self.force_read is None else self.force_read
 
     def warn_mixed(self, names: tuple[str, ...]) -> None:
-        """Say once for each combination that a step of several domains adds to no domain's curvature."""
-        if names not in self._warned:
-            self._warned.add(names)
+        """Say once that a step of several domains adds to no domain's curvature; shuffled rows mix all ways."""
+        first = not any(len(others) > 1 for others in self._warned)
+        self._warned.add(names)
+        if first:
             warnings.warn(
                 f"A step trained the domains {sorted(names)} together. Its gradient cannot be told apart by "
                 "domain, so it is added to no domain's curvature: a domain that is only trained so gets no "
-                "protection later. Train one domain a step, for instance with "
+                "protection later. Train one domain a step. In TRL, "
                 "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin') and "
-                "shuffle_dataset=False (of an SFTTrainer train_sampling_strategy='sequential').",
+                "shuffle_dataset=False do it (of an SFTTrainer train_sampling_strategy='sequential'); in veRL, "
+                "the guard's DomainDataset. Further mixtures are not told.",
                 stacklevel=6,
             )
 
-    def warn_without_gradients(self, name: str) -> None:
-        """Say once that a domain cannot be protected because none of its gradients was of use."""
+    def warn_without_gradients(self, name: str, steps: int) -> None:
+        """Say once that a domain cannot be protected because none of its gradients was of use so far.
+
+        Args:
+            name: The domain, which stops being trained.
+            steps: How many steps it was trained. Few of them say nothing, where domains take turns or a recovery
+                of another interrupts.
+        """
+        self._fruitless[name] += steps
         # Of a domain that was only trained in mixed steps nothing was observed, which was said already.
-        if not any(name in names for names in self._warned):
+        if self._fruitless[name] >= FRUITLESS and not any(name in names for names in self._warned):
             self._warned.add((name,))
             warnings.warn(
                 f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "

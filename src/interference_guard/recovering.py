@@ -19,26 +19,28 @@ if TYPE_CHECKING:
 LOOK_STEPS = 5
 
 
-def follow(guard: Guard, found: Mapping[str, Measurement], policy: Policy | None = None) -> None:
-    """Take the schedule one optimizer step further.
+def follow(guard: Guard, found: Mapping[str, Measurement], policy: Policy | None = None, took: int = 1) -> None:
+    """Take the schedule further, by as many optimizer steps as a host makes before it can train another domain.
 
     Args:
-        guard: The guard, after its step; its schedule is replaced and domains may be measured.
-        found: Measurements made after this step.
+        guard: The guard, after these steps; its schedule is replaced and domains may be measured.
+        found: Measurements made after them.
         policy: Replaces the guard's own for further measurements.
+        took: How many steps.
     """
-    limits = RecoveryLimits.of(guard.config)
+    limits = RecoveryLimits.of(guard.config, took)
     if guard.schedule.phase == "recovering":
         state = guard.domains[str(guard.schedule.domain)]
         # A host that could not switch at once has trained something else: that step is none of the phase's.
         if state.name in guard.trained:
-            _go_on(guard, state, limits, policy)
+            _go_on(guard, state, limits, policy, took)
         else:
             guard.schedule = guard.schedule.passed_over(guard.steps, limits)
             _close(guard, state)
         return
-    guard.schedule = guard.schedule.step(False, guard.steps, limits)
-    excess = _excess(guard, found, limits, policy)
+    guard.schedule = guard.schedule.step(False, guard.steps, limits, took)
+    look_now = guard.steps // LOOK_STEPS > (guard.steps - took) // LOOK_STEPS
+    excess = _excess(guard, found, limits, policy, look_now)
     guard.schedule = guard.schedule.start(excess, guard.steps, limits)
     if guard.schedule.phase == "recovering":
         _begin(guard, guard.domains[str(guard.schedule.domain)])
@@ -61,7 +63,7 @@ def limit_of(guard: Guard, found: Measurement) -> float:
 
 
 def _excess(
-    guard: Guard, found: Mapping[str, Measurement], limits: RecoveryLimits, policy: Policy | None
+    guard: Guard, found: Mapping[str, Measurement], limits: RecoveryLimits, policy: Policy | None, look_now: bool
 ) -> dict[str, float]:
     """Interference over the recovery budget of the domains that may recover.
 
@@ -75,7 +77,7 @@ def _excess(
     ]
     may = [name for name in may if guard.schedule.may(name, guard.steps, limits)]
     measured = {name: found[name] for name in may if name in found}
-    if may and guard.steps % LOOK_STEPS == 0:
+    if may and look_now:
         others = [name for name in may if name not in found and guard.domains[name].measurable]
         for name, raw in guard.interference(others).items():
             region = guard.domains[name].region
@@ -95,7 +97,7 @@ def _begin(guard: Guard, state: DomainState) -> None:
     guard.schedule = replace(guard.schedule, displaced=displaced, loss=loss)
 
 
-def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Policy | None) -> None:
+def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Policy | None, took: int) -> None:
     schedule = guard.schedule
     if schedule.taken == 0:
         raw = guard.interference([state.name])[state.name]
@@ -106,11 +108,11 @@ def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Pol
         within = guard.config.regained_within
         if state.measurement is not None:
             within *= limit_of(guard, state.measurement) / guard.config.recovery_threshold
-        schedule = replace(
-            schedule, expected=expected_steps(schedule.displaced, raw.quadratic, schedule.loss, within)
-        )
-    regained, judged = _regained(guard, state, schedule, limits, policy)
-    guard.schedule = replace(schedule, judged=schedule.judged + judged).step(regained, guard.steps, limits)
+        expected = took * expected_steps(schedule.displaced, raw.quadratic, schedule.loss, within)
+        schedule = replace(schedule, expected=expected)
+    last = schedule.taken + took >= limits.steps
+    regained, judged = _regained(guard, state, schedule, last, policy)
+    guard.schedule = replace(schedule, judged=schedule.judged + judged).step(regained, guard.steps, limits, took)
     _close(guard, state)
 
 
@@ -127,27 +129,31 @@ def _close(guard: Guard, state: DomainState) -> None:
 
 
 def _regained(
-    guard: Guard, state: DomainState, schedule: RecoverySchedule, limits: RecoveryLimits, policy: Policy | None
+    guard: Guard, state: DomainState, schedule: RecoverySchedule, last: bool, policy: Policy | None
 ) -> tuple[bool, bool]:
     """Whether the domain's reward is back, and whether rollouts of this step said so.
 
-    By the rollouts of this phase or, without rewards, by a probe. Rollouts that serve several steps
-    (mini-batches, epochs) may all be of the weights before the phase: then a probe decides at its last step.
+    By the rollouts of this phase or, without rewards, by a probe. Rollouts of its first step, and those that
+    serve several steps (mini-batches, epochs), are of the weights before the phase: where there are no others, a
+    probe decides at its last step.
     """
     # Ranks must take the same branch below, and each has seen rewards of its own.
     share_span(guard, state)
     total, count = guard.ranks.totals(list(state.rollouts.sums()), guard.device)
     span, within = state.span, guard.config.regained_within
+    judged = False
     if count and span is not None and math.isfinite(state.target_reward):
         state.rollouts.take()
         if schedule.taken == 0:
             # These were sampled under the weights that were measured when the phase began.
             state.region.truth((state.retained_reward - total / count) / (span[1] - span[0]))
-        return (state.target_reward - total / count) / (span[1] - span[0]) <= within, True
-    last = schedule.taken + 1 >= limits.steps and schedule.judged < 2
-    if not state.measurable or (span is not None and not last):
+        regained = (state.target_reward - total / count) / (span[1] - span[0]) <= within
+        if regained or schedule.taken or not last:
+            return regained, True
+        judged = True
+    if not state.measurable or (span is not None and not (last and schedule.judged < 2)):
         # Rewards exist and this step brought none: it reused rollouts that were judged before.
-        return False, False
+        return False, judged
     # Looked at, not measured: its own steps must not move its radius.
     found = look(guard, state, policy)
-    return found.loss <= within * limit_of(guard, found) / guard.config.recovery_threshold, False
+    return found.loss <= within * limit_of(guard, found) / guard.config.recovery_threshold, judged

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from .config import GuardConfig
 
 Phase = Literal["idle", "recovering", "cooling"]
-# Steps that a host may go on training other domains before a phase is given up.
+# Times that a host may go on training other domains before a phase is given up.
 PATIENCE = 20
 # Cool-downs that a domain waits after a phase that did not bring it back.
 WAIT = 2
@@ -41,9 +41,10 @@ class RecoveryLimits:
     share: float
 
     @classmethod
-    def of(cls, config: GuardConfig) -> RecoveryLimits:
-        """The limits in a guard's settings."""
-        return cls(config.recovery_steps, config.recovery_cooldown, config.recovery_share)
+    def of(cls, config: GuardConfig, unit: int = 1) -> RecoveryLimits:
+        """The limits in a guard's settings, where a host can change its domain after every `unit` steps."""
+        steps = -(-config.recovery_steps // unit) * unit
+        return cls(steps, config.recovery_cooldown, config.recovery_share)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RecoverySchedule:
         domain: The domain that recovers, None unless `phase` is ``"recovering"``.
         taken: Steps of the present phase; of the last one when none runs.
         judged: Steps of the present phase that brought rollouts of its own.
-        idle: Steps since the phase started that trained other domains.
+        idle: How often other domains were trained since the phase started.
         regained: Whether the last phase brought its domain back.
         total: Recovery steps so far.
         phases: Phases so far.
@@ -118,7 +119,7 @@ class RecoverySchedule:
         return self.phase == "idle" and room and self.waits.get(domain, 0) <= steps
 
     def passed_over(self, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
-        """Count a step of a phase that trained other domains; after `PATIENCE` of them the phase is given up."""
+        """Other domains were trained although a phase runs; after `PATIENCE` times it is given up."""
         now = replace(self, idle=self.idle + 1)
         return now if now.idle < PATIENCE else now.abandon(steps, limits)
 
@@ -135,23 +136,24 @@ class RecoverySchedule:
             return self
         return replace(self, failed={name: count for name, count in self.failed.items() if name != domain})
 
-    def step(self, regained: bool, steps: int, limits: RecoveryLimits) -> RecoverySchedule:
-        """Count one optimizer step.
+    def step(self, regained: bool, steps: int, limits: RecoveryLimits, took: int = 1) -> RecoverySchedule:
+        """Count optimizer steps.
 
         Args:
             regained: Whether the recovering domain's reward is back; without a phase it means nothing.
-            steps: Optimizer steps so far, this one included.
+            steps: Optimizer steps so far, these included.
             limits: Settings.
+            took: How many steps.
 
         Returns:
-            The schedule after the step.
+            The schedule after them.
         """
         if self.phase == "cooling":
-            return replace(self, rest=self.rest - 1, phase="cooling" if self.rest > 1 else "idle")
+            return replace(self, rest=max(self.rest - took, 0), phase="cooling" if self.rest > took else "idle")
         if self.phase == "idle":
             return self
-        now = replace(self, taken=self.taken + 1, total=self.total + 1)
-        full = now.taken >= limits.steps or now.total + 1 > limits.share * (steps + 1)
+        now = replace(self, taken=self.taken + took, total=self.total + took)
+        full = now.taken >= limits.steps or now.total + took > limits.share * (steps + took)
         return now._end(regained, steps, limits) if regained or full else now
 
     def _end(self, regained: bool, steps: int, limits: RecoveryLimits) -> RecoverySchedule:

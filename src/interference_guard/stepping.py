@@ -31,9 +31,10 @@ def open_step(guard: Guard) -> None:
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
     for name in sorted(guard.domains):
         if name not in active and guard.domains[name].own_steps and name != guard.recovery:
+            own_steps = guard.domains[name].own_steps
             set_anchor(guard, guard.domains[name])
             if not guard.domains[name].anchored:
-                guard.warn_without_gradients(name)
+                guard.warn_without_gradients(name, own_steps)
     for name in active:
         state = guard.domains[name]
         if state.start is None and guard.config.selection == "edits" and not state.anchored:

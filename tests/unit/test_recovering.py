@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import torch
 
 from interference_guard import Guard
 from interference_guard.recovering import _regained, follow
-from interference_guard.recovery import PATIENCE, RecoveryLimits, RecoverySchedule
+from interference_guard.recovery import PATIENCE, RecoverySchedule
 from tests.unit.helpers import CONFIG, guarded, pass_rate, policy_gradient, rollout, train
 
 ALONE = dataclasses.replace(
@@ -36,6 +37,8 @@ def run(config, seed):
     return sum(own[name] - pass_rate(model, name) for name in ("math", "code")) / 2, guard, trained
 
 
+# In some runs the last domain is never right and has no gradients; rounding decides in which.
+@pytest.mark.filterwarnings("ignore:All gradients of domain 'qa'")
 @pytest.mark.parametrize("seed", range(3))
 def test_recovery_alone_brings_back_what_was_lost(seed):
     lost, *_ = run(dataclasses.replace(ALONE, recovery=False), seed)
@@ -160,6 +163,81 @@ def test_a_phase_is_judged_where_one_generation_serves_all_its_steps(back):
     assert guard.schedule.failures == (not back)
 
 
+def update(model, guard, optimizer, domain, step, minis, epochs=1, before_last=lambda: None):
+    """One set of rollouts in several optimizer steps, each of which brings rows of its own in the first epoch."""
+    rows = [rollout(model, domain, 32, seed=1000 + step + mini) for mini in range(minis)]
+    took = minis * epochs
+    for number in range(took):
+        with guard.domain(domain):
+            if number < minis:
+                guard.retain(domain, rows[number])
+            policy_gradient(model, rows[number % minis]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number + 1 == took:
+                before_last()
+            guard.probe(free=number + 1 == took)
+    return step + took
+
+
+@pytest.mark.parametrize(("minis", "epochs"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("back", [True, False])
+def test_a_phase_lasts_to_the_end_of_its_rollouts_and_a_probe_judges_it(back, minis, epochs):
+    config = dataclasses.replace(ALONE, recovery_steps=minis, recovery_cooldown=3)
+    model, guard, optimizer = guarded(0, config=config)
+    step = 0
+    while step < 40:
+        step = update(model, guard, optimizer, "math", step, minis, epochs)
+    anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    while guard.recovery is None:
+        step = update(model, guard, optimizer, "code", step, minis, epochs)
+    # The host had drawn some more of it, so that much is lost.
+    for _ in range(5):
+        step = update(model, guard, optimizer, "code", step, 4)
+    state = guard.domains["math"]
+    target, old = state.target_reward, state.model
+    # What the phase comes to: all that was lost is back, or nothing.
+    end = anchor if back else {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    restore = functools.partial(model.load_state_dict, end)
+    # Rows of all mini-batches are of the weights before the phase, which had lost the domain.
+    step = update(model, guard, optimizer, "math", step, minis, epochs, restore)
+    assert guard.recovery is None
+    assert guard.schedule.phase == "cooling"
+    assert guard.schedule.total == guard.schedule.taken == minis * epochs
+    assert (guard.schedule.regained, guard.schedule.failures) == (back, not back)
+    update(model, guard, optimizer, "code", step, minis, epochs)
+    assert (state.model is old) == (not back)
+    assert state.target_reward == target
+
+
+def test_a_phase_is_not_given_up_within_one_update():
+    model, guard, optimizer = guarded(0, config=dataclasses.replace(ALONE, recovery_share=0.9))
+    step = 0
+    while step < 48:
+        step = update(model, guard, optimizer, "math", step, 4, 2)
+    while guard.recovery is None:
+        step = update(model, guard, optimizer, "code", step, 4, 2)
+    # The host drew this batch before it knew.
+    step = update(model, guard, optimizer, "code", step, 4, 6)
+    assert guard.recovery == "math"
+    for _ in range(PATIENCE - 1):
+        step = update(model, guard, optimizer, "code", step, 1)
+    assert guard.recovery is None
+
+
+def test_what_was_measured_between_the_steps_of_an_update_starts_a_phase_at_its_end():
+    config = dataclasses.replace(ALONE, recovery_share=0.9, probe_steps=3)
+    model, guard, optimizer = guarded(0, config=config)
+    step = 0
+    while step < 40:
+        step = update(model, guard, optimizer, "math", step, 4)
+    while guard.recovery is None:
+        before = guard.domains["math"].measurement
+        step = update(model, guard, optimizer, "code", step, 4)
+    assert guard.domains["math"].measurement is not before
+    assert guard.domains["math"].foreign_steps % 4 == 0
+
+
 def recovering(config=ALONE):
     """The toy in the first step of a phase."""
     model, guard, optimizer = guarded(0, config=config)
@@ -271,8 +349,7 @@ def test_ranks_agree_where_one_alone_has_seen_a_wrong_answer():
         state.low, state.high = (0.0, 1.0) if rank == 0 else (1.0, 1.0)
         state.target_reward = 1.0
         state.rollouts.add(20.0 if rank == 0 else 32.0, 32)
-        limits = RecoveryLimits.of(guard.config)
-        regained, _ = _regained(guard, state, RecoverySchedule(), limits, None)
+        regained, _ = _regained(guard, state, RecoverySchedule(), False, None)
         found[rank] = (regained, state.span, state.region.truth_xy, state.region.truth_xx)
 
     with ThreadPoolExecutor(2) as pool:

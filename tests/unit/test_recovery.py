@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -16,19 +17,22 @@ limits = st.builds(
 )
 
 
-def walk(inputs, limits, start=0):
-    """The schedules of a run; one input a step."""
+def walk(inputs, limits, start=0, unit=1):
+    """The schedules of a run; one input for every `unit` steps."""
     schedule, found = RecoverySchedule(), []
-    for step, (excess, regained) in enumerate(inputs, start + 1):
-        schedule = schedule.step(regained, step, limits).start(excess, step, limits)
+    for number, (excess, regained) in enumerate(inputs, 1):
+        step = start + number * unit
+        schedule = schedule.step(regained, step, limits, unit).start(excess, step, limits)
         found.append(schedule)
     return found
 
 
-@given(walks, limits)
-def test_no_input_passes_the_cap(inputs, limits):
-    for step, schedule in enumerate(walk(inputs, limits), 1):
-        assert schedule.total <= limits.share * step + 1e-9
+@given(walks, limits, st.integers(1, 5))
+def test_no_input_passes_the_cap(inputs, limits, unit):
+    whole = dataclasses.replace(limits, steps=-(-limits.steps // unit) * unit)
+    for number, schedule in enumerate(walk(inputs, whole, unit=unit), 1):
+        assert schedule.total <= limits.share * number * unit + 1e-9
+        assert schedule.taken <= whole.steps
 
 
 @given(walks, limits)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from verl.utils import tensordict_utils as tu
 
 from interference_guard import GuardError
 from interference_guard.errors import HostError, MissingDomainError, UnsupportedError
@@ -155,6 +156,85 @@ def test_mini_batches_and_epochs_are_steps_and_bring_each_row_once(model):
     assert guard.steps == 8
     assert guard.domains["code"].own_steps == 4
     assert sum(map(len, guard.domains["code"].pending)) == 16
+
+
+def test_rows_are_told_apart_by_their_number_alone():
+    fresh = batch.FreshRows()
+    # A rank that holds two of each prompt's eight rows, over two epochs; then another update.
+    found = [fresh.take(numbers) for numbers in ([0, 1], [2, 3], [3, 0], [2, 1])]
+    assert found == [[0, 1], [0, 1], [], []]
+    fresh.clear()
+    assert fresh.take([1, None, None]) == [0, 1, 2]
+
+
+def test_a_mini_batch_of_padding_alone_is_a_step_of_the_domain_before(model):
+    made = host.worker(model, host.SMALL)
+    uids = [f"0_{row // host.COMPLETIONS}" for row in range(8)] + ["padabc"] * 8
+    made.train_mini_batch(host.batch(0, ("math",), mini=8, uid=uids))
+    guard = made.engine.interference.guard
+    assert guard.steps == 2
+    assert list(guard.domains) == ["math"]
+    assert sum(map(len, guard.domains["math"].pending)) == 8
+
+
+def test_pictures_are_refused():
+    data = host.batch(0, ("math",), multi_modal_inputs=[{"pixel_values": 1}] * 16)
+    with pytest.raises(HostError, match="multi_modal_inputs"):
+        batch.completions(data, [0])
+
+
+def test_a_domains_name_does_not_choose_how_its_metrics_are_reduced(model):
+    made = host.worker(model, host.SMALL)
+    found = host.train(made, ["minerva", "max_code"], mini=8)
+    # Once an update, however many steps it has.
+    for step, name in zip(found, ("minerva", "max_code"), strict=True):
+        (reward,) = step[f"guard/{name}/reward"]
+        assert isinstance(reward, float)
+        assert 0 < reward < 1
+    with made.engine.train_mode():
+        data = host.batch(9, ("minerva",))
+        tu.assign_non_tensor(data, update_lr_scheduler=True)
+        outputs = {"metrics": {}}
+        made.engine.interference.begin(data)
+        made.engine.interference.end(data, outputs)
+    assert {metric.aggregation.value for metric in outputs["metrics"].values()} == {"mean"}
+
+
+class Told:
+    """In the place of the Ray actor that tells the data who must recover."""
+
+    def __init__(self):
+        self.reports = []
+
+    def domains(self):
+        return frozenset({"math", "code"})
+
+    def report(self, wanted):
+        self.reports.append(wanted)
+
+
+def test_a_phase_lasts_whole_updates_and_keeps_the_old_anchor(model, monkeypatch):
+    monkeypatch.setattr("interference_guard.integrations.verl.session.Link", Told)
+    settings = {"project": False, "recovery": True, "recovery_budget": 1e-4, "recovery_tolerance": 5e-5}
+    made = host.worker(model, host.SMALL | settings | {"recovery_share": 0.9, "recovery_cooldown": 1})
+    guard, told = made.engine.interference.guard, made.engine.interference.link
+    host.train(made, ["math"] * 3, rows=32, mini=8)
+    step = 3
+    while guard.recovery is None and step < 20:
+        host.train(made, ["code"], start=step, rows=32, mini=8)
+        step += 1
+    assert guard.recovery == "math"
+    assert told.reports == [None] * (step - 1) + ["math"]
+    state = guard.domains["math"]
+    old, target = state.model, state.target_reward
+    host.train(made, ["math"], start=step, rows=32, mini=8)
+    # Two steps would be the most, but a batch is used up first.
+    assert guard.schedule.taken == guard.schedule.total == 4
+    assert guard.recovery is None
+    assert state.anchored
+    assert state.target_reward == target
+    host.train(made, ["code"], start=step + 1, rows=32, mini=8)
+    assert (state.model is old) == (not guard.schedule.regained)
 
 
 def test_a_skipped_step_is_no_step(model):

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pickle
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,9 +28,8 @@ def composed(*overrides):
 
 
 def test_settings_are_added_one_by_one():
-    found = settings.RunSettings.of(composed("+guard.budget=0.05", "actor_rollout_ref.rollout.n=8"))
+    found = settings.RunSettings.of(composed("+guard.budget=0.05"))
     assert found.guard == GuardConfig(budget=0.05, domain_column="data_source")
-    assert found.completions == 8
 
 
 def test_settings_come_from_the_file():
@@ -96,6 +96,13 @@ def test_tested_releases_and_the_installed_one_are_allowed(version):
     compat.check_version(version)
 
 
+def test_workers_without_engines_are_refused(monkeypatch):
+    compat.check_workers()
+    monkeypatch.setitem(sys.modules, "verl.workers.fsdp_workers", object())
+    with pytest.raises(HostError, match="use_legacy_worker_impl=disable"):
+        compat.check_workers()
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("[a-z]*.py")))
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"interference_guard.integrations.verl.{name}")
@@ -109,7 +116,6 @@ def test_the_cluster_run_composes_and_its_guard_is_built():
     run = settings.RunSettings.of(found)
     assert run.guard.recovery
     assert run.guard.domain_column == "data_source"
-    assert run.completions == 8
     assert found.actor_rollout_ref.actor.strategy == "fsdp2"
     assert list(found.data.domain_order) == ["math", "code", "qa", "writing"]
     assert found.actor_rollout_ref.model.external_lib == "interference_guard.integrations.verl"

@@ -1,0 +1,58 @@
+"""What in a run's configuration would take rows of several batches into one step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from interference_guard.errors import ConfigError
+
+# Settings that fill a step up with the rows that come next.
+REFILLS = ("algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups")
+
+
+def check_drawing(whole: DictConfig, order: str | Any, batches: int) -> None:
+    """Refuse what mixes the batches that the data set keeps apart, and say what only delays or repeats them.
+
+    Args:
+        whole: The run's configuration.
+        order: `data.domain_order`.
+        batches: Batches of one epoch.
+
+    Raises:
+        ConfigError: If a step's rows are not one batch of the data set's.
+    """
+
+    def found(name: str) -> Any:
+        return OmegaConf.select(whole, name, default=None)
+
+    for name in REFILLS:
+        if found(name):
+            raise ConfigError(
+                f"{name}={found(name)!r} is not allowed with DomainDataset: it fills a step up with rows of the "
+                "next batches, which are of other domains, so that hardly any step would train one domain. Set "
+                "it to False."
+            )
+    first = found("trainer.use_v1") is False or found("trainer.v1") is None
+    drawn, trained = found("data.gen_batch_size"), found("data.train_batch_size")
+    if first and drawn is not None and drawn != trained:
+        raise ConfigError(
+            f"data.gen_batch_size={drawn!r} is not allowed with DomainDataset: a step must be one batch of "
+            f"data.train_batch_size={trained!r} rows. Leave it out."
+        )
+    mode = found("trainer.v1.trainer_mode")
+    if not first and mode not in (None, "sync"):
+        warnings.warn(
+            f"trainer.v1.trainer_mode={mode!r} trains rows in the order in which they are finished, so steps at "
+            "the borders of batches mix domains, and count for none. Give domains long phases, or use sync.",
+            stacklevel=2,
+        )
+    epochs, steps = found("trainer.total_epochs"), found("trainer.total_training_steps")
+    if order != "round_robin" and (epochs or 1) > 1 and not (steps and steps <= batches):
+        warnings.warn(
+            f"trainer.total_epochs={epochs}: the order of the domains starts anew with each epoch of {batches} "
+            "batches. For one pass through it set trainer.total_epochs=1.",
+            stacklevel=2,
+        )

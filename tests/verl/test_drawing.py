@@ -1,0 +1,83 @@
+"""Settings of a run under which a step would not be one batch of one domain."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from examples.verl import assets
+from interference_guard.errors import ConfigError
+from interference_guard.integrations.verl.dataset import DomainDataset
+from interference_guard.integrations.verl.drawing import check_drawing
+from tests.verl import platform
+
+NEW = pytest.mark.skipif(platform.VERSION < (0, 9), reason="veRL has these settings since 0.9")
+
+
+def composed(*overrides):
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=["trainer.total_epochs=1", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+algorithm.filter_groups.enable=true"], r"algorithm\.filter_groups\.enable=True is not allowed"),
+        pytest.param(
+            ["trainer.v1.sampler.sync_refill_failed_groups=true"], "sync_refill_failed_groups", marks=NEW
+        ),
+        pytest.param(
+            ["trainer.use_v1=false", "data.gen_batch_size=8", "data.train_batch_size=4"],
+            r"data\.gen_batch_size=8 is not allowed",
+            marks=NEW,
+        ),
+    ],
+)
+def test_what_mixes_batches_is_refused(overrides, message):
+    if overrides[0].startswith("+algorithm") and platform.VERSION >= (0, 9):
+        overrides = [overrides[0].removeprefix("+")]
+    with pytest.raises(ConfigError, match=message):
+        check_drawing(composed(*overrides), "round_robin", 10)
+
+
+@pytest.mark.parametrize("order", ["sequential", ["math", "code"]])
+def test_an_order_that_starts_anew_is_told(order):
+    whole = composed("trainer.total_epochs=30")
+    with pytest.warns(UserWarning, match=r"total_epochs=30: the order .* each epoch of 10 batches"):
+        check_drawing(whole, order, 10)
+
+
+@NEW
+def test_trainers_that_draw_ahead_are_told():
+    with pytest.warns(UserWarning, match="trainer_mode='colocate_async'"):
+        check_drawing(composed("trainer.v1.trainer_mode=colocate_async"), "sequential", 10)
+
+
+@pytest.mark.parametrize(
+    ("order", "overrides"),
+    [
+        ("sequential", []),
+        ("round_robin", ["trainer.total_epochs=30"]),
+        ("sequential", ["trainer.total_epochs=30", "trainer.total_training_steps=10"]),
+    ],
+)
+def test_what_keeps_batches_apart_is_not_told(order, overrides):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_drawing(composed(*overrides), order, 10)
+
+
+def test_one_file_for_training_and_validation_is_refused(tmp_path):
+    assets.write_rows(tmp_path / "rows.parquet", ("products", "gcd"), 4, seed=0)
+    path = str(tmp_path / "rows.parquet")
+    config = composed(
+        f"data.train_files=[{path}]",
+        f"data.val_files={path}",
+        "data.shuffle=false",
+        "data.dataloader_num_workers=0",
+        "data.filter_overlong_prompts=false",
+        f"+data.cache_dir={tmp_path}",
+    ).data
+    with pytest.raises(ConfigError, match=r"data\.val_files are data\.train_files"):
+        DomainDataset([path], SimpleNamespace(), config)
