@@ -55,6 +55,8 @@ class Session:
         self.guard = Guard(
             engine.module, config, policy=self._scores, reduce=self._reduce if self.world > 1 else None
         )
+        # The engine's forward pass sums over ranks even where each holds all weights (fsdp_size=1).
+        self.guard.together = self.world > 1
         if self.link is not None:
             self.guard.recoverable = self.link.domains()
         self.hooks = attach(engine.optimizer, self.guard)

@@ -79,6 +79,8 @@ class GuardState:
         """Domains of the latest step."""
         # Domains a host can give own steps to; None: all of them.
         self.recoverable: frozenset[str] | None = None
+        # Whether the policy needs all ranks at once although nothing is sharded, as some engines do.
+        self.together = False
         # What was warned about: domains of one mixed step, or one domain without gradients.
         self._warned: set[tuple[str, ...]] = set()
         self._fruitless: Counter[str] = Counter()

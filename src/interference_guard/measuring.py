@@ -29,8 +29,8 @@ def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | No
 
 
 def _score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | None:
-    """A sharded model passes forward on all ranks at once, so each scores as many: short of rows, some again."""
-    if not guard.view.shards.sharded:
+    """Where all ranks pass forward at once (a sharded model), each scores as many: short of rows, some again."""
+    if not (guard.view.shards.sharded or guard.together):
         found = None if rows is None else policy(rows)
         guard.view.reshard()
         return found

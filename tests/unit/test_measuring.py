@@ -12,23 +12,24 @@ ALIKE = Completions(*[torch.tensor([[3, 4], [1, 2], [3, 4], [3, 4]])] * 3)
 APART = Completions(*[torch.tensor([[5, 6], [7, 8], [9, 1]])] * 3)
 
 
-def rank(most, passes):
-    """`score` on one rank of a sharded model; the fullest rank has `most` different rows."""
-    view = SimpleNamespace(shards=SimpleNamespace(sharded=True), reshard=lambda: None)
+def rank(most, passes, sharded=True):
+    """`score` on one rank where all pass forward at once; the fullest rank has `most` different rows."""
+    view = SimpleNamespace(shards=SimpleNamespace(sharded=sharded), reshard=lambda: None)
     ranks = SimpleNamespace(limits=lambda low, high, device: (0.0, float(max(most, high))))
 
     def policy(rows):
         passes.append(len(rows))
         return rows.input_ids.float()
 
-    guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"))
+    guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"), together=not sharded)
     return lambda rows: score(guard, rows, policy)
 
 
+@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("rows", [ALIKE, APART, None], ids=["alike", "apart", "none"])
-def test_every_rank_scores_as_many_rows_as_the_fullest(rows):
+def test_every_rank_scores_as_many_rows_as_the_fullest(rows, sharded):
     passes = []
-    found = rank(3, passes)(rows)
+    found = rank(3, passes, sharded)(rows)
     assert passes == [3]
     if rows is None:
         assert found is None
