@@ -191,6 +191,16 @@ def ratios(whole: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def markdown(found: dict[str, Any]) -> str:
+    """The table of docs/cost.md from `ratios`."""
+    head = ("protected", "observe", "predict", "predict and project", "of a forward and backward pass")
+    lines = [head, ("---",) * len(head)]
+    for row in found["by_domains"]:
+        parts = [f"{row['over_read'][key]:.1f}" for key in ("observe", "predict", "predict_and_project")]
+        lines.append((str(row["protected"]), *parts, f"{row['over_forward_backward']:.0%}"))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def measure(name: str, layers: int, device: torch.device) -> None:
     """Measure at two depths, scale up, print and write."""
     from rich.console import Console

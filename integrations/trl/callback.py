@@ -87,7 +87,6 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._rows: PassingRows | None = None
         self._checkpoints: Checkpoints | None = None
         self._training: str | None = None
-        self._probed = -1
         # Of the weights that the last run ended with.
         self._left: dict[str, Tensor] | None = None
         for name, value in (("recovery_datasets", recovery_datasets), ("reference", reference)):
@@ -287,8 +286,6 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if not self.config.enabled:
             return
         self._passing().take_counts()
-        # A run before this one may have been cut off anywhere.
-        self._probed = -1
         if self._recovery is not None:
             self._training, self._trainer._buffered_inputs = None, None
             if self._guard().recovery not in (None, *self._recovery.domains):
@@ -330,8 +327,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the domains whose turn it is."""
-        if self.config.enabled and self._probed != self._guard().steps:
-            self._probed = self._guard().steps
+        if self.config.enabled:
             self._guard().probe()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

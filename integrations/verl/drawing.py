@@ -13,7 +13,7 @@ from interference_guard.errors import ConfigError
 REFILLS = ("algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups")
 
 
-def check_drawing(whole: DictConfig, order: str | Any, batches: int) -> None:
+def check_drawing(whole: DictConfig, order: object, batches: int) -> None:
     """Refuse what mixes the batches that the data set keeps apart, and say what only delays or repeats them.
 
     Args:
@@ -35,15 +35,15 @@ def check_drawing(whole: DictConfig, order: str | Any, batches: int) -> None:
                 "next batches, which are of other domains, so that hardly any step would train one domain. Set "
                 "it to False."
             )
-    first = found("trainer.use_v1") is False or found("trainer.v1") is None
+    older = found("trainer.use_v1") is False or found("trainer.v1") is None
     drawn, trained = found("data.gen_batch_size"), found("data.train_batch_size")
-    if first and drawn is not None and drawn != trained:
+    if older and drawn is not None and drawn != trained:
         raise ConfigError(
             f"data.gen_batch_size={drawn!r} is not allowed with DomainDataset: a step must be one batch of "
             f"data.train_batch_size={trained!r} rows. Leave it out."
         )
     mode = found("trainer.v1.trainer_mode")
-    if not first and mode not in (None, "sync"):
+    if not older and mode not in (None, "sync"):
         warnings.warn(
             f"trainer.v1.trainer_mode={mode!r} trains rows in the order in which they are finished, so steps at "
             "the borders of batches mix domains, and count for none. Give domains long phases, or use sync.",

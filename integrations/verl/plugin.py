@@ -6,6 +6,8 @@ import sys
 from functools import wraps
 from typing import Any
 
+from tensordict import TensorDict
+
 from interference_guard.errors import HostError
 
 from . import settings
@@ -66,18 +68,20 @@ def _watch(workers: Any, engines: dict[str, dict[Any, type[Any]]]) -> None:
 
 def _number(worker: Any) -> None:
     """Number the rows of each update before it is cut into mini-batches, which several epochs draw anew."""
-    train = worker.train_mini_batch
-    if getattr(train, "guarded", False):
+    if getattr(worker, "interference_guard_numbers", False):
         return
+    train = worker.train_mini_batch
 
     # With its attributes, by which Ray's groups dispatch it.
     @wraps(train)
     def numbering(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-        number_rows(data)
+        # The critic's worker is of the same class, and gets a handle whose rows come later.
+        if getattr(self.engine, "interference", None) is not None and isinstance(data, TensorDict):
+            number_rows(data)
         return train(self, data, *args, **kwargs)
 
-    numbering.guarded = True  # type: ignore[attr-defined]
     worker.train_mini_batch = numbering
+    worker.interference_guard_numbers = True
 
 
 def say(line: str) -> None:

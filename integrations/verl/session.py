@@ -48,7 +48,8 @@ class Session:
         self.rank = dist.get_rank(self.group)
         self.temperature = math.nan
         self.fresh = batch.FreshRows()
-        self._probed, self._within = -1, False
+        # Steps before this process's first one: later lines of a history are of a run that was cut off.
+        self._start = 0
         self.link = Link() if settings.guard.recovery else None
         # Each rank keeps its part of the completions.
         config = replace(settings.guard, retain=max(settings.guard.retain // self.world, 1))
@@ -56,7 +57,7 @@ class Session:
             engine.module, config, policy=self._scores, reduce=self._reduce if self.world > 1 else None
         )
         # The engine's forward pass sums over ranks even where each holds all weights (fsdp_size=1).
-        self.guard.together = self.world > 1
+        self.guard.scores_together = self.world > 1
         if self.link is not None:
             self.guard.recoverable = self.link.domains()
         self.hooks = attach(engine.optimizer, self.guard)
@@ -96,10 +97,7 @@ class Session:
         An update uses its rollouts up, so that no recovery phase begins or ends within it.
         """
         over = bool(tu.get(data, "update_lr_scheduler", default=False))
-        # A step that was skipped is none, but an update may end with one.
-        if self._probed != self.guard.steps or (over and self._within):
-            self._probed, self._within = self.guard.steps, not over
-            self.guard.probe(free=over)
+        self.guard.probe(free=over)
         if not over:
             return
         self._tell()
@@ -115,9 +113,9 @@ class Session:
         if self.engine.rank or self.settings.folder is None:
             return
         if self.history is None:
-            # Only now: a resumed run has read its steps by the time of its first one.
+            # Only now: a resumed run has read its state by the time of its first step.
             path, self._began = Path(self.settings.folder) / HISTORY, perf_counter()
-            self.history = History(path, asdict(self.guard.config), self.guard.steps - 1)
+            self.history = History(path, asdict(self.guard.config), self._start)
         self.history.report(self.guard.steps, self.guard.trained, metrics, perf_counter() - self._began)
 
     # State
@@ -149,7 +147,7 @@ class Session:
             dist.get_world_size(),
             (self.rank, self.world),
         )
-        self._probed = self.guard.steps
+        self._start = self.guard.steps
         self._tell()
 
     # Parts

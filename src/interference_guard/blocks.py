@@ -87,14 +87,20 @@ class Blocks(Sequence[Tensor]):
         tensors: The pieces that lie here by canonical name, in their own dtype; None reads as zero. They are
             held, and read when a block is made.
         device: Of blocks without any tensor.
+        divisor: What all tensors are divided by as they are read; 0-d, or None.
     """
 
     def __init__(
-        self, blocks: Sequence[Block], tensors: Mapping[str, Tensor | None], device: torch.device | None = None
+        self,
+        blocks: Sequence[Block],
+        tensors: Mapping[str, Tensor | None],
+        device: torch.device | None = None,
+        divisor: Tensor | None = None,
     ) -> None:
         self._blocks = blocks
         self._tensors = tensors
         self._device = device
+        self._divisor = divisor
         self._stacks: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -108,7 +114,11 @@ class Blocks(Sequence[Tensor]):
 
     def __getitem__(self, index: int | slice) -> Tensor | Blocks:
         if isinstance(index, slice):
-            return Blocks(self._blocks[index], self._tensors, self._device)
+            return Blocks(self._blocks[index], self._tensors, self._device, self._divisor)
+        found = self._gathered(index)
+        return found if self._divisor is None else found / self._divisor.to(found.device)
+
+    def _gathered(self, index: int) -> Tensor:
         block = self._blocks[index]
         tensors = [self._tensors[view.name] for view in block.pieces]
         # Stacks are of small matrices, and reading one twice should not copy it twice.

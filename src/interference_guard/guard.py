@@ -81,8 +81,8 @@ class Guard(GuardState):
 
         Args:
             domain: Its name.
-            completions: Copied; the latest `retain` rows that have a completion token are kept. The rewards of
-                all widen the domain's reward range.
+            completions: Copied; the latest `retain` rows are kept. Their rewards widen the domain's
+                reward range.
 
         Raises:
             ShapeError: If they are something else.
@@ -98,13 +98,9 @@ class Guard(GuardState):
             return
         started = perf_counter()
         state = self.state_of(domain)
-        # A row without a token that counts (cut off, or rejected by its host) measures nothing.
-        scored = completions.completion_mask.bool().any(1)
-        rows = completions if bool(scored.all()) else completions.rows(scored)
         # Rows that `retain` would drop at once need not be copied.
-        rows = rows.rows(slice(max(len(rows) - self.config.retain, 0), None))
-        if len(rows):
-            state.keep(rows.detached(), self.config.retain)
+        rows = completions.rows(slice(max(len(completions) - self.config.retain, 0), None))
+        state.keep(rows.detached(), self.config.retain)
         lengths = completions.completion_mask.sum().item()
         state.lengths.add(float(lengths), len(completions))
         if completions.rewards is not None:
@@ -214,7 +210,9 @@ class Guard(GuardState):
         found: dict[str, Measurement] = {}
         if not self.enabled:
             return found
-        for name in self.protected:
+        # A host may ask again after a step that was skipped: what is known need not be measured twice.
+        asked, self._asked = self._asked, self.steps
+        for name in self.protected if asked != self.steps else ():
             state = self._domains[name]
             if name == self.recovery:
                 continue
@@ -223,10 +221,10 @@ class Guard(GuardState):
             if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
         if self.config.recovery:
-            self._unfollowed |= found
-            if free and self.steps > self._followed:
-                took, self._followed = self.steps - self._followed, self.steps
-                unfollowed, self._unfollowed = self._unfollowed, {}
+            self.unfollowed |= found
+            if free and self.steps > self.followed:
+                took, self.followed = self.steps - self.followed, self.steps
+                unfollowed, self.unfollowed = self.unfollowed, {}
                 recovering.follow(self, unfollowed, policy, took)
         return found
 

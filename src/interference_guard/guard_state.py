@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import GuardConfig
 from .correcting import Grams
@@ -80,13 +80,17 @@ class GuardState:
         # Domains a host can give own steps to; None: all of them.
         self.recoverable: frozenset[str] | None = None
         # Whether the policy needs all ranks at once although nothing is sharded, as some engines do.
-        self.together = False
+        self.scores_together = False
+        # What `GradScaler` leaves a fused optimizer to divide gradients by; `attach` sets it for a step.
+        self.grad_scale: Tensor | None = None
         # What was warned about: domains of one mixed step, or one domain without gradients.
         self._warned: set[tuple[str, ...]] = set()
         self._fruitless: Counter[str] = Counter()
         # Steps that the recovery schedule has seen, and what was measured since.
-        self._followed = 0
-        self._unfollowed: dict[str, Measurement] = {}
+        self.followed = 0
+        self.unfollowed: dict[str, Measurement] = {}
+        # Steps at the last probe.
+        self._asked = -1
         self._shares: dict[str, float] = {}
         self._domains: dict[str, DomainState] = {}
         if self.enabled:
@@ -178,8 +182,8 @@ class GuardState:
     def replace_domains(self, domains: Mapping[str, DomainState], steps: int, schedule: RecoverySchedule) -> None:
         """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
-        self.steps = self._followed = steps
-        self._unfollowed = {}
+        self.steps = self.followed = steps
+        self.unfollowed, self._asked = {}, -1
         self.schedule = schedule
         self.grams.clear()
         self.overlaps.clear()
@@ -205,7 +209,7 @@ class GuardState:
                 "protection later. Train one domain a step. In TRL, "
                 "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin') and "
                 "shuffle_dataset=False do it (of an SFTTrainer train_sampling_strategy='sequential'); in veRL, "
-                "the guard's DomainDataset. Further mixtures are not told.",
+                "the guard's DomainDataset. Other mixtures are not reported.",
                 stacklevel=6,
             )
 

@@ -9,6 +9,7 @@ domain are written and kept all the same; where domains take turns, the one with
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -157,7 +158,8 @@ class History:
         return lines
 
     def _set_aside(self, error: StateError) -> None:
-        aside = self.path.with_name(f"{self.path.name}.damaged")
+        names = (f"{self.path.name}.damaged{count or ''}" for count in itertools.count())
+        aside = next(place for name in names if not (place := self.path.with_name(name)).exists())
         os.replace(self.path, aside)
         warnings.warn(
             f"The guard's history could not be read: {error} It lies in {aside} now, and a new one begins.",

@@ -30,7 +30,7 @@ def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | No
 
 def _score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | None:
     """Where all ranks pass forward at once (a sharded model), each scores as many: short of rows, some again."""
-    if not (guard.view.shards.sharded or guard.together):
+    if not (guard.view.shards.sharded or guard.scores_together):
         found = None if rows is None else policy(rows)
         guard.view.reshard()
         return found

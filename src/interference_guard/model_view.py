@@ -143,10 +143,10 @@ class ModelView:
         """
         return Blocks(self.blocks, self._pieces())
 
-    def gradients(self) -> Blocks:
-        """The parameters' gradients, laid out as `weights`."""
+    def gradients(self, scale: Tensor | None = None) -> Blocks:
+        """The parameters' gradients, laid out as `weights`, divided by a loss scale that is still in them."""
         table = {name: self.shards.gradient(name, parameter) for name, parameter in self._parameters.items()}
-        return Blocks(self.blocks, table, self.device)
+        return Blocks(self.blocks, table, self.device, scale)
 
     def arrange(self, gradients: Mapping[str, Tensor | None]) -> Blocks:
         """Given gradients by parameter name, laid out as `weights`; None reads as zero."""

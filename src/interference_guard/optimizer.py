@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from .errors import HostError, UnsupportedError
-from .unusual import trains_nothing, unscale
+from .unusual import scale_of, trains_nothing
 from .zero import Zero, partitioned
 
 HOOK_TABLES = (
@@ -102,8 +102,7 @@ def innermost(optimizer: Any) -> Optimizer:
 def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = None) -> StepHooks:
     """Call `guard.before_step` and `guard.after_step` around every step of an optimizer.
 
-    Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. (Of a fused
-    optimizer the gradients that `GradScaler` left scaled are unscaled here, as its step would do.) With a
+    Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. With a
     closure, `before_step` runs after its first evaluation, when the gradients exist. DeepSpeed's ZeRO steps its
     optimizer once for each of its flat buffers, which makes one step of the guard. A step that `GradScaler` skips
     is none, nor is the one by which `torch.distributed.checkpoint` sets up a new optimizer.
@@ -135,6 +134,8 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
             begin()
         if hasattr(guard, "rate"):
             guard.rate = _rate(inner)
+        if hasattr(guard, "grad_scale"):
+            guard.grad_scale = scale_of(inner)
         guard.before_step()
 
     if (sharded := partitioned(optimizer)) is not None and getattr(guard, "enabled", True):
@@ -145,9 +146,9 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         nonlocal idle
-        if idle := trains_nothing(optimizer, guard):
+        named = begin is not None or bool(getattr(guard, "active", ()))
+        if idle := not getattr(guard, "enabled", True) or trains_nothing(optimizer, named):
             return None
-        unscale(optimizer)
         closure, place = _closure(args, kwargs)
         if closure is None:
             before_step()

@@ -70,6 +70,11 @@ def pack(guard: Guard, folders: int = 1) -> Packed:
         "version": VERSION,
         "steps": guard.steps,
         "recovery": guard.schedule.state(),
+        # Steps that the schedule has seen and what was measured since, where a run stops within one batch of
+        # rollouts; and the domains of the last step.
+        "followed": guard.followed,
+        "unfollowed": sorted(guard.unfollowed),
+        "trained": list(guard.trained),
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": parameters_of(guard),
         # For readers without the model: which layers are stored transposed cannot be seen from shapes.
@@ -99,9 +104,15 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         }
         steps = int(details["steps"])
         schedule = RecoverySchedule(**details["recovery"])
+        followed = int(details.get("followed", steps))
+        unfollowed = {
+            name: found for name in details.get("unfollowed", ()) if (found := domains[name].measurement)
+        }
+        trained = tuple(details.get("trained", ()))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
+    guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
 
 
 def incomplete(error: Exception) -> StateError:

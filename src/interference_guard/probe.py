@@ -221,7 +221,7 @@ def estimate(
         domain: Name for the result.
         now: Token log-probabilities under the present weights, ``(rows, length)``.
         anchor: The same under the anchor.
-        mask: 1 on scored tokens, ``(rows, length)``.
+        mask: 1 on scored tokens, ``(rows, length)``; rows without any are left out.
         rewards: ``(rows,)``, or None.
         span: Lowest and highest reward the domain has shown; None, or an empty span, falls back to nats.
         reduce: Sums a 1-d fp64 tensor over ranks, so that every rank returns the same measurement.
@@ -238,9 +238,11 @@ def estimate(
     whole = log_ratio.sum(-1).clamp(-LOG_LIMIT, LOG_LIMIT)
     mean = (log_ratio.sum(-1) / tokens.clamp(min=1)).clamp(-LOG_LIMIT, LOG_LIMIT)
     low, high = span if span is not None else (0.0, 0.0)
-    R = torch.zeros_like(whole) if rewards is None else rewards.to(whole) - low
-    kinds = [whole.exp().clamp(max=TRUNCATION), mean.exp().clamp(max=TRUNCATION)]
-    sums = [kl, tokens.sum(), torch.as_tensor(float(len(whole)), dtype=kl.dtype, device=kl.device), R.sum()]
+    # A row without a scored token (cut off, or rejected by its host) always has ratio 1 and would hide the loss.
+    seen = (tokens > 0).to(whole)
+    R = torch.zeros_like(whole) if rewards is None else (rewards.to(whole) - low) * seen
+    kinds = [ratio.exp().clamp(max=TRUNCATION) * seen for ratio in (whole, mean)]
+    sums = [kl, tokens.sum(), seen.sum(), R.sum()]
     for ratio in kinds:
         sums += [(ratio * R).sum(), ratio.sum(), ratio.square().sum()]
     table = torch.stack(sums)
@@ -253,5 +255,5 @@ def estimate(
     if rewards is None or high <= low:
         return Measurement(domain, kl_mean, kl_mean, shares[0], "nats")
     kind = 0 if shares[0] >= LEAST_EFFECTIVE else 1
-    loss = (reward - parts[kind][0]) / rows / (high - low)
+    loss = (reward - parts[kind][0]) / max(rows, 1.0) / (high - low)
     return Measurement(domain, loss, kl_mean, shares[kind], "sequence" if kind == 0 else "token")

@@ -51,7 +51,7 @@ def take_gradients(guard: Guard) -> None:
     """
     active, spread = guard.active, guard.view.spread
     started = perf_counter()
-    batch = guard.view.gradients()
+    batch = guard.view.gradients(guard.grad_scale)
     if spread is not None:
         guard.observation = Observation(batch, guard.view.omegas, spread)
     if len(active) > 1:

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .shards import is_sharded
 
 
-def trains_nothing(optimizer: Optimizer, guard: Any) -> bool:
+def trains_nothing(optimizer: Optimizer, named: bool) -> bool:
     """Whether this step is none: `GradScaler` found an overflow, or torch only sets up the optimizer's state.
 
     A fused optimizer is called also on overflow and then leaves the weights alone; reading that waits for the
     device. `torch.distributed.checkpoint` calls a new optimizer with gradients of zero and rates of zero to make
     its state, before any domain is named.
+
+    Args:
+        optimizer: Before its step.
+        named: Whether the step's domains are known, or will be.
     """
     found = getattr(optimizer, "found_inf", None)
     if found is not None and bool(found):
         return True
-    if optimizer.state or getattr(guard, "active", None):
+    if optimizer.state or named:
         return False
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     return bool(rates) and not any(map(float, rates)) and not any(bool(g.any()) for g in _gradients(optimizer))
 
 
-@torch.no_grad()
-def unscale(optimizer: Optimizer) -> None:
-    """Divide gradients in place by the scale that `GradScaler` leaves to a fused optimizer, and tell it so.
+def scale_of(optimizer: Optimizer) -> Tensor | None:
+    """What `GradScaler` left a fused optimizer to divide its gradients by, or None.
 
-    Scaled gradients of different steps do not add up, and a fused step would divide them in the same way.
+    Scaled gradients of different steps do not add up.
     """
     scale = getattr(optimizer, "grad_scale", None)
-    if isinstance(scale, Tensor):
-        for gradient in _gradients(optimizer):
-            gradient.div_(scale.to(gradient.device))
-        setattr(optimizer, "grad_scale", None)  # noqa: B010
+    return scale if isinstance(scale, Tensor) else None
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

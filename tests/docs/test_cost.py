@@ -1,13 +1,13 @@
 """The tables of docs/cost.md follow from the formulas, and the formulas from what a guard really keeps."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cost_model
-from benchmarks.shapes import memory
+from benchmarks import cost_model, shapes
 from interference_guard import Guard, GuardConfig
 from tests.trl.host import model_and_words
 from tests.trl.supervised import supervised_step
@@ -21,6 +21,14 @@ def test_the_page_shows_the_tables(make):
     assert make(GuardConfig()) in PAGE
 
 
+def test_the_page_shows_what_was_measured():
+    found = json.loads((ROOT / "benchmarks/results/overhead_qwen3-4b.json").read_text())
+    assert shapes.ratios(found["whole"]) == found["ratios"]
+    assert shapes.markdown(found["ratios"]) in PAGE
+    for low, high in (found["depths"],):
+        assert shapes.scale(low, high, shapes.MODELS["qwen3-4b"]["num_hidden_layers"]) == found["whole"]
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
 def test_quoted_memory(page):
     small, large = (_share(name) for name in ("Qwen3-0.6B", "Qwen3-4B"))
@@ -31,15 +39,15 @@ def test_quoted_memory(page):
 
 
 def _share(name):
-    shapes = next(item for item in cost_model.MODELS if item.name == name)
+    model = next(item for item in cost_model.MODELS if item.name == name)
     config = GuardConfig()
-    kept = cost_model.local_model(shapes, config) + cost_model.running_sums(shapes, config)
-    return kept / (cost_model.FP32 * shapes.parameters)
+    kept = cost_model.local_model(model, config) + cost_model.running_sums(model, config)
+    return kept / (cost_model.FP32 * model.parameters)
 
 
 def test_memory_is_what_a_guard_keeps(tmp_path):
     model, words = model_and_words(tmp_path)
-    shapes = cost_model.Shapes("tiny", 32, 64, 2, 2, 1, len(words), True, head=16)
+    tiny = cost_model.Shapes("tiny", 32, 64, 2, 2, 1, len(words), True, head=16)
     config = GuardConfig(rank=4, sketch=8, residual=3)
     for name, parameter in model.named_parameters():
         # The formulas leave the norms out.
@@ -49,8 +57,8 @@ def test_memory_is_what_a_guard_keeps(tmp_path):
     for seed, domain in enumerate(("math", "math", "code")):
         ids = torch.randint(len(words), (4, 8), generator=torch.Generator().manual_seed(seed))
         supervised_step(model, guard, optimizer, domain, ids)
-    found = memory(guard, "math")
+    found = shapes.memory(guard, "math")
     # Per matrix there are a few single numbers more, and an eigenvalue for each direction.
-    small = 4 * shapes.count * (config.sketch + 3)
-    assert 0 <= found["local_model"] - cost_model.local_model(shapes, config) <= small
-    assert 0 <= found["running_sums"] - cost_model.running_sums(shapes, config) <= small
+    small = 4 * tiny.count * (config.sketch + 3)
+    assert 0 <= found["local_model"] - cost_model.local_model(tiny, config) <= small
+    assert 0 <= found["running_sums"] - cost_model.running_sums(tiny, config) <= small

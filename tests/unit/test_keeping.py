@@ -1,24 +1,8 @@
 """What a guard keeps between steps, and where."""
 
-import dataclasses
-
 import torch
 
-from tests.unit.helpers import guarded, rollout, train
-
-
-def test_rows_without_a_token_that_counts_are_not_retained():
-    model, guard, _ = guarded()
-    rows = rollout(model, "math", 16)
-    # A host rejects every other row, as rollout corrections and masks of cut-off answers do.
-    mask = rows.completion_mask.clone()
-    mask[::2] = 0
-    guard.retain("math", dataclasses.replace(rows, completion_mask=mask))
-    state = guard.domains["math"]
-    assert sum(map(len, state.pending)) == 8
-    assert state.rewarded == 16
-    guard.retain("math", dataclasses.replace(rows, completion_mask=torch.zeros_like(mask)))
-    assert sum(map(len, state.pending)) == 8
+from tests.unit.helpers import guarded, train
 
 
 def test_the_state_follows_weights_that_an_engine_brings_back_from_the_cpu():

@@ -21,7 +21,7 @@ def rank(most, passes, sharded=True):
         passes.append(len(rows))
         return rows.input_ids.float()
 
-    guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"), together=not sharded)
+    guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"), scores_together=not sharded)
     return lambda rows: score(guard, rows, policy)
 
 

@@ -137,6 +137,20 @@ def test_masked_tokens_do_not_count():
     assert (found.loss, found.kl) == (0.0, 0.0)
 
 
+def test_rows_without_a_scored_token_do_not_hide_the_loss():
+    anchor = torch.full((8, 2), -1.0)
+    now, rewards = anchor - 0.3, torch.tensor([1.0, 0.0] * 4)
+    mask = torch.ones(8, 2)
+    # A host rejects half of the rows, as rollout corrections and masks of cut-off answers do.
+    mask[4:] = 0
+    found = estimate("d", now, anchor, mask, rewards, (0.0, 1.0))
+    expected = estimate("d", now[:4], anchor[:4], mask[:4], rewards[:4], (0.0, 1.0))
+    assert (found.loss, found.kl, found.effective) == (expected.loss, expected.kl, expected.effective)
+    assert found.loss > 0.1
+    nothing = estimate("d", now, anchor, torch.zeros(8, 2), rewards, (0.0, 1.0))
+    assert (nothing.loss, nothing.kl) == (0.0, 0.0)
+
+
 def test_tokens_that_are_not_scored_or_impossible_do_not_count():
     now = torch.tensor([[math.nan, -1.0], [-math.inf, -1.0], [-math.inf, -1.0]])
     anchor = torch.tensor([[0.0, -1.0], [math.inf, -1.0], [-math.inf, -1.0]])

@@ -238,6 +238,41 @@ def test_what_was_measured_between_the_steps_of_an_update_starts_a_phase_at_its_
     assert guard.domains["math"].foreign_steps % 4 == 0
 
 
+def test_a_step_is_measured_once():
+    model, guard, optimizer = guarded(0)
+    train(model, guard, optimizer, ["math"] * 5)
+    with guard.domain("code"):
+        policy_gradient(model, rollout(model, "code")).backward()
+        optimizer.step()
+    assert list(guard.probe(free=False)) == ["math"]
+    # The next step of the batch was skipped.
+    assert guard.probe() == {}
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_run_that_stops_within_an_update_goes_on_with_it(stop):
+    config = dataclasses.replace(ALONE, recovery_share=0.9, recovery_steps=2, probe_steps=3)
+    found = []
+    for interrupted in (False, True):
+        model, guard, optimizer = guarded(0, config=config)
+        step = 0
+        while step < 40:
+            step = update(model, guard, optimizer, "math", step, 4)
+        while guard.recovery is None:
+            for number in range(4):
+                if interrupted and number == stop:
+                    state, guard.followed, guard.unfollowed = guard.state_dict(), -1, {}
+                    guard.load_state_dict(state)
+                with guard.domain("code"):
+                    policy_gradient(model, rollout(model, "code", seed=1000 + step + number)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    guard.probe(free=number == 3)
+            step += 4
+        found.append((step, guard.schedule, guard.trained))
+    assert found[0] == found[1]
+
+
 def recovering(config=ALONE):
     """The toy in the first step of a phase."""
     model, guard, optimizer = guarded(0, config=config)

@@ -1,6 +1,8 @@
 """The guard inside veRL's real engine: what a mini-batch does, and what is refused."""
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from verl.utils import tensordict_utils as tu
 
 from interference_guard import GuardError
 from interference_guard.errors import HostError, MissingDomainError, UnsupportedError
-from interference_guard.integrations.verl import batch
+from interference_guard.files import HISTORY
+from interference_guard.history import History, read_history
+from interference_guard.integrations.verl import batch, plugin
 from tests.verl import host
 
 # veRL 0.7 runs forward in bf16 whatever the engine is set to.
@@ -124,6 +128,7 @@ def test_resuming_equals_going_on(model, guarded, tmp_path):
     assert (tmp_path / "interference_guard_rank0").is_dir()
     second = host.worker(model, host.SMALL)
     second.load_checkpoint(str(tmp_path), del_local_after_load=False)
+    assert second.engine.interference.guard.trained == ("code",)
     found = host.losses(host.train(second, PLAN[5:], start=5))
     assert found == host.losses(guarded[1])[5:]
     expected = host.weights(guarded[0])
@@ -175,6 +180,36 @@ def test_a_mini_batch_of_padding_alone_is_a_step_of_the_domain_before(model):
     assert guard.steps == 2
     assert list(guard.domains) == ["math"]
     assert sum(map(len, guard.domains["math"].pending)) == 8
+
+
+def test_rows_are_numbered_for_a_guarded_engine_alone(guarded):
+    class Worker:
+        engine = SimpleNamespace(interference=None)
+
+        def train_mini_batch(self, data):
+            return data
+
+    plugin._number(Worker)
+    plugin._number(Worker)
+    made, rows = Worker(), host.batch(0, ("math",))
+    # A critic's worker is of the same class, and gets a handle whose rows come later.
+    assert made.train_mini_batch("handle") == "handle"
+    assert batch.ROW not in made.train_mini_batch(rows).keys()  # noqa: SIM118
+    made.engine = guarded[0].engine
+    assert made.train_mini_batch("handle") == "handle"
+    assert batch.row_numbers(made.train_mini_batch(rows)) == list(range(16))
+
+
+def test_a_new_run_does_not_go_on_with_an_older_history(model, tmp_path):
+    old = History(tmp_path / HISTORY, {}, 0)
+    for step in range(1, 9):
+        old.report(step, ("old",), {"loss": 1.0})
+    made = host.worker(model, host.SMALL)
+    session = made.engine.interference
+    session.settings = dataclasses.replace(session.settings, folder=str(tmp_path))
+    host.train(made, ["math", "code"], mini=8)
+    found = read_history(tmp_path / HISTORY)
+    assert [(line["step"], line["active"]) for line in found.steps] == [(2, ["math"]), (4, ["code"])]
 
 
 def test_pictures_are_refused():

@@ -11,7 +11,7 @@ from interference_guard.errors import CheckpointError
 
 from .checkpoints import Weights
 from .part import displacement
-from .state import DomainRecord
+from .state import DomainRecord, StateFile
 
 # Cosine of a principal angle from which a pair of directions counts as shared: 45 degrees.
 SHARED = 0.5**0.5
@@ -65,7 +65,7 @@ def conflict_subspace(
         UnknownDomainError: If the first domain has no local model.
     """
     names, starts = record.state.names(after), record.state.names(before)
-    if list(record.state.views) != list(other.state.views):
+    if _shapes(record.state) != _shapes(other.state):
         raise CheckpointError(
             f"The guard states in {record.state.folder} and {other.state.folder} are of different architectures. "
             "Give two domains of one run."
@@ -101,6 +101,10 @@ def conflict_subspace(
         shared / damage if damage else 0.0,
         inside / damage if damage else 0.0,
     )
+
+
+def _shapes(state: StateFile) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(view.shape)) for name, view in state.views.items()]
 
 
 def _chance(U: Tensor, V: Tensor, generator: torch.Generator) -> float:

@@ -65,11 +65,6 @@ class Part:
     block: LocalBlock
     R: Tensor
 
-    def stack(self, weight: Tensor) -> Tensor:
-        """A weight as ``(matrices, units, width)`` fp32."""
-        seen = self.view.view(weight).float()
-        return seen if seen.dim() == 3 else seen.unsqueeze(0)
-
     def scatter(self, values: Tensor) -> Tensor:
         """Per protected unit ``(rows,)`` to ``(units,)`` of the whole parameter, zero elsewhere."""
         return self.block.scatter(values.unsqueeze(-1)).flatten()

@@ -90,7 +90,7 @@ def losses(run: Run) -> dict[str, float]:
     for name in run.domains:
         if found is not None and name in found.by_domain:
             lost[name] = found.by_domain[name]
-        elif found is None or run.followed(name):
+        elif run.followed(name) or run.interleaved:
             value = _evaluated(run, name)
             value = value if value is not None else run.current(name, "forgetting")
             if value is not None:

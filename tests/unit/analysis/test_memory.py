@@ -33,7 +33,7 @@ elif what == "compare_routes":
 else:
     plan = plan_rollback(record, a, b, what)
     write_rollback(plan, 1.0, 1.0, folder + "/" + what)
-print(peak() - before)
+sys.stdout.write(str(peak() - before))
 """
 
 

@@ -94,7 +94,7 @@ def test_shared_damage_is_the_dense_form_on_the_shared_subspace(toy_run):
         # Directions in span(U) that make less than 45 degrees with span(V).
         values, vectors = torch.linalg.eigh(U.T @ V @ V.T @ U)
         P = U @ vectors[:, values > 0.5]
-        D = (part.stack(after.rows(name)) - part.stack(before.rows(name)))[0].double() @ P @ P.T
+        D = part.view.view(after.rows(name) - before.rows(name)).double() @ P @ P.T
         H = U @ torch.diag(block.lam[0].double()) @ U.T
         scale = block.energy[0].double() * float(block.scale[0])
         shared += float((scale * ((D @ H) * D).sum(-1)).sum() / 2)
