@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", help="measure at the shapes of this model instead")
-    parser.add_argument("--layers", type=int, default=2, help="with --model: layers to build, 2 or more")
+    parser.add_argument("--layers", type=int, default=4, help="with --model: layers to build")
     parser.add_argument("--device", default="cpu", help="with --model: where")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     options = parser.parse_args()
@@ -34,8 +34,8 @@ def main() -> None:
     if options.model is not None:
         from . import shapes
 
-        if options.model not in shapes.MODELS or options.layers < 2:
-            parser.error(f"--model must be one of {sorted(shapes.MODELS)} and --layers 2 or more.")
+        if options.model not in shapes.MODELS or options.layers < 1:
+            parser.error(f"--model must be one of {sorted(shapes.MODELS)} and --layers 1 or more.")
         shapes.measure(options.model, options.layers, torch.device(options.device))
         return
     from rich.console import Console

@@ -23,10 +23,13 @@ def test_the_page_shows_the_tables(make):
 
 def test_the_page_shows_what_was_measured():
     found = json.loads((ROOT / "benchmarks/results/overhead_qwen3-4b.json").read_text())
-    assert shapes.ratios(found["whole"]) == found["ratios"]
+    assert shapes.ratios(found["measured"]) == found["ratios"]
+    assert shapes.rates(found["measured"]) == found["billions_a_second"]
     assert shapes.markdown(found["ratios"]) in PAGE
-    for low, high in (found["depths"],):
-        assert shapes.scale(low, high, shapes.MODELS["qwen3-4b"]["num_hidden_layers"]) == found["whole"]
+    rates = {name: f"{value:.0f}" for name, value in found["billions_a_second"].items()}
+    assert f"reads {rates['read']} GB a second and multiplies at {rates['forward_backward']} GFLOP" in PAGE
+    assert f"the guard at {rates['observe']} (observe) and {rates['predict_and_project']}" in PAGE
+    assert f"takes {found['ratios']['probe_of_1024_tokens_over_forward_backward']:.0%} of that pass" in PAGE
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
