@@ -65,13 +65,36 @@ def test_the_page_names_every_method():
         assert name.partition(",")[0] in PAGE
 
 
-def test_the_readme_quotes_the_digits():
+def tuned(bed):
+    return {row["method"]: row for row in FOUND[bed]["summary"]["rows"] if row["tuned"]}
+
+
+def best_plain(bed):
+    rows = [row for row in FOUND[bed]["summary"]["rows"] if row["method"] == "plain"]
+    return max(rows, key=lambda row: row["average"])
+
+
+def test_the_readme_quotes_both_beds():
     readme = (ROOT / "README.md").read_text()
-    rows = {row["method"]: row for row in FOUND["digits"]["summary"]["rows"] if row["tuned"]}
-    assert f"the guard ends {rows['plain']['guard_beyond']:.3f} above plain training" in readme
-    assert f"and {-rows['mixed']['guard_beyond']:.3f} below mixed" in readme
+    for bed, before in (("gym", "on these tasks the guard ends "), ("digits", "on the same inputs, ")):
+        plain, mixed = best_plain(bed)["guard_beyond"], -tuned(bed)["mixed"]["guard_beyond"]
+        assert f"{before}{plain:.3f} above plain training and {mixed:.3f} below mixed" in readme
     for name in ("plain", "mixed"):
-        assert f"{rows[name]['guard_beyond_error']:.3f}" in PAGE
+        assert f"{tuned('digits')[name]['guard_beyond_error']:.3f}" in PAGE
+
+
+def test_the_page_quotes_the_gym():
+    rows, best = tuned("gym"), best_plain("gym")
+    assert f"Not run yet on this bed: {'; '.join(FOUND['gym']['summary']['missing'])}." in PAGE
+    assert f"The guard ends {best['guard_beyond']:.3f} above plain training" in PAGE
+    assert f"({best['rate']:g}), and {rows['plain']['guard_beyond']:.3f} above the rate that tuning chose" in PAGE
+    assert f"A-GEM is {rows['A-GEM']['guard_beyond']:.3f} below it" in PAGE
+    assert f"{-rows['replay']['guard_beyond']:.3f} above the guard, and mixed training" in PAGE
+    assert f"**It forgets {rows['guard']['forgetting']:.3f}**" in PAGE
+    tried = FOUND["gym"]["summary"]["tuning"]["guard"]
+    near = [average for rate, budget, average in tried if 3e-4 <= rate <= 1e-3 and budget <= 0.05]
+    assert len(near) == 9
+    assert f"between {min(near):.3f} and {max(near):.3f} from 3e-4 to 1e-3" in PAGE
 
 
 def test_the_page_quotes_what_tuning_found():
