@@ -85,7 +85,7 @@ def test_the_readme_quotes_both_beds():
 
 def test_the_page_quotes_the_gym():
     rows, best = tuned("gym"), best_plain("gym")
-    assert f"Not run yet on this bed: {'; '.join(FOUND['gym']['summary']['missing'])}." in PAGE
+    assert f"Not finished yet on this bed: {'; '.join(FOUND['gym']['summary']['missing'])}." in PAGE
     assert f"The guard ends {best['guard_beyond']:.3f} above plain training" in PAGE
     assert f"({best['rate']:g}), and {rows['plain']['guard_beyond']:.3f} above the rate that tuning chose" in PAGE
     assert f"A-GEM is {rows['A-GEM']['guard_beyond']:.3f} below it" in PAGE

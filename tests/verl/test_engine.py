@@ -213,7 +213,7 @@ def test_a_new_run_does_not_go_on_with_an_older_history(model, tmp_path):
 
 
 def test_pictures_are_refused():
-    data = host.batch(0, ("math",), multi_modal_inputs=[{"pixel_values": 1}] * 16)
+    data = host.batch(0, ("math",), padded=False, multi_modal_inputs=[{"pixel_values": 1}] * 16)
     with pytest.raises(HostError, match="multi_modal_inputs"):
         batch.completions(data, [0])
 
