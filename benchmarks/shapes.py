@@ -194,13 +194,21 @@ def rates(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table of docs/cost.md from `ratios`."""
-    head = ("protected", "observe", "predict", "predict and project", "of a forward and backward pass")
-    lines = [head, ("---",) * len(head)]
+HEAD = ("protected", "observe", "predict", "predict and project", "of a forward and backward pass")
+
+
+def cells(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table of `ratios`, under `HEAD`."""
+    rows = []
     for row in found["by_domains"]:
         parts = [f"{row['over_read'][key]:.1f}" for key in ("observe", "predict", "predict_and_project")]
-        lines.append((str(row["protected"]), *parts, f"{row['over_forward_backward']:.0%}"))
+        rows.append((str(row["protected"]), *parts, f"{row['over_forward_backward']:.0%}"))
+    return rows
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table of docs/cost.md."""
+    lines = [HEAD, ("---",) * len(HEAD), *cells(found)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -221,11 +229,9 @@ def measure(name: str, layers: int, device: torch.device) -> None:
             "measured": measured,
         },
     )
-    table = Table("protected", "observe", "predict", "predict + project", "of forward + backward")
-    table.title = f"{name} on {device}: times over one read of the weights"
-    for row in found["by_domains"]:
-        parts = [f"{value:.1f}" for value in row["over_read"].values()]
-        table.add_row(str(row["protected"]), *parts, f"{row['over_forward_backward']:.1%}")
+    table = Table(*HEAD, title=f"{name} on {device}: times over one read of the weights")
+    for row in cells(found):
+        table.add_row(*row)
     console = Console()
     console.print(table)
     console.print({key: value for key, value in found.items() if key != "by_domains"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -15,6 +16,8 @@ from .batch import number_rows
 from .compat import check_version, check_workers, hide_trl
 
 MODEL_TYPE = "language_model"
+# Functions that stand in the place of veRL's.
+_ours: set[Any] = set()
 
 
 def register() -> None:
@@ -51,37 +54,41 @@ def _wrap(engines: dict[str, dict[Any, type[Any]]]) -> None:
 
 def _watch(workers: Any, engines: dict[str, dict[Any, type[Any]]]) -> None:
     """Note the run's configuration when a worker converts its own part of it, just before it builds an engine."""
-    convert = workers.omega_conf_to_dataclass
-    if getattr(convert, "guarded", False):
-        return
 
-    @wraps(convert)
-    def noting(config: Any, *args: Any, **kwargs: Any) -> Any:
+    def noting(convert: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         settings.remember(config)
         # Another library may have registered an engine since.
         _wrap(engines)
         return convert(config, *args, **kwargs)
 
-    noting.guarded = True  # type: ignore[attr-defined]
-    workers.omega_conf_to_dataclass = noting
+    _replace(workers, "omega_conf_to_dataclass", noting)
 
 
 def _number(worker: Any) -> None:
     """Number the rows of each update before it is cut into mini-batches, which several epochs draw anew."""
-    if getattr(worker, "interference_guard_numbers", False):
-        return
-    train = worker.train_mini_batch
 
-    # With its attributes, by which Ray's groups dispatch it.
-    @wraps(train)
-    def numbering(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+    def numbering(train: Any, self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         # The critic's worker is of the same class, and gets a handle whose rows come later.
         if getattr(self.engine, "interference", None) is not None and isinstance(data, TensorDict):
             number_rows(data)
         return train(self, data, *args, **kwargs)
 
-    worker.train_mini_batch = numbering
-    worker.interference_guard_numbers = True
+    _replace(worker, "train_mini_batch", numbering)
+
+
+def _replace(owner: Any, name: str, call: Callable[..., Any]) -> None:
+    """Put `call`, which is given the function it replaces first, in place of a function; once."""
+    found = getattr(owner, name)
+    if found in _ours:
+        return
+
+    # With its attributes, by which Ray's groups dispatch a worker's methods.
+    @wraps(found)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return call(found, *args, **kwargs)
+
+    _ours.add(replaced)
+    setattr(owner, name, replaced)
 
 
 def say(line: str) -> None:

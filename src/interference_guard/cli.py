@@ -27,12 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         from .commands import app
-    except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich", "packaging"):
-            return _fault(error)
-        sys.stderr.write(EXTRA.format(error.name) + "\n")
-        return 2
-    try:
+
         app(args=None if arguments is None else list(arguments), prog_name="interference-guard")
     except GuardError as error:
         _say(str(error))
@@ -43,12 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("Stopped.")
         return 130
     except Exception as error:
+        # The outermost frame, and the only place where anything is caught: left alone, Python ends with 1, and a
+        # script that calls `check` would take a fault for a limit that was passed.
+        if isinstance(error, ModuleNotFoundError) and error.name in ("typer", "rich", "packaging"):
+            sys.stderr.write(EXTRA.format(error.name) + "\n")
+            return 2
         return _fault(error)
     return 0
 
 
 def _fault(error: Exception) -> int:
-    # Python's own code would be 1, and of `check` that says that a limit was passed.
     place = traceback.extract_tb(error.__traceback__)[-1]
     _say(
         f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}). This is a fault of the "

@@ -1,7 +1,6 @@
 """The wrapper over every optimizer, with all that trainers do to one."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -37,14 +36,9 @@ OPTIMIZERS = {
     "schedule_free": lambda p, lr: schedulefree.AdamWScheduleFree(p, lr=lr),
     "adamw_8bit": lambda p, lr: bitsandbytes.optim.AdamW8bit(p, lr=lr),
 }
+# Its loops retain none.
+pytestmark = pytest.mark.filterwarnings("ignore:No completions of domain")
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4)
-
-
-@pytest.fixture(autouse=True)
-def _no_completions_here():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No completions of domain")
-        yield
 
 
 def model():

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -11,12 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from interference_guard import Guard, GuardedOptimizer, MissingDomainError, attach
 from tests.contracts.test_optimizers import CONFIG, OPTIMIZERS, batch, model, run, same, weights
 
-
-@pytest.fixture(autouse=True)
-def _no_completions_here():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No completions of domain")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:No completions of domain")
 
 
 @pytest.mark.parametrize("clipped", [False, True])

@@ -85,7 +85,7 @@ def _measured(run: Run) -> dict[str, float]:
 def _unit(run: Run, name: str, kind: str) -> str:
     if kind == "forgetting":
         return "reward"
-    return "nats per token" if run.in_nats(name) else "reward range"
+    return output.UNITS["nats" if run.in_nats(name) else "reward"]
 
 
 def _show(run: Run, results: list[dict[str, Any]], others: list[str], json: bool) -> None:

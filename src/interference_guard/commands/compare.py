@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 # Rows of the table by layer and module that are printed; --json gives all.
 PLACES = 20
-# What a prediction is in, by what the domain's calibration was measured in.
-UNITS = {"reward": "reward", "nats": "nats per token"}
 
 
 def compare(
@@ -140,7 +138,7 @@ def _show(
                 f"{short[item['after']]}, {item['domain']}",
                 output.number(item["raw"], ".3e"),
                 output.number(item["predicted"]),
-                UNITS.get(item["unit"], "-"),
+                output.UNITS.get(item["unit"], "-"),
             ]
             for item in predictions
         ]

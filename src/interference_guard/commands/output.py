@@ -16,21 +16,28 @@ from rich.text import Text
 
 from interference_guard.report.text import plain
 
+# What interference is measured in, by the unit of a trust region.
+UNITS = {"reward": "reward range", "nats": "nats per token"}
+
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is text, the others are numbers."""
-    made = Table(title=Text(plain(title), "table.title"), title_justify="left")
+    made = Table(title=_text(title, "table.title"), title_justify="left")
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        # Text, not markup: a domain may be called [math]. Plain: or hold what moves the cursor.
-        made.add_row(*(Text(plain(cell)) for cell in row))
+        made.add_row(*map(_text, row))
     Console().print(made)
 
 
 def line(text: str) -> None:
-    """Print a line, without control characters."""
-    Console().print(Text(plain(text)), soft_wrap=True)
+    """Print a line."""
+    Console().print(_text(text), soft_wrap=True)
+
+
+def _text(value: str, style: str = "") -> Text:
+    # Text, not markup: a domain may be called [math]. Plain: or hold what moves the cursor.
+    return Text(plain(value), style)
 
 
 def as_json(value: Any) -> None:

@@ -38,7 +38,7 @@ def test_edits_outside_of_the_mlps_have_no_overlap_of_neurons(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("region", "unit", "shown"),
     [
-        ({"unit": "reward", "xx": 1.0, "xy": 1.0}, "reward", "reward"),
+        ({"unit": "reward", "xx": 1.0, "xy": 1.0}, "reward", "reward range"),
         ({"unit": "nats", "xx": 1.0, "xy": 1.0}, "nats", "nats per token"),
         ({"unit": "reward", "xx": 0.0, "xy": 0.0}, None, "-"),
     ],
