@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from interference_guard import GuardConfig
+from interference_guard.curvature import residual_columns
 
 FP32 = 4
 
@@ -78,11 +79,16 @@ WORLDS = (1, 8, 64, 1024)
 
 def local_model(shapes: Shapes, config: GuardConfig) -> int:
     """Bytes of one protected domain's anchor: z0 and q0."""
-    return FP32 * shapes.units * (config.rank + config.residual)
+    return FP32 * shapes.units * (config.rank + residual_columns(shapes.hidden, config.residual))
+
+
+def directions(shapes: Shapes, config: GuardConfig) -> int:
+    """Bytes of one protected domain's curvature: the eigenvectors, and the units' energies."""
+    return FP32 * (shapes.count * shapes.hidden * config.rank + shapes.units)
 
 
 def running_sums(shapes: Shapes, config: GuardConfig) -> int:
-    """Bytes of one domain's curvature: Y (or the eigenvectors in its place) and the units' energies."""
+    """Bytes of the curvature of a domain in training: Y, and the units' energies."""
     return FP32 * (shapes.count * shapes.hidden * config.sketch + shapes.units)
 
 
@@ -132,10 +138,11 @@ def memory_table(config: GuardConfig) -> str:
     for shapes in MODELS:
         weights = FP32 * shapes.parameters
         anchor, sums = local_model(shapes, config), running_sums(shapes, config)
-        rows.append(
-            (shapes.name, size(weights), size(anchor), share(anchor, weights), size(sums), share(sums, weights))
-        )
-    return table(("model", "fp32 weights", "anchor", "of the weights", "running sums", "of the weights"), rows)
+        kept = anchor + directions(shapes, config)
+        parts = (size(anchor), size(kept - anchor), size(kept), share(kept, weights), size(sums))
+        rows.append((shapes.name, size(weights), *parts, share(sums, weights)))
+    head = ("anchor", "directions", "together", "of the weights", "in training", "of the weights")
+    return table(("model", "fp32 weights", *head), rows)
 
 
 def work_table(config: GuardConfig, tokens: int = 1_000_000) -> str:

@@ -149,16 +149,16 @@ def _move(weights: list[Tensor], seed: int) -> None:
 
 
 def memory(guard: Guard, domain: str) -> dict[str, int]:
-    """Bytes of one protected domain: its local model, and its running sums."""
+    """Bytes of one domain: its local model, where it has one, and its curvature."""
     state = guard.domains[domain]
-    assert state.model is not None
-    local = {id(t): t.numel() * 4 for b in state.model.blocks for t in (b.z0, b.q0, b.rho, b.scale, b.lam)}
+    blocks = () if state.model is None else state.model.blocks
+    local = {id(t): t.numel() * 4 for b in blocks for t in (b.z0, b.q0, b.rho, b.scale, b.lam)}
     sums: dict[int, int] = {}
     for item in state.curvature.sums:
         for tensor in (item.sketch, item.basis, item.eigenvalues, item.energy):
             if tensor is not None:
                 sums[id(tensor)] = tensor.numel() * 4
-    return {"local_model": sum(local.values()), "running_sums": sum(sums.values())}
+    return {"local_model": sum(local.values()), "curvature": sum(sums.values())}
 
 
 def ratios(found: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from .shards import Spread
 
 # Part of a matrix's energy after which further directions are left to the residual.
 RANK_COVERAGE = 0.9999
+# Up to this width a weight is seen through all random directions of the residual, beyond it through fewer.
+FULL_RESIDUAL = 512
 # Devices where reading a flag costs nothing and saves masked arithmetic.
 READS_BACK = ("cpu",)
 
@@ -40,11 +42,20 @@ def sketch_matrix(width: int, sketch: int, seed: int) -> Tensor:
     return basis.float()
 
 
-def residual_matrix(width: int, residual: int, seed: int) -> Tensor:
-    """Random directions R, ``(width, residual)`` fp32, scaled so that E|x R|^2 = |x|^2."""
+def residual_columns(width: int, residual: int) -> int:
+    """How many random directions a weight of this width is seen through: fewer than `residual` where it is wide.
+
+    The prediction adds their errors up over matrices, and a wide model has many of those: fewer directions do
+    there, and take less of its memory.
+    """
+    return max(residual * FULL_RESIDUAL // max(width, FULL_RESIDUAL), 1)
+
+
+def residual_matrix(width: int, columns: int, seed: int) -> Tensor:
+    """Random directions R, ``(width, columns)`` fp32, scaled so that E|x R|^2 = |x|^2."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width + 500_000)
-    directions = torch.randn(width, residual, generator=generator, dtype=torch.float64)
-    return directions.div(residual**0.5).float()
+    directions = torch.randn(width, columns, generator=generator, dtype=torch.float64)
+    return directions.div(columns**0.5).float()
 
 
 @dataclass
@@ -54,8 +65,8 @@ class BlockSums:
     Args:
         sketch: Y, ``(matrices, width, sketch)`` fp32; None while `basis` and `singular` hold it instead.
         energy: e, ``(matrices, units)`` fp32.
-        basis: Eigenvectors, ``(matrices, width, sketch)`` fp32, best first, or None.
-        eigenvalues: ``(matrices, sketch)`` fp32 of the *sum*, descending, or None.
+        basis: Leading eigenvectors, ``(matrices, width, rank)`` fp32, best first, or None.
+        eigenvalues: ``(matrices, rank)`` fp32 of the *sum*, descending, or None.
     """
 
     sketch: Tensor | None
@@ -184,17 +195,20 @@ class DomainCurvature:
             new.add_(old, alpha=self.decay)
         return [region.spread_units(energy) for region, energy in zip(self.spread.regions, fresh, strict=True)]
 
-    def factor(self, energies: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def factor(
+        self, energies: Sequence[Tensor] | None = None, rank: int | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Eigenvectors and eigenvalues of E[G'G] per block, and its trace.
 
-        Afterwards the sums live in factored form, which takes the same room as Y: `observe` turns them
-        back, exactly up to fp32 rounding. Over several ranks the sums are added up first; all ranks call it.
+        Afterwards the sums live in factored form, in less room than Y; `observe` turns what is kept of them back,
+        up to fp32 rounding. Over several ranks the sums are added up first; all ranks call it.
 
         Args:
             energies: What `energies` returned, if it was called already.
+            rank: Eigenvectors that are kept; all by default. Of the rest only the trace stays.
 
         Returns:
-            Per block: basis ``(matrices, width, sketch)``, eigenvalues ``(matrices, sketch)`` descending
+            Per block: basis ``(matrices, width, rank)``, eigenvalues ``(matrices, rank)`` descending
             and never negative, trace ``(matrices,)``; fp32.
         """
         energies = self.energies() if energies is None else energies
@@ -203,7 +217,10 @@ class DomainCurvature:
         if self.spread is not None and sketches:
             sketches = self.spread.whole_across(sketches)
         for sums, omega, sketch in zip(self.sums, self.omegas, sketches, strict=False):
-            sums.basis, sums.eigenvalues = nystrom(sketch, omega)
+            basis, eigenvalues = nystrom(sketch, omega)
+            # Copies, so that the columns that are let go take no memory.
+            sums.basis = basis[:, :, :rank].contiguous()
+            sums.eigenvalues = eigenvalues[:, :rank].contiguous()
             sums.sketch = None
         factors = []
         scale = 1.0 / self.count.clamp(min=1e-30)
@@ -304,6 +321,10 @@ def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tu
 
 def block_matrices(blocks: Sequence[Block], size: int, seed: int, kind: str) -> list[Tensor]:
     """One shared random matrix per width, listed by block: `kind` is ``"test"`` or ``"residual"``."""
-    make = sketch_matrix if kind == "test" else residual_matrix
-    cache = {width: make(width, size, seed) for width in {block.width for block in blocks}}
+    cache = {
+        width: sketch_matrix(width, size, seed)
+        if kind == "test"
+        else residual_matrix(width, residual_columns(width, size), seed)
+        for width in {block.width for block in blocks}
+    }
     return [cache[block.width] for block in blocks]

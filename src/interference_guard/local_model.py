@@ -248,7 +248,7 @@ def anchor_domain(
     spread = curvature.spread
     energies = curvature.energies() if energies is None else energies
     if reuse is None:
-        parts = [truncate(*factor, rank) for factor in curvature.factor(energies)]
+        parts = [truncate(*factor, rank) for factor in curvature.factor(energies, rank)]
     else:
         parts = [(block.U, block.lam, block.rho) for block in reuse.blocks]
     tiny = torch.finfo(torch.float32).tiny

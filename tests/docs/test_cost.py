@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import cost_model, shapes
 from interference_guard import Guard, GuardConfig
+from interference_guard.packing import tensor_bytes
 from tests.trl.host import model_and_words
 from tests.trl.supervised import supervised_step
 
@@ -44,8 +45,12 @@ def test_quoted_memory(page):
 def _share(name):
     model = next(item for item in cost_model.MODELS if item.name == name)
     config = GuardConfig()
-    kept = cost_model.local_model(model, config) + cost_model.running_sums(model, config)
+    kept = cost_model.local_model(model, config) + cost_model.directions(model, config)
     return kept / (cost_model.FP32 * model.parameters)
+
+
+def test_a_protected_domain_takes_at_most_a_hundredth_of_a_model_of_four_billion_parameters():
+    assert _share("Qwen3-4B") < 0.01
 
 
 def test_memory_is_what_a_guard_keeps(tmp_path):
@@ -60,8 +65,11 @@ def test_memory_is_what_a_guard_keeps(tmp_path):
     for seed, domain in enumerate(("math", "math", "code")):
         ids = torch.randint(len(words), (4, 8), generator=torch.Generator().manual_seed(seed))
         supervised_step(model, guard, optimizer, domain, ids)
-    found = shapes.memory(guard, "math")
+    found, training = shapes.memory(guard, "math"), shapes.memory(guard, "code")
     # Per matrix there are a few single numbers more, and an eigenvalue for each direction.
     small = 4 * tiny.count * (config.sketch + 3)
     assert 0 <= found["local_model"] - cost_model.local_model(tiny, config) <= small
-    assert 0 <= found["running_sums"] - cost_model.running_sums(tiny, config) <= small
+    assert 0 <= found["curvature"] - cost_model.directions(tiny, config) <= small
+    assert 0 <= training["curvature"] - cost_model.running_sums(tiny, config) <= small
+    # And nothing else.
+    assert 0 <= tensor_bytes(guard) - sum(found.values()) - sum(training.values()) <= small

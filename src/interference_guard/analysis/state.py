@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interference_guard.config import GuardConfig
-from interference_guard.curvature import nystrom, residual_matrix, sketch_matrix
+from interference_guard.curvature import nystrom, residual_columns, residual_matrix, sketch_matrix
 from interference_guard.errors import CheckpointError, StateError, StateVersionError, UnknownDomainError
 from interference_guard.files import DETAILS, TENSORS
 from interference_guard.local_block import LocalBlock
@@ -78,7 +78,7 @@ class DomainRecord:
                 f"Domain {self.name!r} has no anchor in {self.state.folder}; anchored are {ready}. Its anchor is "
                 "set when another domain's first step follows: use a state saved after that."
             )
-        seed, columns = self.state.settings["seed"], self.state.settings["residual"]
+        seed, residual = self.state.settings["seed"], self.state.settings["residual"]
         matrices: dict[int, Tensor] = {}
         for index, energy, views in self.members():
             names = ("lam", "rho", "scale", "z0", "q0")
@@ -98,7 +98,7 @@ class DomainRecord:
                     chosen = rows[inside] - these.start * units
                 width = view.width
                 if width not in matrices:
-                    matrices[width] = residual_matrix(width, columns, seed)
+                    matrices[width] = residual_matrix(width, residual_columns(width, residual), seed)
                 block = LocalBlock(
                     U[these], lam[these], rho[these], scale[these], energy[these], chosen, z0[inside], q0[inside]
                 )
