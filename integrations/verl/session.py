@@ -20,7 +20,7 @@ from interference_guard.files import HISTORY
 from interference_guard.guard import Guard
 from interference_guard.history import History
 from interference_guard.optimizer import attach
-from interference_guard.probe import Completions
+from interference_guard.probe import Completions, spread
 
 from . import batch
 from .coordinator import Link
@@ -83,8 +83,11 @@ class Session:
         shares = shares or dict.fromkeys(self.guard.trained, 1.0)
         # By name, so that all ranks do the same in the same order.
         self.guard.begin({name: shares[name] for name in sorted(shares)})
+        limit = self.guard.config.retain
         kept = {
-            name: batch.completions(data, rows[-self.guard.config.retain :]).to(self.guard.device)
+            name: batch.completions(data, [rows[place] for place in spread(len(rows), limit)]).to(
+                self.guard.device
+            )
             for name, rows in new.items()
         }
         self.guard.clock.add("retain", started)

@@ -45,7 +45,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     state.interrupted = guard.recovery is not None and not state.anchored
     if state.fresh:
         state.retained = state.latest(guard.config.retain)
-        state.pending = [] if state.retained is None else [state.retained]
+        state.carry()
         _score(guard, state, recovered=state.anchored)
     state.anchored = True
     state.own_steps = state.foreign_steps = 0

@@ -57,7 +57,11 @@ class GuardConfig:
         default=32, metadata={"help": "Columns of the random test matrix behind the directions; >= rank."}
     )
     residual: int = field(
-        default=8, metadata={"help": "Random directions that estimate what the kept ones miss."}
+        default=8,
+        metadata={
+            "help": "Random directions that estimate what the kept ones miss; weights wider than 512 get "
+            "512 / width of them."
+        },
     )
     first_order: bool = field(
         default=False,
@@ -91,7 +95,10 @@ class GuardConfig:
         },
     )
     retain: int = field(
-        default=128, metadata={"help": "Latest completions kept per domain to measure interference on."}
+        default=128,
+        metadata={
+            "help": "Completions kept per domain to measure interference on, spread over the latest prompts."
+        },
     )
     probe_steps: int = field(
         default=20,

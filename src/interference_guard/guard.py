@@ -81,8 +81,8 @@ class Guard(GuardState):
 
         Args:
             domain: Its name.
-            completions: Copied; the latest `retain` rows are kept. Their rewards widen the domain's
-                reward range.
+            completions: Copied; of the latest rows `retain` will be kept, spread over their prompts. Their
+                rewards widen the domain's reward range.
 
         Raises:
             ShapeError: If they are something else.
@@ -98,9 +98,8 @@ class Guard(GuardState):
             return
         started = perf_counter()
         state = self.state_of(domain)
-        # Rows that `retain` would drop at once need not be copied.
-        rows = completions.rows(slice(max(len(completions) - self.config.retain, 0), None))
-        state.keep(rows.detached(), self.config.retain)
+        # Rows that would be dropped at once need not be copied.
+        state.keep(completions.spread(self.config.retain).detached(), self.config.retain)
         lengths = completions.completion_mask.sum().item()
         state.lengths.add(float(lengths), len(completions))
         if completions.rewards is not None:

@@ -44,7 +44,7 @@ PLAIN = (
     "reference",
 )
 # Not in every state of this version: read with the default where they are missing.
-LATER = ("fresh", "interrupted", "rewarded")
+LATER = ("fresh", "interrupted", "rewarded", "carried")
 
 
 class Packed(TypedDict):

@@ -30,6 +30,16 @@ Ratio = Literal["sequence", "token", "nats"]
 Reduce = Callable[[Tensor], Tensor]
 
 
+def spread(count: int, limit: int) -> Tensor:
+    """Places of at most `limit` out of `count` rows, evenly from first to last, ``(rows,)`` int64.
+
+    Neighbours are often answers to one prompt. What a domain loses differs from prompt to prompt far more than
+    from answer to answer, so rows of many prompts measure it best.
+    """
+    kept = min(count, limit)
+    return torch.arange(1, kept + 1) * count // max(kept, 1) - 1
+
+
 @dataclass
 class Completions:
     """Sampled completions of one domain; padding may lie on either side.
@@ -71,6 +81,10 @@ class Completions:
             self.completion_mask[chosen],
             None if self.rewards is None else self.rewards[chosen],
         )
+
+    def spread(self, limit: int) -> Completions:
+        """At most `limit` rows, chosen by `spread`; the same object where there are no more."""
+        return self if len(self) <= limit else self.rows(spread(len(self), limit))
 
     @cached_property
     def distinct(self) -> tuple[Completions, Tensor]:

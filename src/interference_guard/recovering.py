@@ -125,7 +125,7 @@ def _close(guard: Guard, state: DomainState) -> None:
         state.since_refresh = guard.config.refresh_steps
     else:
         state.own_steps = 0
-        state.pending = [] if state.retained is None else [state.retained]
+        state.carry()
 
 
 def _regained(

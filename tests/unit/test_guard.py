@@ -302,16 +302,16 @@ def test_only_protected_units_are_moved_back(selection):
     assert sum(change.sum() for change in moved.values()) > 0
 
 
-def test_retained_rows_are_the_latest_and_copies():
-    _model, guard, _ = guarded(config=dataclasses.replace(CONFIG, retain=10))
+def test_retained_rows_are_copies():
+    _model, guard, _ = guarded(config=dataclasses.replace(CONFIG, retain=4))
     ids = torch.arange(24).reshape(12, 2) % 12
     rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids), torch.arange(12.0))
     guard.retain("math", rows)
     guard.retain("math", rows.rows(slice(0, 3)))
-    kept = guard.domains["math"].latest(10)
-    assert kept.rewards.tolist() == [5, 6, 7, 8, 9, 10, 11, 0, 1, 2]
     rows.rewards.zero_()
-    assert kept.rewards.tolist()[0] == 5
+    kept = guard.domains["math"].pending
+    # Of what is dropped at once the range of rewards is known all the same.
+    assert [part.rewards.tolist() for part in kept] == [[2, 5, 8, 11], [0, 1, 2]]
     assert guard.domains["math"].span == (0.0, 11.0)
 
 
