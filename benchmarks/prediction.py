@@ -222,26 +222,49 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def show(summary: dict[str, Any]) -> None:
-    """Print both tables."""
-    from rich.console import Console
-    from rich.table import Table
+CORRELATIONS = ("predictor", "in its first foreign phase", "in the whole run", "over domains at a step")
+DROPS = ("pairs where", "count", "true", "predicted", "measured", "its error", "that one's error")
 
-    heads = ("in its first foreign phase", "in the whole run", "over domains at a step")
-    table = Table("predictor", *heads, title="Rank correlation with the true drop, mean (every run)")
+
+def correlations(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows under `CORRELATIONS`: the mean, and every run."""
+    rows = []
     for name, about in PREDICTORS.items():
         cells = []
         for span in SPANS:
             found = summary["rank_correlation"][span].get(name, {"mean": math.nan, "by_run": []})
             cells.append(f"{found['mean']:.2f} ({', '.join(f'{value:.2f}' for value in found['by_run'])})")
-        table.add_row(about, *cells)
-    errors = Table("pairs where", "count", "true", "predicted", "measured", "error", "error", title="Mean drop")
-    for group, found in summary["errors"].items():
-        keys = ("true", "predicted", "measured", "predicted_error", "measured_error")
-        errors.add_row(group, str(found["pairs"]), *(f"{found[key]:.3f}" for key in keys))
-    console = Console()
-    console.print(table)
-    console.print(errors)
+        rows.append((about, *cells))
+    return rows
+
+
+def drops(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows under `DROPS`: means of the drop, true, predicted and measured, and of the errors of both."""
+    keys = ("true", "predicted", "measured", "predicted_error", "measured_error")
+    return [
+        (group, str(found["pairs"]), *(f"{found[key]:.3f}" for key in keys))
+        for group, found in summary["errors"].items()
+    ]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of the documentation."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print both tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    titles = ("Rank correlation with the true drop, mean (every run)", "Mean drop")
+    for title, head, rows in zip(
+        titles, (CORRELATIONS, DROPS), (correlations(summary), drops(summary)), strict=True
+    ):
+        table = Table(*head, title=title)
+        for cells in rows:
+            table.add_row(*cells)
+        Console().print(table)
 
 
 def main() -> None:
