@@ -60,7 +60,7 @@ class _Compare(TrainerCallback):
         self.run, self.bed, self.trainer, self.result = method.run, method.bed, trainer, result
         assert method.callback is not None
         assert method.callback.guard is not None
-        self.guard = method.callback.guard
+        self.guard: Any = method.callback.guard
         self.tests = {name: self.bed.rows(name, TEST_ROWS, 30_000, test=True) for name in self.run.order}
         self.batches: dict[str, list[Completions]] = {}
         # Of each domain that has ended: its completions, their scores, its pass rate.
@@ -71,7 +71,7 @@ class _Compare(TrainerCallback):
             self.batches.setdefault(domain, []).append(completions.detached())
             kept(domain, completions)
 
-        self.guard.retain = retain  # type: ignore[method-assign]
+        self.guard.retain = retain
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -60,7 +60,6 @@ class DomainState:
         since_refresh: Own steps since the directions were computed.
         foreign_steps: Steps of other domains since the anchor.
         pending: Retained batches, newest last.
-        carried: How many of them, the oldest, are from before the present own steps.
         retained: The completions the probe is made of.
         measurable: Whether any rank retained completions for a probe.
         anchor_scores: Their token log-probabilities at the last scored anchor, ``(rows, length)`` fp32.
@@ -98,7 +97,6 @@ class DomainState:
     since_refresh: int = 0
     foreign_steps: int = 0
     pending: list[Completions] = field(default_factory=list)
-    carried: int = 0
     retained: Completions | None = None
     measurable: bool = False
     anchor_scores: Tensor | None = None
@@ -165,9 +163,6 @@ class DomainState:
     def keep(self, completions: Completions, limit: int) -> None:
         """Keep a batch for the next anchor, of which `latest` will choose at most `limit` rows."""
         self.pending.append(completions.spread(limit))
-        new = self.pending[self.carried :]
-        if sum(map(len, new)) >= limit:
-            self.pending, self.carried = new, 0
         while len(self.pending) > 1 and sum(map(len, self.pending[1:])) >= POOL * limit:
             self.pending.pop(0)
 
@@ -176,11 +171,8 @@ class DomainState:
         if not self.pending:
             return None
         rows = join(self.pending)
-        # Too few are of the present own steps: the newest of those before fill up.
-        pool = limit if self.carried else POOL * limit
-        return rows.rows(slice(max(len(rows) - pool, 0), len(rows))).spread(limit)
+        return rows.rows(slice(max(len(rows) - POOL * limit, 0), len(rows))).spread(limit)
 
     def carry(self) -> None:
-        """Begin a new list of retained batches with the rows of the probe, which others will push out."""
+        """Begin a new list of retained batches with the rows of the probe, which later ones push out."""
         self.pending = [] if self.retained is None else [self.retained]
-        self.carried = len(self.pending)

@@ -23,7 +23,7 @@ from .trust_region import TrustRegion
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 2
+VERSION = 3
 # Settings that give the saved tensors their meaning; the others may change between runs.
 BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
 PLAIN = (
@@ -42,9 +42,10 @@ PLAIN = (
     "retained_reward",
     "scored_at",
     "reference",
+    "fresh",
+    "interrupted",
+    "rewarded",
 )
-# Not in every state of this version: read with the default where they are missing.
-LATER = ("fresh", "interrupted", "rewarded", "carried")
 
 
 class Packed(TypedDict):
@@ -104,11 +105,9 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         }
         steps = int(details["steps"])
         schedule = RecoverySchedule(**details["recovery"])
-        followed = int(details.get("followed", steps))
-        unfollowed = {
-            name: found for name in details.get("unfollowed", ()) if (found := domains[name].measurement)
-        }
-        trained = tuple(details.get("trained", ()))
+        followed = int(details["followed"])
+        unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
+        trained = tuple(details["trained"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
@@ -179,7 +178,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
         if tensor is not None:
             tensors[prefix + name] = tensor
 
-    details: dict[str, Any] = {name: getattr(state, name) for name in (*PLAIN, *LATER)}
+    details: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
     details["region"] = state.region.state()
     details["rollouts"] = list(state.rollouts.sums())
     details["measurement"] = None if state.measurement is None else asdict(state.measurement)
@@ -235,8 +234,6 @@ def _unpack_domain(
     state = guard.new_state(name)
     for key in PLAIN:
         setattr(state, key, details[key])
-    for key in LATER:
-        setattr(state, key, details.get(key, getattr(state, key)))
     state.rollouts.add(*details["rollouts"])
     region = dict(details["region"])
     region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}

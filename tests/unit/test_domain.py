@@ -52,7 +52,7 @@ def test_a_short_training_is_kept_whole():
     assert len(domain.latest(LIMIT)) == 11
 
 
-def test_rows_of_an_earlier_training_fill_up_and_give_way_to_as_many_new_ones():
+def test_rows_of_the_anchor_before_are_pushed_out_by_later_ones():
     domain = state()
     for step in range(4):
         domain.keep(rollouts(step), LIMIT)
@@ -60,8 +60,9 @@ def test_rows_of_an_earlier_training_fill_up_and_give_way_to_as_many_new_ones():
     before = domain.retained.rewards.tolist()
     domain.carry()
     assert kept(domain) == before
-    domain.keep(rollouts(10).rows(slice(0, 6)), LIMIT)
-    assert kept(domain) == [*before[6:], *[20.0] * 6]
-    domain.keep(rollouts(11).rows(slice(0, 10)), LIMIT)
+    # A recovery of one step, or training that goes from domain to domain: both are of their prompts.
+    domain.keep(rollouts(10), LIMIT)
+    assert [sum(prompt < 20 for prompt in kept(domain)), sum(prompt >= 20 for prompt in kept(domain))] == [8, 8]
+    for step in range(11, 10 + POOL):
+        domain.keep(rollouts(step), LIMIT)
     assert min(kept(domain)) == 20
-    assert domain.carried == 0
