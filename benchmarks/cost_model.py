@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from interference_guard import GuardConfig
-from interference_guard.curvature import residual_columns
+from interference_guard.residual import fewer
 
 FP32 = 4
 
@@ -30,6 +30,7 @@ class Shapes:
         vocabulary: Rows of the embedding.
         tied: Whether the output layer is the embedding.
         head: Size of a head.
+        head_norms: Whether queries and keys are normalised.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Shapes:
     vocabulary: int
     tied: bool
     head: int = 128
+    head_norms: bool = True
 
     def matrices(self) -> Iterator[tuple[int, int]]:
         """Units and number of every kind of matrix; all are of width `hidden`."""
@@ -49,6 +51,16 @@ class Shapes:
         yield self.key_heads * self.head, 2 * self.layers
         yield self.inner, 3 * self.layers
         yield self.vocabulary, 1 if self.tied else 2
+
+    def vectors(self) -> Iterator[tuple[int, int]]:
+        """Width and number of every kind of norm, each of which is one unit."""
+        yield self.hidden, 2 * self.layers + 1
+        yield self.head, 2 * self.layers * self.head_norms
+
+    @property
+    def norms(self) -> int:
+        """Parameters of all norms."""
+        return sum(width * count for width, count in self.vectors())
 
     @property
     def units(self) -> int:
@@ -71,7 +83,7 @@ MODELS = (
     Shapes("Qwen3-4B", 2560, 9728, 36, 32, 8, 151_936, True),
     Shapes("Qwen3-8B", 4096, 12_288, 36, 32, 8, 151_936, False),
     Shapes("Qwen3-32B", 5120, 25_600, 64, 64, 8, 151_936, False),
-    Shapes("Llama-3-70B", 8192, 28_672, 80, 64, 8, 128_256, False),
+    Shapes("Llama-3-70B", 8192, 28_672, 80, 64, 8, 128_256, False, head_norms=False),
 )
 DOMAINS = 3
 WORLDS = (1, 8, 64, 1024)
@@ -79,17 +91,21 @@ WORLDS = (1, 8, 64, 1024)
 
 def local_model(shapes: Shapes, config: GuardConfig) -> int:
     """Bytes of one protected domain's anchor: z0 and q0."""
-    return FP32 * shapes.units * (config.rank + residual_columns(shapes.hidden, config.residual))
+    wide = config.rank + fewer(shapes.hidden, config.residual)
+    norms = sum(n * (fewer(width, config.rank) + fewer(width, config.residual)) for width, n in shapes.vectors())
+    return FP32 * (shapes.units * wide + norms)
 
 
 def directions(shapes: Shapes, config: GuardConfig) -> int:
     """Bytes of one protected domain's curvature: the eigenvectors, and the units' energies."""
-    return FP32 * (shapes.count * shapes.hidden * config.rank + shapes.units)
+    norms = sum(n * (width * fewer(width, config.rank) + 1) for width, n in shapes.vectors())
+    return FP32 * (shapes.count * shapes.hidden * config.rank + shapes.units + norms)
 
 
 def running_sums(shapes: Shapes, config: GuardConfig) -> int:
     """Bytes of the curvature of a domain in training: Y, and the units' energies."""
-    return FP32 * (shapes.count * shapes.hidden * config.sketch + shapes.units)
+    norms = sum(n * (width * min(config.sketch, width) + 1) for width, n in shapes.vectors())
+    return FP32 * (shapes.count * shapes.hidden * config.sketch + shapes.units + norms)
 
 
 def observe_flops(shapes: Shapes, config: GuardConfig) -> int:
@@ -136,7 +152,7 @@ def memory_table(config: GuardConfig) -> str:
     """Memory of one protected domain by model."""
     rows = []
     for shapes in MODELS:
-        weights = FP32 * shapes.parameters
+        weights = FP32 * (shapes.parameters + shapes.norms)
         anchor, sums = local_model(shapes, config), running_sums(shapes, config)
         kept = anchor + directions(shapes, config)
         parts = (size(anchor), size(kept - anchor), size(kept), share(kept, weights), size(sums))

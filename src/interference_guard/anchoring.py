@@ -32,7 +32,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
             state.curvature,
             guard.view.weights(),
             guard.view.residuals,
-            guard.config.rank,
+            guard.view.ranks,
             chosen,
             reuse,
             energies,
@@ -45,7 +45,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     state.interrupted = guard.recovery is not None and not state.anchored
     if state.fresh:
         state.retained = state.latest(guard.config.retain)
-        state.carry()
+        state.forget_pending()
         _score(guard, state, recovered=state.anchored)
     state.anchored = True
     state.own_steps = state.foreign_steps = 0

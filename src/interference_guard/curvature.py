@@ -24,8 +24,6 @@ from .shards import Spread
 
 # Part of a matrix's energy after which further directions are left to the residual.
 RANK_COVERAGE = 0.9999
-# Up to this width a weight is seen through all random directions of the residual, beyond it through fewer.
-FULL_RESIDUAL = 512
 # Devices where reading a flag costs nothing and saves masked arithmetic.
 READS_BACK = ("cpu",)
 
@@ -42,28 +40,12 @@ def sketch_matrix(width: int, sketch: int, seed: int) -> Tensor:
     return basis.float()
 
 
-def residual_columns(width: int, residual: int) -> int:
-    """How many random directions a weight of this width is seen through: fewer than `residual` where it is wide.
-
-    The prediction adds their errors up over matrices, and a wide model has many of those: fewer directions do
-    there, and take less of its memory.
-    """
-    return max(residual * FULL_RESIDUAL // max(width, FULL_RESIDUAL), 1)
-
-
-def residual_matrix(width: int, columns: int, seed: int) -> Tensor:
-    """Random directions R, ``(width, columns)`` fp32, scaled so that E|x R|^2 = |x|^2."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + width + 500_000)
-    directions = torch.randn(width, columns, generator=generator, dtype=torch.float64)
-    return directions.div(columns**0.5).float()
-
-
 @dataclass
 class BlockSums:
     """The running sums of one block.
 
     Args:
-        sketch: Y, ``(matrices, width, sketch)`` fp32; None while `basis` and `singular` hold it instead.
+        sketch: Y, ``(matrices, width, sketch)`` fp32; None while `basis` and `eigenvalues` hold it instead.
         energy: e, ``(matrices, units)`` fp32.
         basis: Leading eigenvectors, ``(matrices, width, rank)`` fp32, best first, or None.
         eigenvalues: ``(matrices, rank)`` fp32 of the *sum*, descending, or None.
@@ -196,7 +178,7 @@ class DomainCurvature:
         return [region.spread_units(energy) for region, energy in zip(self.spread.regions, fresh, strict=True)]
 
     def factor(
-        self, energies: Sequence[Tensor] | None = None, rank: int | None = None
+        self, energies: Sequence[Tensor] | None = None, ranks: Sequence[int] | None = None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Eigenvectors and eigenvalues of E[G'G] per block, and its trace.
 
@@ -205,7 +187,7 @@ class DomainCurvature:
 
         Args:
             energies: What `energies` returned, if it was called already.
-            rank: Eigenvectors that are kept; all by default. Of the rest only the trace stays.
+            ranks: Eigenvectors that are kept, by block; all by default. Of the rest only the trace stays.
 
         Returns:
             Per block: basis ``(matrices, width, rank)``, eigenvalues ``(matrices, rank)`` descending
@@ -216,8 +198,9 @@ class DomainCurvature:
         sketches = [sums.sketch for sums in self.sums if sums.sketch is not None]
         if self.spread is not None and sketches:
             sketches = self.spread.whole_across(sketches)
-        for sums, omega, sketch in zip(self.sums, self.omegas, sketches, strict=False):
-            basis, eigenvalues = nystrom(sketch, omega)
+        for index, sketch in enumerate(sketches):
+            sums, rank = self.sums[index], None if ranks is None else ranks[index]
+            basis, eigenvalues = nystrom(sketch, self.omegas[index])
             # Copies, so that the columns that are let go take no memory.
             sums.basis = basis[:, :, :rank].contiguous()
             sums.eigenvalues = eigenvalues[:, :rank].contiguous()
@@ -302,8 +285,8 @@ def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tu
     """Keep the leading directions and say how much energy each missed direction carries.
 
     Args:
-        basis: ``(matrices, width, sketch)``.
-        eigenvalues: ``(matrices, sketch)``, descending.
+        basis: ``(matrices, width, k)``.
+        eigenvalues: ``(matrices, k)``, descending.
         trace: ``(matrices,)``.
         rank: Most directions kept; fewer where those cover all but 1e-4 of every matrix's trace.
 
@@ -319,12 +302,7 @@ def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tu
     return basis[:, :, :k], kept, rest / max(basis.shape[1] - k, 1)
 
 
-def block_matrices(blocks: Sequence[Block], size: int, seed: int, kind: str) -> list[Tensor]:
-    """One shared random matrix per width, listed by block: `kind` is ``"test"`` or ``"residual"``."""
-    cache = {
-        width: sketch_matrix(width, size, seed)
-        if kind == "test"
-        else residual_matrix(width, residual_columns(width, size), seed)
-        for width in {block.width for block in blocks}
-    }
+def sketch_matrices(blocks: Sequence[Block], sketch: int, seed: int) -> list[Tensor]:
+    """The test matrix of each block, one shared by all of a width."""
+    cache = {width: sketch_matrix(width, sketch, seed) for width in {block.width for block in blocks}}
     return [cache[block.width] for block in blocks]

@@ -17,7 +17,7 @@ from .trust_region import TrustRegion
 
 # Batches of own rollouts behind the reward at the anchor: one alone is noisy, many are of an earlier policy.
 RECENT = 4
-# The probe's rows are chosen among so many times as many.
+# Steps whose rows the probe is made of, or more where they have too few.
 POOL = 4
 # After so many rewards a range is known, and this many times it is another one.
 SETTLED, OUTLYING = 128, 3.0
@@ -59,7 +59,8 @@ class DomainState:
         own_steps: Own steps since the last anchor.
         since_refresh: Own steps since the directions were computed.
         foreign_steps: Steps of other domains since the anchor.
-        pending: Retained batches, newest last.
+        pending: Retained rows by step, newest last.
+        kept_at: The own steps at the latest of them; -1 before, and after a state was loaded.
         retained: The completions the probe is made of.
         measurable: Whether any rank retained completions for a probe.
         anchor_scores: Their token log-probabilities at the last scored anchor, ``(rows, length)`` fp32.
@@ -97,6 +98,7 @@ class DomainState:
     since_refresh: int = 0
     foreign_steps: int = 0
     pending: list[Completions] = field(default_factory=list)
+    kept_at: int = -1
     retained: Completions | None = None
     measurable: bool = False
     anchor_scores: Tensor | None = None
@@ -161,18 +163,23 @@ class DomainState:
         self.recent = [*self.recent[1 - RECENT :], [total, float(count)]]
 
     def keep(self, completions: Completions, limit: int) -> None:
-        """Keep a batch for the next anchor, of which `latest` will choose at most `limit` rows."""
-        self.pending.append(completions.spread(limit))
-        while len(self.pending) > 1 and sum(map(len, self.pending[1:])) >= POOL * limit:
+        """Keep rows for the next anchor, of which `latest` will choose at most `limit`."""
+        again = self.kept_at == self.own_steps and bool(self.pending)
+        # Of one step, whose batch came in parts.
+        parts = [self.pending.pop(), completions] if again else [completions]
+        self.pending.append(join(parts).spread(limit))
+        self.kept_at = self.own_steps
+        # Where steps are small it takes more of them, and none that are not needed: the policy was another one.
+        while len(self.pending) > POOL and sum(map(len, self.pending[1:])) >= limit:
             self.pending.pop(0)
 
     def latest(self, limit: int) -> Completions | None:
-        """At most `limit` of the latest retained rows, spread over the steps and prompts they are from."""
-        if not self.pending:
-            return None
-        rows = join(self.pending)
-        return rows.rows(slice(max(len(rows) - POOL * limit, 0), len(rows))).spread(limit)
+        """At most `limit` retained rows, spread over the latest steps; earlier ones of the probe fill up."""
+        rows = join(self.pending).spread(limit) if self.pending else None
+        if self.retained is None or (rows is not None and len(rows) >= limit):
+            return rows
+        return self.retained if rows is None else join([self.retained.spread(limit - len(rows)), rows])
 
-    def carry(self) -> None:
-        """Begin a new list of retained batches with the rows of the probe, which later ones push out."""
-        self.pending = [] if self.retained is None else [self.retained]
+    def forget_pending(self) -> None:
+        """Begin a new list of retained rows."""
+        self.pending, self.kept_at = [], -1

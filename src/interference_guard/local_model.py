@@ -125,7 +125,7 @@ class LocalModel:
         Args:
             seen: This domain's `displacement`.
             passes: What `through` returned, summed over ranks.
-            matrices: R per block, ``(width, residual)``.
+            matrices: R per block; see `residual.residual_matrices`.
         """
         parts = [
             block.residual(z, q, R)
@@ -190,7 +190,7 @@ def predict(
     Args:
         weights: Per block ``(matrices, units, width)`` fp32; read by index, one at a time and once.
         models: The domains' local models.
-        matrices: R per block, ``(width, residual)``.
+        matrices: R per block; see `residual.residual_matrices`.
 
     Returns:
         Per domain its displacement, the part of the prediction inside the kept directions and the part
@@ -228,7 +228,7 @@ def anchor_domain(
     curvature: DomainCurvature,
     weights: Sequence[Tensor],
     matrices: Sequence[Tensor],
-    rank: int,
+    ranks: Sequence[int],
     rows: Sequence[Tensor | None],
     reuse: LocalModel | None = None,
     energies: Sequence[Tensor] | None = None,
@@ -239,8 +239,8 @@ def anchor_domain(
         curvature: The domain's sums; they are factored in place unless `reuse` is given.
         weights: Per block ``(matrices, units, width)`` fp32; not changed and not kept, read by index, one at a
             time and once.
-        matrices: R per block, ``(width, residual)``.
-        rank: Most directions a matrix.
+        matrices: R per block; see `residual.residual_matrices`.
+        ranks: Most directions a matrix, by block.
         rows: Protected units per block, or None for all of them.
         reuse: An earlier local model whose directions are kept; only the anchor moves.
         energies: What ``curvature.energies()`` returned, if it was called already.
@@ -248,7 +248,8 @@ def anchor_domain(
     spread = curvature.spread
     energies = curvature.energies() if energies is None else energies
     if reuse is None:
-        parts = [truncate(*factor, rank) for factor in curvature.factor(energies, rank)]
+        factors = curvature.factor(energies, ranks)
+        parts = [truncate(*factor, rank) for factor, rank in zip(factors, ranks, strict=True)]
     else:
         parts = [(block.U, block.lam, block.rho) for block in reuse.blocks]
     tiny = torch.finfo(torch.float32).tiny

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .blocks import STACK_LIMIT, Block, Blocks, make_blocks
 from .checks import difference, trainable_parameters
 from .config import GuardConfig
-from .curvature import block_matrices
+from .curvature import sketch_matrices
 from .errors import ShapeError, StateError
 from .flat import FlatView
 from .local_block import Correction
+from .residual import full_matrices, rank_of, residual_matrices
 from .rounding import round_at_random
 from .shards import Shards, Spread, reshard
 from .units import UnitLayout, canonical_name
@@ -112,10 +113,14 @@ class ModelView:
     def _lay_out(self) -> None:
         config = self._config
         self.blocks = make_blocks(self.layout, self._pieces(), self.shards)
-        self.omegas = block_matrices(self.blocks, config.sketch, config.seed, "test")
+        self.omegas = sketch_matrices(self.blocks, config.sketch, config.seed)
         """Test matrices of the curvature per block, ``(width, sketch)`` fp32; shared by blocks of one width."""
-        self.residuals = block_matrices(self.blocks, config.residual, config.seed, "residual")
-        """Random directions R of the residual part per block, ``(width, residual)`` fp32."""
+        self.residuals = residual_matrices(self.blocks, config.residual, config.seed)
+        """Random directions R of the residual part per block; see `residual.residual_matrices`."""
+        self.edits = full_matrices(self.blocks, config.residual, config.seed)
+        """Random directions through which edits are seen per block, ``(width, residual)`` fp32."""
+        self.ranks = [rank_of(block, config.rank) for block in self.blocks]
+        """Most directions kept of a matrix per block."""
 
     def _pieces(self) -> dict[str, Tensor]:
         return {name: self.shards.local(name, parameter) for name, parameter in self._parameters.items()}
@@ -131,6 +136,7 @@ class ModelView:
             # In place: the curvatures share these lists.
             self.omegas[:] = [move(item) for item in self.omegas]
             self.residuals[:] = [move(item) for item in self.residuals]
+            self.edits[:] = [move(item) for item in self.edits]
 
     def reshard(self) -> None:
         """Call after a forward pass that no backward pass follows; see `shards.reshard`."""

@@ -48,9 +48,9 @@ def protected_rows(state: DomainState, guard: Guard, energies: Sequence[Tensor])
         generator = torch.Generator().manual_seed(config.seed)
         chosen = random_units(chosen, scores, views, generator)
     elif config.selection == "edits" and state.start is not None:
-        # The weights seen through R stand for them when edits are estimated: few numbers a unit.
+        # The weights seen through random directions stand for them when edits are estimated: few numbers a unit.
         spread = guard.view.spread
-        now = see_through(guard.view.weights(), guard.view.residuals, spread)
+        now = see_through(guard.view.weights(), guard.view.edits, spread)
         edits = [a - b for a, b in zip(now, state.start, strict=True)]
         edits = edits if spread is None else spread.whole_units(edits)
         moved = [edit.square().sum(-1) for edit in edits]

@@ -125,7 +125,7 @@ def _close(guard: Guard, state: DomainState) -> None:
         state.since_refresh = guard.config.refresh_steps
     else:
         state.own_steps = 0
-        state.carry()
+        state.forget_pending()
 
 
 def _regained(

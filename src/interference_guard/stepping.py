@@ -39,7 +39,7 @@ def open_step(guard: Guard) -> None:
         state = guard.domains[name]
         if state.start is None and guard.config.selection == "edits" and not state.anchored:
             with exact_products(guard.device):
-                state.start = see_through(guard.view.weights(), guard.view.residuals, spread)
+                state.start = see_through(guard.view.weights(), guard.view.edits, spread)
     guard.clock.add("anchor", started)
 
 

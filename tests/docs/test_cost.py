@@ -46,7 +46,7 @@ def _share(name):
     model = next(item for item in cost_model.MODELS if item.name == name)
     config = GuardConfig()
     kept = cost_model.local_model(model, config) + cost_model.directions(model, config)
-    return kept / (cost_model.FP32 * model.parameters)
+    return kept / (cost_model.FP32 * (model.parameters + model.norms))
 
 
 def test_a_protected_domain_takes_at_most_a_hundredth_of_a_model_of_four_billion_parameters():
@@ -57,17 +57,14 @@ def test_memory_is_what_a_guard_keeps(tmp_path):
     model, words = model_and_words(tmp_path)
     tiny = cost_model.Shapes("tiny", 32, 64, 2, 2, 1, len(words), True, head=16)
     config = GuardConfig(rank=4, sketch=8, residual=3)
-    for name, parameter in model.named_parameters():
-        # The formulas leave the norms out.
-        parameter.requires_grad_("norm" not in name)
     guard = Guard(model, config)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for seed, domain in enumerate(("math", "math", "code")):
         ids = torch.randint(len(words), (4, 8), generator=torch.Generator().manual_seed(seed))
         supervised_step(model, guard, optimizer, domain, ids)
     found, training = shapes.memory(guard, "math"), shapes.memory(guard, "code")
     # Per matrix there are a few single numbers more, and an eigenvalue for each direction.
-    small = 4 * tiny.count * (config.sketch + 3)
+    small = 4 * (tiny.count + sum(count for _, count in tiny.vectors())) * (config.sketch + 3)
     assert 0 <= found["local_model"] - cost_model.local_model(tiny, config) <= small
     assert 0 <= found["curvature"] - cost_model.directions(tiny, config) <= small
     assert 0 <= training["curvature"] - cost_model.running_sums(tiny, config) <= small

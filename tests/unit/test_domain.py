@@ -23,6 +23,12 @@ def state():
     return guard.state_of("math")
 
 
+def keep(domain, rows):
+    """The rows of one step."""
+    domain.keep(rows, LIMIT)
+    domain.own_steps += 1
+
+
 def kept(domain):
     return domain.latest(LIMIT).rewards.tolist()
 
@@ -37,32 +43,48 @@ def test_rows_are_spread_evenly_up_to_the_last():
 def test_the_probe_is_of_as_many_prompts_as_the_latest_steps_had():
     domain = state()
     for step in range(9):
-        domain.keep(rollouts(step), LIMIT)
+        keep(domain, rollouts(step))
     latest = [float(prompt) for prompt in range((9 - POOL) * PROMPTS, 9 * PROMPTS)]
     assert sorted(set(kept(domain))) == latest
     assert {kept(domain).count(prompt) for prompt in latest} == {LIMIT // len(latest)}
     # Older ones take no room.
-    assert sum(map(len, domain.pending)) <= POOL * LIMIT
+    assert sum(map(len, domain.pending)) == POOL * LIMIT
+
+
+def test_a_step_that_comes_in_parts_is_one():
+    whole, parts = state(), state()
+    for step in range(9):
+        keep(whole, rollouts(step))
+        for start in range(0, LIMIT, 4):
+            parts.keep(rollouts(step).rows(slice(start, start + 4)), LIMIT)
+        parts.own_steps += 1
+    assert kept(parts) == kept(whole)
+
+
+def test_small_steps_reach_no_further_back_than_they_must():
+    domain = state()
+    for step in range(40):
+        keep(domain, rollouts(step).rows(slice(0, 2)))
+    assert kept(domain) == [float(PROMPTS * step) for step in range(32, 40) for _ in range(2)]
 
 
 def test_a_short_training_is_kept_whole():
     domain = state()
-    domain.keep(rollouts(0).rows(slice(0, 6)), LIMIT)
-    domain.keep(rollouts(1).rows(slice(0, 5)), LIMIT)
+    keep(domain, rollouts(0).rows(slice(0, 6)))
+    keep(domain, rollouts(1).rows(slice(0, 5)))
     assert len(domain.latest(LIMIT)) == 11
 
 
-def test_rows_of_the_anchor_before_are_pushed_out_by_later_ones():
+def test_rows_of_the_probe_before_fill_up_where_new_ones_are_few():
     domain = state()
     for step in range(4):
-        domain.keep(rollouts(step), LIMIT)
+        keep(domain, rollouts(step))
     domain.retained = domain.latest(LIMIT)
     before = domain.retained.rewards.tolist()
-    domain.carry()
+    domain.forget_pending()
     assert kept(domain) == before
-    # A recovery of one step, or training that goes from domain to domain: both are of their prompts.
-    domain.keep(rollouts(10), LIMIT)
-    assert [sum(prompt < 20 for prompt in kept(domain)), sum(prompt >= 20 for prompt in kept(domain))] == [8, 8]
-    for step in range(11, 10 + POOL):
-        domain.keep(rollouts(step), LIMIT)
+    keep(domain, rollouts(10).rows(slice(0, 6)))
+    assert kept(domain)[-6:] == [20.0] * 6
+    assert sorted(set(kept(domain)[:-6])) == sorted(set(before))
+    keep(domain, rollouts(11).rows(slice(0, 10)))
     assert min(kept(domain)) == 20

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from interference_guard.correcting import project
-from interference_guard.curvature import DomainCurvature, residual_matrix, sketch_matrix
+from interference_guard.curvature import DomainCurvature, sketch_matrix
 from interference_guard.local_model import anchor_domain, displacements, predict
+from interference_guard.residual import residual_matrix
 from tests.reference import quadratic
 
 WIDTH, UNITS = 20, 9
@@ -21,7 +22,7 @@ def make(seed, rank=6, sketch=20, residual=4000, matrices=2, inner=4, rows=None)
         curvature.observe([steps[-1]])
     weights = [torch.randn(matrices, UNITS, WIDTH, generator=generator)]
     matrices_r = [residual_matrix(WIDTH, residual, 0)]
-    return curvature, steps, weights, matrices_r, anchor_domain(curvature, weights, matrices_r, rank, [rows])
+    return curvature, steps, weights, matrices_r, anchor_domain(curvature, weights, matrices_r, [rank], [rows])
 
 
 @pytest.mark.parametrize("rank", [2, 4, 8])
@@ -67,7 +68,7 @@ def test_scale_of_gradients_does_not_matter():
         for _ in range(4):
             curvature.observe([scale * torch.randn(1, UNITS, WIDTH, generator=generator)])
         weights, R = [torch.zeros(1, UNITS, WIDTH)], [residual_matrix(WIDTH, 8, 0)]
-        model = anchor_domain(curvature, weights, R, 6, [None])
+        model = anchor_domain(curvature, weights, R, [6], [None])
         values.append(sum(predict([torch.ones(1, UNITS, WIDTH)], [model], R)[0][1:]).item())
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert values[2] == pytest.approx(values[1], rel=1e-3)
@@ -122,6 +123,6 @@ def test_several_domains_end_within_five_percent(early):
 def test_reused_directions_only_move_the_anchor():
     curvature, _, weights, R, model = make(4)
     curvature.observe([torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(6))])
-    moved = anchor_domain(curvature, [weights[0] + 1], R, 6, [None], model)
+    moved = anchor_domain(curvature, [weights[0] + 1], R, [6], [None], model)
     assert moved.blocks[0].U is model.blocks[0].U
     assert sum(predict([weights[0] + 1], [moved], R)[0][1:]).item() < 1e-9

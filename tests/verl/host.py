@@ -33,7 +33,8 @@ from interference_guard.integrations.verl import register, settings
 
 __all__ = ["examples", "platform"]
 
-SMALL = {"rank": 4, "sketch": 8, "residual": 4, "retain": 16, "probe_steps": 2}
+# All rows that three steps bring: each rank would choose among its own.
+SMALL = {"rank": 4, "sketch": 8, "residual": 4, "retain": 48, "probe_steps": 2}
 NAMES = ("products", "gcd")
 VOCABULARY = 40
 COMPLETIONS = 4

@@ -63,13 +63,25 @@ def test_metrics_come_with_the_actors(guarded):
 def test_completions_and_rewards_come_from_the_batch(guarded):
     rows = guarded[0].engine.interference.guard.domains["math"].retained
     assert len(rows) == host.SMALL["retain"]
-    data = host.batch(2, ("math",), padded=False)
-    ids, answers = data["input_ids"].unbind(), data["responses"].unbind()
     for row in range(len(rows)):
+        step, place = divmod(row, 16)
+        data = host.batch(step, ("math",), padded=False)
         real = rows.attention_mask[row].bool()
-        assert torch.equal(rows.input_ids[row][real], ids[row])
-        assert torch.equal(rows.input_ids[row][rows.completion_mask[row].bool()], answers[row])
-        assert rows.rewards[row] == data["rm_scores"].unbind()[row].sum()
+        assert torch.equal(rows.input_ids[row][real], data["input_ids"].unbind()[place])
+        answer = rows.input_ids[row][rows.completion_mask[row].bool()]
+        assert torch.equal(answer, data["responses"].unbind()[place])
+        assert rows.rewards[row] == data["rm_scores"].unbind()[place].sum()
+
+
+def test_of_a_large_batch_every_prompt_is_kept(model):
+    made = host.worker(model, host.SMALL | {"retain": 16 // host.COMPLETIONS})
+    host.train(made, ["math"])
+    (kept,) = made.engine.interference.guard.domains["math"].pending
+    ids = host.batch(0, ("math",), padded=False)["input_ids"].unbind()
+    last = range(host.COMPLETIONS - 1, 16, host.COMPLETIONS)
+    for row, place in enumerate(last):
+        assert torch.equal(kept.input_ids[row][kept.attention_mask[row].bool()], ids[place])
+    assert len(kept) == len(last)
 
 
 def test_the_older_trainers_padded_batches_are_read_alike(guarded, model):

@@ -42,7 +42,7 @@ class Seen:
     Args:
         z: Along the directions, ``(matrices, units, rank)`` fp32.
         r: Through the residual's random directions, the part along U taken out,
-            ``(matrices, units, residual)`` fp32.
+            ``(matrices, units, columns)`` fp32.
         lengths: Squared length of each unit, ``(units,)`` fp64.
     """
 
@@ -58,7 +58,7 @@ class Part:
     Args:
         view: The parameter's unit view.
         block: Its local model; `matrices` is 1, or the number of experts of a stack.
-        R: Random directions of the residual, ``(width, residual)`` fp32.
+        R: Random directions of the residual, ``(matrices, width, columns)`` fp32.
     """
 
     view: UnitView
@@ -78,15 +78,15 @@ class Part:
                 that are not protected, and so have no anchor, is then of the weights themselves.
         """
         block = self.block
-        rank, residual = block.rank, self.R.shape[1]
+        rank, residual = block.rank, self.R.shape[-1]
         shape = matrix_shape(self.view)
         products = torch.zeros(*shape, rank + residual)
         lengths = torch.zeros(shape, dtype=torch.float64)
         for piece in unit_pieces(self.view):
             rows = piece.view(read(piece.first, piece.last))
-            U, R = block.U[piece.matrices, piece.width], self.R[piece.width]
+            U, R = block.U[piece.matrices, piece.width], self.R[piece.matrices, piece.width]
             # Added, because a piece may hold a part of every unit's width.
-            piece.part(products).add_(rows @ torch.cat((U, R.expand(len(U), -1, -1)), -1))
+            piece.part(products).add_(rows @ torch.cat((U, R), -1))
             piece.part(lengths).add_(rows.square().sum(-1, dtype=torch.float64))
         z, q = torch.split(products, [rank, residual], -1)
         if anchored:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from interference_guard.config import GuardConfig
-from interference_guard.curvature import nystrom, residual_columns, residual_matrix, sketch_matrix
+from interference_guard.curvature import nystrom, sketch_matrix
 from interference_guard.errors import CheckpointError, StateError, StateVersionError, UnknownDomainError
 from interference_guard.files import DETAILS, TENSORS
 from interference_guard.local_block import LocalBlock
 from interference_guard.packing import VERSION
 from interference_guard.places import Places, by_place
+from interference_guard.residual import residual_of
 from interference_guard.trust_region import TrustRegion
 from interference_guard.units import UnitLayout, UnitView
 
@@ -79,7 +80,6 @@ class DomainRecord:
                 "set when another domain's first step follows: use a state saved after that."
             )
         seed, residual = self.state.settings["seed"], self.state.settings["residual"]
-        matrices: dict[int, Tensor] = {}
         for index, energy, views in self.members():
             names = ("lam", "rho", "scale", "z0", "q0")
             lam, rho, scale, z0, q0 = (self.need(f"model/{index}/{name}") for name in names)
@@ -96,13 +96,11 @@ class DomainRecord:
                 if rows is not None:
                     inside = ((rows >= these.start * units) & (rows < these.stop * units)).nonzero().flatten()
                     chosen = rows[inside] - these.start * units
-                width = view.width
-                if width not in matrices:
-                    matrices[width] = residual_matrix(width, residual_columns(width, residual), seed)
+                R = residual_of(view.name, count, view.width, residual, seed)
                 block = LocalBlock(
                     U[these], lam[these], rho[these], scale[these], energy[these], chosen, z0[inside], q0[inside]
                 )
-                yield Part(view, block, matrices[width])
+                yield Part(view, block, R)
 
     def members(self) -> Iterator[tuple[int, Tensor, list[UnitView]]]:
         """Index, energy and unit views of each block."""

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from interference_guard import Guard, GuardedOptimizer
+from interference_guard import Guard, GuardedOptimizer, residual
 from interference_guard.analysis import (
     StateFile,
     conflict_subspace,
@@ -37,10 +37,15 @@ def test_prediction_from_disk_is_the_guard_s(toy_run, domain):
     assert float(neurons.sum()) == pytest.approx(parts, rel=1e-5)
 
 
-def test_prediction_with_a_protected_set(tmp_path):
+@pytest.mark.parametrize("full", [residual.FULL, 8])
+def test_prediction_with_a_protected_set(tmp_path, monkeypatch, full):
     from dataclasses import replace
 
+    # As if the weights were wide: each then has random directions of its own.
+    monkeypatch.setattr(residual, "FULL", full)
     model, guard, optimizer = guarded(config=replace(CONFIG, coverage=0.5, project=False))
+    own = [matrix.dim() == 3 for matrix in guard.view.residuals]
+    assert any(own) == (full == 8)
     train(model, guard, optimizer, ["math"] * 6 + ["code"] * 6)
     guard.save(save_model(model, tmp_path))
     found = predict_damage(StateFile(tmp_path).domain("math"), open_checkpoint(tmp_path))
