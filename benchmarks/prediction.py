@@ -223,7 +223,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 CORRELATIONS = ("predictor", "in its first foreign phase", "in the whole run", "over domains at a step")
-DROPS = ("pairs where", "count", "true", "predicted", "measured", "its error", "that one's error")
+DROPS = ("pairs where", "count", "true", "predicted", "measured", "predicted off by", "measured off by")
 
 
 def correlations(summary: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -33,7 +33,7 @@ from .processes import finished
 from .provenance import write
 from .rivals.running import result_of
 
-POOL, TEST_ROWS = 1024, 2048
+KEPT, TEST_ROWS = 1024, 2048
 # Rows used, out of how many of the latest.
 CHOICES = {
     "128 of the latest 128": (128, 128),
@@ -91,7 +91,7 @@ class _Compare(TrainerCallback):
         if place == 0:
             name = self.run.order[phase - 1]
             rows = join(self.batches.pop(name))
-            rows = rows.rows(slice(len(rows) - POOL, len(rows)))
+            rows = rows.rows(slice(len(rows) - KEPT, len(rows)))
             self.anchors[name] = rows, self.guard.policy(rows), self._rates(model, [name], seed=1)[name]
 
     def _rates(self, model: Any, names: Sequence[str], seed: int) -> dict[str, float]:

@@ -50,7 +50,7 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
     """
     cutters = _cutters(guard, parts)
     place = place if guard.ranks.reduce is not None else (0, 1)
-    keepers = len(parts) if parts[0][0].get("dealt") else 1
+    keepers = len(parts) if parts[0][0]["dealt"] else 1
     names = list(parts[0][0]["domains"])
     tensors: dict[str, Tensor] = {}
     domains: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def share_out(guard: Guard, model: nn.Module) -> None:
 def _cutters(guard: Guard, parts: Sequence[Part]) -> list[tuple[int, list[tuple[list[str], Region]]]]:
     """By former rank of the sharded model: which part holds it, and its blocks with their regions."""
     details = [item for item, _ in parts]
-    ranks = [tuple(item.get("shards", (0, 1))) for item in details]
+    ranks = [tuple(item["shards"]) for item in details]
     worlds, steps = {world for _, world in ranks}, {int(item["steps"]) for item in details}
     missing = sorted(set(range(max(worlds))) - {rank for rank, _ in ranks})
     if len(worlds) > 1 or len(steps) > 1 or missing:
@@ -106,11 +106,6 @@ def _cutters(guard: Guard, parts: Sequence[Part]) -> list[tuple[int, list[tuple[
             f"The guard's files are not those of all ranks at one moment: they are ranks {sorted(ranks)} at "
             f"steps {sorted(steps)}, rank {missing or 'none'} is missing. Put the files of every rank of one "
             "checkpoint there, or resume with as many ranks as before."
-        )
-    if any("blocks" not in item for item in details):
-        raise StateError(
-            "The guard's files do not say how the model was cut, so they fit only the number of ranks they were "
-            "saved by. Resume with as many ranks as before, each from its own file."
         )
     if any(set(item["domains"]) != set(details[0]["domains"]) for item in details):
         raise StateError("The guard's files know different domains, so they are not of one run.")

@@ -112,9 +112,8 @@ class DomainRecord:
             if views[0].units * len(views) != energy.numel():
                 raise StateError(
                     f"{self.state.folder}: the block of {first.name!r} has {energy.numel()} units, its shape "
-                    f"gives {views[0].units * len(views)}. A sharded model's state holds a part for each rank, "
-                    "and one of an earlier version does not say which layers are stored transposed (Conv1D): "
-                    "save it anew, whole, or give unit_overrides in the run."
+                    f"gives {views[0].units * len(views)}. A sharded model's state holds a part for each rank: "
+                    "save it whole. Where layers are stored transposed (Conv1D), give unit_overrides in the run."
                 )
             yield index, energy, views
 
@@ -182,7 +181,7 @@ class StateFile:
             self.settings |= {name: int(self.settings[name]) for name in NEEDED}
             self.steps = int(details["steps"])
             shapes = {name: tuple(shape) for name, shape in details["parameters"].items()}
-            transposed = [str(name) for name in details.get("transposed", ())]
+            transposed = [str(name) for name in details["transposed"]]
             domains = dict(details["domains"])
         except FileNotFoundError as error:
             raise StateError(
