@@ -49,6 +49,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         _score(guard, state, recovered=state.anchored)
     state.anchored = True
     state.own_steps = state.foreign_steps = 0
+    state.kept_at = -1
     state.true_reward = math.nan
     state.subspace = None
     state.measurement = None

@@ -60,7 +60,7 @@ class DomainState:
         since_refresh: Own steps since the directions were computed.
         foreign_steps: Steps of other domains since the anchor.
         pending: Retained rows by step, newest last.
-        kept_at: The own steps at the latest of them; -1 before, and after a state was loaded.
+        kept_at: The own steps since the anchor at the latest of them; -1 where there are none.
         retained: The completions the probe is made of.
         measurable: Whether any rank retained completions for a probe.
         anchor_scores: Their token log-probabilities at the last scored anchor, ``(rows, length)`` fp32.
@@ -164,10 +164,10 @@ class DomainState:
 
     def keep(self, completions: Completions, limit: int) -> None:
         """Keep rows for the next anchor, of which `latest` will choose at most `limit`."""
-        again = self.kept_at == self.own_steps and bool(self.pending)
-        # Of one step, whose batch came in parts.
-        parts = [self.pending.pop(), completions] if again else [completions]
-        self.pending.append(join(parts).spread(limit))
+        if self.kept_at == self.own_steps and self.pending:
+            # Of one step, whose batch comes in parts.
+            completions = join([self.pending.pop(), completions])
+        self.pending.append(completions.spread(limit))
         self.kept_at = self.own_steps
         # Where steps are small it takes more of them, and none that are not needed: the policy was another one.
         while len(self.pending) > POOL and sum(map(len, self.pending[1:])) >= limit:

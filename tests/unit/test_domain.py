@@ -5,7 +5,7 @@ import torch
 from interference_guard import GuardConfig
 from interference_guard.domain import POOL
 from interference_guard.probe import Completions, spread
-from tests.unit.test_guard import guarded
+from tests.unit.helpers import guarded, train
 
 PROMPTS, ANSWERS = 2, 8
 LIMIT = PROMPTS * ANSWERS
@@ -88,3 +88,12 @@ def test_rows_of_the_probe_before_fill_up_where_new_ones_are_few():
     assert sorted(set(kept(domain)[:-6])) == sorted(set(before))
     keep(domain, rollouts(11).rows(slice(0, 10)))
     assert min(kept(domain)) == 20
+
+
+def test_steps_of_turns_are_not_taken_for_parts_of_one():
+    # Its second anchor is too near the first to be scored, and its own steps are counted anew from there.
+    model, guard, optimizer = guarded(config=GuardConfig(rank=4, sketch=8, probe_steps=50, refresh_steps=50))
+    train(model, guard, optimizer, ["math", "code"] * 3)
+    math = guard.domains["math"]
+    assert math.scored_at == 1
+    assert len(math.pending) == 2
