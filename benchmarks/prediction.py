@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
-from .bed import model as policy
 from .bed.beds import BEDS
 from .bed.method import Guarded
 from .bed.run import Result, Run
+from .comparing import Compare, Compared
 from .forgetting import spearman
 from .processes import finished
 from .provenance import write
@@ -49,26 +48,14 @@ PREDICTORS = {
 }
 
 
-class Predicting(Guarded):
-    """The guard, and every other predictor beside it."""
+class Predicting(Compare):
+    """Writes down what every predictor says."""
 
-    # The pairs are written here, with more in them.
-    every = 0
+    test_rows = TEST_ROWS
 
-    def attach(self, trainer: Any, result: Result) -> None:
-        super().attach(trainer, result)
-        trainer.add_callback(_Compare(self, trainer, result))
-
-
-class _Compare(TrainerCallback):
     def __init__(self, method: Guarded, trainer: Any, result: Result) -> None:
-        self.run, self.trainer, self.result = method.run, trainer, result
-        assert method.callback is not None
-        assert method.callback.guard is not None
-        self.guard, self.rollouts = method.callback.guard, Rollouts(trainer)
-        rows = method.bed.rows
-        self.tests = {name: rows(name, TEST_ROWS, 30_000, test=True) for name in self.run.order}
-        self.longest = method.bed.longest
+        super().__init__(method, trainer, result)
+        self.rollouts = Rollouts(trainer)
         # Of each domain that has ended: weights, gradient, Fisher diagonal, pass rate.
         self.anchors: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {}
         self.gradient = torch.zeros(0)
@@ -87,11 +74,6 @@ class _Compare(TrainerCallback):
         if place == 0:
             self._anchor(self.run.order[phase - 1], model)
 
-    def _rates(self, model: Any, names: Sequence[str]) -> dict[str, float]:
-        tests = {name: self.tests[name] for name in names}
-        words = self.trainer.processing_class
-        return policy.pass_rates(model, words, tests, seed=1, longest=self.longest)
-
     def _anchor(self, name: str, model: Any) -> None:
         rows = self.rollouts.latest
         kept = [p.grad for p in model.parameters()]
@@ -109,14 +91,14 @@ class _Compare(TrainerCallback):
         for parameter, gradient in zip(model.parameters(), kept, strict=True):
             parameter.grad = gradient
         weights = _flat(p.detach() for p in model.parameters())
-        self.anchors[name] = weights, total, fisher, self._rates(model, [name])[name]
+        self.anchors[name] = weights, total, fisher, self.rates(model, [name])[name]
 
     @torch.no_grad()
     def _compare(self, step: int, model: Any) -> None:
         from interference_guard.measuring import look
 
         names = self.guard.protected
-        rates, weights = self._rates(model, names), _flat(p.detach() for p in model.parameters())
+        rates, weights = self.rates(model, names), _flat(p.detach() for p in model.parameters())
         assert self.start is not None
         rows, before = self.start
         tokens = rows["completion_mask"].sum()
@@ -148,6 +130,12 @@ class _Compare(TrainerCallback):
             )
 
 
+class Predicted(Compared):
+    """The guard, and every other predictor beside it."""
+
+    compare = Predicting
+
+
 def _flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
@@ -157,7 +145,7 @@ def one(bed: str, seed: int, order: int, guarded: bool, starts: str) -> dict[str
     where = BEDS[bed]
     method = "guard" if guarded else "observed"
     run = Run(method, where.rate, seed, where.orders[order], where.steps, bed=bed)
-    return result_of(run, Predicting(run), starts, pairs=True)
+    return result_of(run, Predicted(run), starts, pairs=True)
 
 
 def groups(run: dict[str, Any], span: str) -> list[list[dict[str, Any]]]:

@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from interference_guard import Completions
 from interference_guard.probe import estimate, join, spread
 
-from .bed import model as policy
 from .bed.beds import BEDS
 from .bed.method import Guarded
 from .bed.run import Result, Run
+from .comparing import Compare, Compared
 from .processes import finished
 from .provenance import write
 from .rivals.running import result_of
@@ -45,23 +44,13 @@ CHOICES = {
 }
 
 
-class Measuring(Guarded):
-    """The guard, beside it everything that its probe might have been made of."""
+class Measuring(Compare):
+    """Writes down what each choice of completions says."""
 
-    every = 0
+    test_rows = TEST_ROWS
 
-    def attach(self, trainer: Any, result: Result) -> None:
-        super().attach(trainer, result)
-        trainer.add_callback(_Compare(self, trainer, result))
-
-
-class _Compare(TrainerCallback):
     def __init__(self, method: Guarded, trainer: Any, result: Result) -> None:
-        self.run, self.bed, self.trainer, self.result = method.run, method.bed, trainer, result
-        assert method.callback is not None
-        assert method.callback.guard is not None
-        self.guard: Any = method.callback.guard
-        self.tests = {name: self.bed.rows(name, TEST_ROWS, 30_000, test=True) for name in self.run.order}
+        super().__init__(method, trainer, result)
         self.batches: dict[str, list[Completions]] = {}
         # Of each domain that has ended: its completions, their scores, its pass rate.
         self.anchors: dict[str, tuple[Completions, Tensor, float]] = {}
@@ -77,7 +66,7 @@ class _Compare(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         phase, place = divmod(state.global_step, self.run.steps)
         if place in (0, self.run.steps // 2) and self.anchors:
-            rates = self._rates(model, list(self.anchors), seed=2)
+            rates = self.rates(model, list(self.anchors), seed=2)
             for name, (rows, before, rate) in self.anchors.items():
                 now, span = self.guard.policy(rows), self.guard.domains[name].span
                 found = {"step": state.global_step, "domain": name, "true": rate - rates[name]}
@@ -92,18 +81,20 @@ class _Compare(TrainerCallback):
             name = self.run.order[phase - 1]
             rows = join(self.batches.pop(name))
             rows = rows.rows(slice(len(rows) - KEPT, len(rows)))
-            self.anchors[name] = rows, self.guard.policy(rows), self._rates(model, [name], seed=1)[name]
+            self.anchors[name] = rows, self.guard.policy(rows), self.rates(model, [name], seed=1)[name]
 
-    def _rates(self, model: Any, names: Sequence[str], seed: int) -> dict[str, float]:
-        tests, words = {name: self.tests[name] for name in names}, self.trainer.processing_class
-        return policy.pass_rates(model, words, tests, seed=seed, longest=self.bed.longest)
+
+class Measured(Compared):
+    """The guard, and beside it everything that its probe might have been made of."""
+
+    compare = Measuring
 
 
 def one(bed: str, seed: int, starts: str) -> dict[str, Any]:
     """One run in a process of its own, in the second order."""
     where = BEDS[bed]
     run = Run("guard", where.rate, seed, where.orders[1], where.steps, bed=bed)
-    return result_of(run, Measuring(run), starts, pairs=True)
+    return result_of(run, Measured(run), starts, pairs=True)
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
