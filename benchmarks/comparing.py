@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback
@@ -10,6 +12,8 @@ from transformers import TrainerCallback
 from .bed import model as policy
 from .bed.method import Guarded
 from .bed.run import Result
+from .processes import finished
+from .provenance import write
 
 
 class Compare(TrainerCallback):
@@ -45,3 +49,29 @@ class Compared(Guarded):
     def attach(self, trainer: Any, result: Result) -> None:
         super().attach(trainer, result)
         trainer.add_callback(self.compare(self, trainer, result))
+
+
+def run_all(
+    name: str,
+    one: Callable[..., dict[str, Any]],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int,
+    summarise: Callable[[Sequence[dict[str, Any]]], Any],
+) -> list[dict[str, Any]]:
+    """Run all, and write the results after each, as they take minutes; says on the terminal how far it is.
+
+    Args:
+        name: Of the results file.
+        one: Makes one run out of a job and the folder of the shared warm starts.
+        jobs: Its other arguments, by run.
+        workers: Processes.
+        summarise: What the file holds beside the runs.
+    """
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as starts:
+        for found in finished(one, [(*job, starts) for job in jobs], workers, 1):
+            runs.append(found)
+            runs.sort(key=lambda run: json.dumps(run["run"], sort_keys=True))
+            path = write(name, {"summary": summarise(runs), "runs": runs})
+            print(f"{len(runs)} of {len(jobs)} runs, in {path}", flush=True)
+    return runs

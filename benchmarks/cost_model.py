@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from interference_guard import GuardConfig
 from interference_guard.residual import fewer
 
+from .tables import markdown
+
 FP32 = 4
 
 
@@ -142,12 +144,6 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def memory_table(config: GuardConfig) -> str:
     """Memory of one protected domain by model."""
     rows = []
@@ -158,7 +154,7 @@ def memory_table(config: GuardConfig) -> str:
         parts = (size(anchor), size(kept - anchor), size(kept), share(kept, weights), size(sums))
         rows.append((shapes.name, size(weights), *parts, share(sums, weights)))
     head = ("anchor", "directions", "together", "of the weights", "in training", "of the weights")
-    return table(("model", "fp32 weights", *head), rows)
+    return markdown(("model", "fp32 weights", *head), rows)
 
 
 def work_table(config: GuardConfig, tokens: int = 1_000_000) -> str:
@@ -176,7 +172,7 @@ def work_table(config: GuardConfig, tokens: int = 1_000_000) -> str:
                 f"{(observe + hold) / training:.4%}",
             )
         )
-    return table(
+    return markdown(
         ("model", "observe, TFLOP", "predict and project, TFLOP", "training, TFLOP", "guard's part"), rows
     )
 
@@ -196,7 +192,7 @@ def message_table(config: GuardConfig) -> str:
             )
         )
     head = ("model", *(f"{world:,} ranks" if world > 1 else "1 rank" for world in WORLDS))
-    return table((*head, "gradients, fp32", "guard's part"), rows)
+    return markdown((*head, "gradients, fp32", "guard's part"), rows)
 
 
 def main() -> None:

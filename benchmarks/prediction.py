@@ -10,9 +10,7 @@ projection acts on it. Writes `benchmarks/results/prediction_<bed>[_guarded].jso
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -23,12 +21,11 @@ from torch import Tensor
 from .bed.beds import BEDS
 from .bed.method import Guarded
 from .bed.run import Result, Run
-from .comparing import Compare, Compared
+from .comparing import Compare, Compared, run_all
 from .forgetting import spearman
-from .processes import finished
-from .provenance import write
 from .rivals.phased import Rollouts
 from .rivals.running import result_of
+from .tables import show
 
 # Half-way between the guard's own measurements, which calibrate the prediction at the weights they are made at.
 EVERY, PLACE = 20, 10
@@ -235,26 +232,6 @@ def drops(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of the documentation."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def show(summary: dict[str, Any]) -> None:
-    """Print both tables."""
-    from rich.console import Console
-    from rich.table import Table
-
-    titles = ("Rank correlation with the true drop, mean (every run)", "Mean drop")
-    for title, head, rows in zip(
-        titles, (CORRELATIONS, DROPS), (correlations(summary), drops(summary)), strict=True
-    ):
-        table = Table(*head, title=title)
-        for cells in rows:
-            table.add_row(*cells)
-        Console().print(table)
-
-
 def main() -> None:
     """Run all and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -266,15 +243,9 @@ def main() -> None:
     options = parser.parse_args()
     name = f"prediction_{options.bed}{'_guarded' if options.guarded else ''}"
     jobs = [(options.bed, seed, order, options.guarded) for seed in options.seeds for order in options.orders]
-    runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as starts:
-        for found in finished(one, [(*job, starts) for job in jobs], options.workers, 1):
-            runs.append(found)
-            runs.sort(key=lambda run: json.dumps(run["run"], sort_keys=True))
-            path = write(name, {"summary": summarise(runs), "runs": runs})
-            print(f"{len(runs)} of {len(jobs)} runs", flush=True)
-    show(summarise(runs))
-    print(f"written to {path}")
+    summary = summarise(run_all(name, one, jobs, options.workers, summarise))
+    show("Rank correlation with the true drop, mean (every run)", CORRELATIONS, correlations(summary))
+    show("Mean drop", DROPS, drops(summary))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ pass rate, sampled on 2,048 prompts of their own then and when its phase ended. 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import tempfile
 from collections.abc import Sequence
 from statistics import correlation, fmean
 from typing import Any
@@ -27,10 +25,9 @@ from interference_guard.probe import estimate, join, spread
 from .bed.beds import BEDS
 from .bed.method import Guarded
 from .bed.run import Result, Run
-from .comparing import Compare, Compared
-from .processes import finished
-from .provenance import write
+from .comparing import Compare, Compared, run_all
 from .rivals.running import result_of
+from .tables import show
 
 KEPT, TEST_ROWS = 1024, 2048
 # Rows used, out of how many of the latest.
@@ -119,13 +116,15 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of the documentation."""
-    lines = ["| bed | completions | mean error | root mean square error | correlation |", "|---|---|---|---|---|"]
-    for row in rows:
-        numbers = (f"{row['bias']:+.3f}", f"{row['rmse']:.3f}", f"{row['correlation']:.2f}")
-        lines.append(f"| {row['bed']} | {row['choice']} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+HEAD = ("bed", "completions", "mean error", "root mean square error", "correlation")
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of the table of `summarise`, under `HEAD`."""
+    return [
+        (row["bed"], row["choice"], f"{row['bias']:+.3f}", f"{row['rmse']:.3f}", f"{row['correlation']:.2f}")
+        for row in rows
+    ]
 
 
 def main() -> None:
@@ -136,15 +135,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     jobs = [(bed, seed) for bed in options.beds for seed in options.seeds]
-    runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as starts:
-        for found in finished(one, [(*job, starts) for job in jobs], options.workers, 1):
-            runs.append(found)
-            runs.sort(key=lambda run: json.dumps(run["run"], sort_keys=True))
-            path = write("retained", {"summary": summarise(runs), "runs": runs})
-            print(f"{len(runs)} of {len(jobs)} runs", flush=True)
-    print(markdown(summarise(runs)))
-    print(f"written to {path}")
+    runs = run_all("retained", one, jobs, options.workers, summarise)
+    show("Estimates of a loss against the true one", HEAD, cells(summarise(runs)))
 
 
 if __name__ == "__main__":

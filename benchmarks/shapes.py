@@ -22,6 +22,7 @@ from interference_guard import Completions, Guard, GuardConfig
 from interference_guard.stepping import hold
 
 from .provenance import write
+from .tables import show
 
 # Configurations of published models; from their config.json.
 MODELS: dict[str, dict[str, Any]] = {
@@ -206,16 +207,9 @@ def cells(found: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table of docs/cost.md."""
-    lines = [HEAD, ("---",) * len(HEAD), *cells(found)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def measure(name: str, layers: int, device: torch.device) -> None:
     """Measure, print and write."""
     from rich.console import Console
-    from rich.table import Table
 
     measured = depth(name, layers, device)
     found = ratios(measured)
@@ -229,10 +223,6 @@ def measure(name: str, layers: int, device: torch.device) -> None:
             "measured": measured,
         },
     )
-    table = Table(*HEAD, title=f"{name} on {device}: times over one read of the weights")
-    for row in cells(found):
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print({key: value for key, value in found.items() if key != "by_domains"})
+    show(f"{name} on {device}: times over one read of the weights", HEAD, cells(found))
+    Console().print({key: value for key, value in found.items() if key != "by_domains"})
     print(f"written to {path}")

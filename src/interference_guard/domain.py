@@ -163,11 +163,12 @@ class DomainState:
         self.recent = [*self.recent[1 - RECENT :], [total, float(count)]]
 
     def keep(self, completions: Completions, limit: int) -> None:
-        """Keep rows for the next anchor, of which `latest` will choose at most `limit`."""
+        """Keep copies of rows for the next anchor, of which `latest` will choose at most `limit`."""
+        rows = completions.spread(limit).detached()
         if self.kept_at == self.own_steps and self.pending:
             # Of one step, whose batch comes in parts.
-            completions = join([self.pending.pop(), completions])
-        self.pending.append(completions.spread(limit))
+            rows = join([self.pending.pop(), rows]).spread(limit)
+        self.pending.append(rows)
         self.kept_at = self.own_steps
         # Where steps are small it takes more of them, and none that are not needed: the policy was another one.
         while len(self.pending) > POOL and sum(map(len, self.pending[1:])) >= limit:

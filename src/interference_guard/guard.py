@@ -98,8 +98,7 @@ class Guard(GuardState):
             return
         started = perf_counter()
         state = self.state_of(domain)
-        # Rows that would be dropped at once need not be copied.
-        state.keep(completions.spread(self.config.retain).detached(), self.config.retain)
+        state.keep(completions, self.config.retain)
         lengths = completions.completion_mask.sum().item()
         state.lengths.add(float(lengths), len(completions))
         if completions.rewards is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost_model, shapes
+from benchmarks import cost_model, shapes, tables
 from interference_guard import Guard, GuardConfig
 from interference_guard.packing import tensor_bytes
 from tests.trl.host import model_and_words
@@ -26,7 +26,7 @@ def test_the_page_shows_what_was_measured():
     found = json.loads((ROOT / "benchmarks/results/overhead_qwen3-4b.json").read_text())
     assert shapes.ratios(found["measured"]) == found["ratios"]
     assert shapes.rates(found["measured"]) == found["billions_a_second"]
-    assert shapes.markdown(found["ratios"]) in PAGE
+    assert tables.markdown(shapes.HEAD, shapes.cells(found["ratios"])) in PAGE
     rates = {name: f"{value:.0f}" for name, value in found["billions_a_second"].items()}
     assert f"reads {rates['read']} GB a second and multiplies at {rates['forward_backward']} GFLOP" in PAGE
     assert f"the guard at {rates['observe']} (observe) and {rates['predict_and_project']}" in PAGE

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import ablations, prediction, retained
+from benchmarks import ablations, prediction, retained, tables
 from benchmarks.bed.beds import BEDS
 from benchmarks.rivals.registry import RIVALS
 from benchmarks.rivals.table import markdown, summarise
@@ -113,8 +113,8 @@ def test_what_foretells_a_loss_is_the_result():
     runs = json.loads((ROOT / "benchmarks/results/prediction_digits.json").read_text())
     summary = json.loads(json.dumps(prediction.summarise(runs["runs"])))
     assert summary == runs["summary"]
-    assert prediction.markdown(prediction.CORRELATIONS, prediction.correlations(summary)) in PAGE
-    assert prediction.markdown(prediction.DROPS, prediction.drops(summary)) in PAGE
+    assert tables.markdown(prediction.CORRELATIONS, prediction.correlations(summary)) in PAGE
+    assert tables.markdown(prediction.DROPS, prediction.drops(summary)) in PAGE
     large = summary["errors"]["predicted over .2"]
     assert f"finds {large['measured']:.3f} of {large['true']:.3f}".replace("0.", ".") in PAGE
     guess = summary["rank_correlation"]["over_domains"]["predicted"]["mean"]
@@ -124,4 +124,4 @@ def test_what_foretells_a_loss_is_the_result():
 def test_what_the_probe_is_made_of_is_the_result():
     found = json.loads((ROOT / "benchmarks/results/retained.json").read_text())
     assert json.loads(json.dumps(retained.summarise(found["runs"]))) == found["summary"]
-    assert retained.markdown(found["summary"]) in PAGE
+    assert tables.markdown(retained.HEAD, retained.cells(found["summary"])) in PAGE
