@@ -41,6 +41,16 @@ class ByKL(Guarded):
         self.callback.guard.retain = without
 
 
+class Kept(Guarded):
+    """Regions move with the directions they have, as on sharded models."""
+
+    def attach(self, trainer: Any, result: Result) -> None:
+        super().attach(trainer, result)
+        assert self.callback is not None
+        assert self.callback.guard is not None
+        self.callback.guard.softens = False
+
+
 class Softened(Guarded):
     """Curvature from backward passes at the end of a phase, labels drawn from the softened output."""
 
@@ -67,7 +77,7 @@ class _Soften(TrainerCallback):
         observe_softened(guard, domain.curvature, rows, passes=64, batch_size=8)
 
 
-# What differs from the defaults; `measure` and `curvature` are no settings of the guard but kinds of it.
+# What differs from the defaults; a kind is no setting of the guard but a class of its own.
 VARIANTS: dict[str, Mapping[str, Any]] = {
     "default": {},
     "rank 4": {"rank": 4},
@@ -75,6 +85,8 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "rank 32": {"rank": 32, "sketch": 64},
     "residual 2": {"residual": 2},
     "residual 32": {"residual": 32},
+    "no renewal": {"renew": False},
+    "renewal without new directions": {"kind": "kept"},
     "coverage 0.8": {"coverage": 0.8},
     "coverage 0.5": {"coverage": 0.5},
     "coverage 0.5 by edits": {"coverage": 0.5, "selection": "edits"},
@@ -97,7 +109,7 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "measured in nats, 0.03": {"kind": "nats", "budget_nats": 0.03},
     "softened Gauss-Newton": {"kind": "softened"},
 }
-KINDS = {"nats": ByKL, "softened": Softened}
+KINDS = {"kept": Kept, "nats": ByKL, "softened": Softened}
 
 
 def one(variant: str, bed: str, seed: int, order: int, starts: str) -> dict[str, Any]:

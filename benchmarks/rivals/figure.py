@@ -34,24 +34,33 @@ def draw(bed: str, path: Path) -> None:
     rows = {row["method"]: row for row in found["summary"]["rows"] if row["tuned"]}
     shown = [name for name in MATRICES if name in rows]
     figure = plt.figure(figsize=(12, 9))
-    grid = figure.add_gridspec(2, len(shown), height_ratios=(1.25, 1))
-    axis = figure.add_subplot(grid[0, :])
-    for name, row in rows.items():
-        if name not in cost and name != "plain":
-            continue
-        extra = 100 * (cost[name]["ratio"] - 1) if name in cost else 0.0
-        colour = "#0f766e" if name.startswith("guard") else "#b45309" if name == "mixed" else "#475569"
-        axis.errorbar(extra, row["average"], row["standard_error"], fmt="o", color=colour, capsize=3)
-        axis.annotate(name, (extra, row["average"]), xytext=(6, 4), textcoords="offset points", color=colour)
-    axis.set_xlabel("time beyond plain training, %")
-    axis.set_ylabel("final pass rate, mean of domains")
-    axis.set_title(f"{bed}: every method at its tuned rate and strength, ± standard error", loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
+    # Twice as many columns, so that two plots stand above any number of matrices.
+    grid = figure.add_gridspec(2, 2 * len(shown), height_ratios=(1.25, 1))
+    places = {name: (100 * (found["ratio"] - 1), found["bytes"]) for name, found in cost.items()}
+    places["plain"] = (0.0, 0.0)
+    titles = ("time beyond plain training, %", "memory at the end, in sizes of the weights")
+    for index, title in enumerate(titles):
+        axis = figure.add_subplot(grid[0, index * len(shown) : (index + 1) * len(shown)])
+        for name in [name for name in rows if name in places]:
+            _point(axis, places[name][index], rows[name])
+        axis.set_xlabel(title)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.15)
+    figure.axes[0].set_ylabel("final pass rate, mean of domains")
+    figure.suptitle(f"{bed}: every method at its tuned rate and strength", x=0.02, ha="left")
     for place, name in enumerate(shown):
-        _matrix(figure.add_subplot(grid[1, place]), found["runs"], rows[name])
+        _matrix(figure.add_subplot(grid[1, 2 * place : 2 * place + 2]), found["runs"], rows[name])
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _point(axis: Any, at: float, row: dict[str, Any]) -> None:
+    """One method."""
+    name = row["method"]
+    colour = "#0f766e" if name.startswith("guard") else "#b45309" if row["rehearses"] else "#475569"
+    axis.plot(at, row["average"], "o", color=colour)
+    axis.annotate(name, (at, row["average"]), xytext=(6, 3), textcoords="offset points", fontsize=8, color=colour)
 
 
 def _matrix(axis: Any, runs: list[dict[str, Any]], row: dict[str, Any]) -> None:

@@ -104,6 +104,13 @@ class GuardConfig:
         default=20,
         metadata={"help": "Foreign steps between two measurements (also made after steps 1, 2 and 4)."},
     )
+    renew: bool = field(
+        default=True,
+        metadata={
+            "help": "Where a domain loses outside of its directions, give it new ones from its retained "
+            "completions and put its trust region where the weights are. Sharded models keep the directions."
+        },
+    )
     coverage: float = field(
         default=1.0,
         metadata={"help": "Part of a domain's curvature energy that its protected units must cover."},

@@ -156,6 +156,21 @@ class DomainCurvature:
             mine.energy.add_(theirs.energy)
         self.count = self.count + other.count
 
+    def match(self, other: DomainCurvature) -> None:
+        """Scale the sums in place so that a step weighs what one of another's does, if that has any energy.
+
+        Only their overall size changes, so own steps that follow meet sums of their own order.
+        """
+        own, theirs = self._mean_energy(), other._mean_energy()
+        factor = torch.where((own > 0) & (theirs > 0), theirs / own, 1.0)
+        for index, sums in enumerate(self.sums):
+            self._sketch(index).mul_(factor)
+            sums.energy.mul_(factor)
+
+    def _mean_energy(self) -> Tensor:
+        total = torch.stack([sums.energy.sum() for sums in self.sums]).sum()
+        return total / self.count.clamp(min=1e-30)
+
     def energies(self) -> list[Tensor]:
         """The energy of every unit, ``(matrices, units)`` a block; over several ranks one sum, which all call."""
         own = [sums.energy for sums in self.sums]

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from . import checkpoint, measuring, packing, recovering, reference, stepping
+from . import checkpoint, measuring, packing, recovering, reference, renewing, stepping
 from .errors import MissingDomainError, ShapeError, UnknownDomainError
 from .exact import exact_products
 from .first_order import first_order
@@ -193,7 +193,8 @@ class Guard(GuardState):
     def probe(self, policy: Policy | None = None, *, free: bool = True) -> dict[str, Measurement]:
         """Measure the protected domains whose turn it is; call after every step.
 
-        A domain is due after 1, 2 and 4 foreign steps and then every `probe_steps`. When nothing is due
+        A domain is due after 1, 2 and 4 foreign steps and then every `probe_steps`; where its region was moved,
+        also after 1, 2 and 4 steps from there. When nothing is due
         the call costs nothing. With `recovery`, the measurements also move the recovery schedule: afterwards
         `recovery` names the domain to train next, or is None.
 
@@ -214,7 +215,7 @@ class Guard(GuardState):
             state = self._domains[name]
             if name == self.recovery:
                 continue
-            early = state.foreign_steps in EARLY_PROBES and state.fresh
+            early = state.foreign_steps - state.placed_at in EARLY_PROBES and state.fresh
             due = early or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = self.measure(name, policy)
@@ -228,7 +229,7 @@ class Guard(GuardState):
 
     @torch.no_grad()
     def measure(self, domain: str, policy: Policy | None = None) -> Measurement:
-        """Measure one protected domain now, calibrate its prediction and adapt its radius.
+        """Measure one protected domain now, calibrate its prediction and adapt its radius, or move its region.
 
         Raises:
             UnknownDomainError: If the domain has no anchor, or no completions were retained before it.
@@ -239,7 +240,12 @@ class Guard(GuardState):
                 f"Domain {domain!r} has an anchor but no retained completions, so nothing can be measured. "
                 f"Call guard.retain({domain!r}, completions) during its own steps."
             )
-        return measuring.measure(self, state, policy)
+        found = measuring.measure(self, state, policy)
+        if renewing.due(self, state):
+            started = perf_counter()
+            renewing.renew(self, state)
+            self.clock.add("anchor", started)
+        return found
 
     def calibrate(self, domain: str, reward: float) -> None:
         """Tell the true mean reward of a domain under the present weights, from an evaluation.

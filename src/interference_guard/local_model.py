@@ -38,6 +38,21 @@ class LocalModel:
     spread: Spread | None = None
     noise: Tensor | None = None
 
+    def stand(self, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+        """Put the anchor at the present weights, in place; over several ranks all call it.
+
+        Args:
+            weights: Per block ``(matrices, units, width)`` fp32; read by index, one at a time and once.
+            matrices: R per block; see `residual.residual_matrices`.
+        """
+        for index, (block, R) in enumerate(zip(self.blocks, matrices, strict=True)):
+            W = weights[index]
+            block.z0 = block.take(W @ block.directions()).contiguous()
+            block.q0 = block.take(W @ _across(R, index, self.spread)).contiguous()
+            # Let go before the next block is made.
+            del W
+        self.settle()
+
     def displacement(self, passes: Sequence[Tensor]) -> Displacement:
         """Coordinates of the present weights relative to the anchor.
 
@@ -259,17 +274,12 @@ def anchor_domain(
         tops.append((share * lam[:, 0]).amax())
     top = torch.stack(tops).amax().clamp(min=tiny)
     blocks = []
-    for index, ((U, lam, rho), energy, R, chosen) in enumerate(zip(parts, energies, matrices, rows, strict=True)):
+    for index, ((U, lam, rho), energy, chosen) in enumerate(zip(parts, energies, rows, strict=True)):
         # lam / top first: a product of two small eigenvalue sums would underflow.
         scale = 1 / energy.sum(-1).clamp(min=tiny)
         region = None if spread is None else spread.regions[index]
         block = LocalBlock(U, lam / top, rho / top, scale, energy, chosen, lam, lam, region)
-        W = weights[index]
-        block.z0 = block.take(W @ block.directions()).contiguous()
-        block.q0 = block.take(W @ _across(R, index, spread)).contiguous()
-        # Let go before the next block is made.
-        del W
         blocks.append(block)
     model = LocalModel(blocks, spread)
-    model.settle()
+    model.stand(weights, matrices)
     return model

@@ -91,6 +91,7 @@ def _domain(state: DomainState, raw: Raw) -> dict[str, float | None]:
     if not state.anchored:
         return table
     table["predicted"] = state.region.predict(raw)
+    table["renewals"] = float(state.renewals)
     table["residual"] = raw.outside / raw.quadratic if raw.quadratic > 0 else 0.0
     if state.radius is not None:
         radius = state.radius.item()

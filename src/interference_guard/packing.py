@@ -31,6 +31,8 @@ PLAIN = (
     "own_steps",
     "since_refresh",
     "foreign_steps",
+    "placed_at",
+    "renewals",
     "low",
     "high",
     "anchor_reward",

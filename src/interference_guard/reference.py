@@ -76,6 +76,14 @@ def observe_softened(
         passes: Backward passes.
         batch_size: Rows of one pass; rows are used again when they run out.
     """
+    add_softened(guard, curvature, rows, passes, batch_size)
+    merge_ranks(guard, curvature)
+
+
+def add_softened(
+    guard: Guard, curvature: DomainCurvature, rows: Completions, passes: int, batch_size: int
+) -> None:
+    """The same on this rank alone, which may have rows of its own."""
     generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
     modes = [(module, module.training) for module in guard.model.modules()]
     guard.model.eval()
@@ -89,10 +97,9 @@ def observe_softened(
     finally:
         for module, training in modes:
             module.training = training
-    _merge(guard, curvature)
 
 
-def _merge(guard: Guard, curvature: DomainCurvature) -> None:
+def merge_ranks(guard: Guard, curvature: DomainCurvature) -> None:
     """Add up the sums of all ranks: their backward passes need not agree to the last bit, their sums must."""
     if guard.ranks.reduce is None or not curvature.sums:
         return

@@ -70,6 +70,8 @@ class Shards:
         self.parts: dict[str, Part] = {}
         self.group: Any = None
         self.zero = zero
+        self.managed = zero is not None or any(is_sharded(tensor) for tensor in parameters.values())
+        """Whether an engine takes their gradients, so that its own backward passes alone reach them."""
         if zero is not None:
             for name, tensor in parameters.items():
                 place = zero.place(name, tensor)

@@ -18,6 +18,8 @@ MEMORY = 0.7
 FLOOR = 1.0 / 16.0
 # Smallest radius in any case, as a part of the largest: far below it, fp32 has no room left.
 LEAST = 1e-9
+# Part of the budget from which a loss outside of the directions counts.
+RENEWED_FROM = 0.5
 SCALE_LIMITS = (0.2, 5.0)
 
 
@@ -50,6 +52,8 @@ class TrustRegion:
         radius: Bound of the raw subspace term; 0 until the first foreign step has set it.
         largest: Largest radius so far that a measurement within the budget led to.
         ceiling: Radius above which it does not grow, since the domain needed a recovery there.
+        spent: Measured loss at the region's centre, where it was moved from the anchor.
+        astray: Whether the part outside of the directions led at the last measurement.
         rate: Largest learning rate so far of a step that the radius knows of; 0 where rates are not known.
         at_floor: The last measurement was over budget while the floor held the radius.
         xy, xx: Running sums of raw x loss and raw^2 (quadratic parts), whose quotient is the calibration.
@@ -66,6 +70,8 @@ class TrustRegion:
     radius: float = 0.0
     largest: float = 0.0
     ceiling: float = math.inf
+    spent: float = 0.0
+    astray: bool = False
     rate: float = 0.0
     at_floor: bool = False
     xy: float = 0.0
@@ -115,7 +121,10 @@ class TrustRegion:
     def predict(self, raw: Raw) -> float:
         """Calibrated prediction: expected loss at this raw value, NaN before the first measurement."""
         quadratic, linear = self.slopes
-        return quadratic * raw.quadratic + linear * raw.linear
+        if self.xx <= 0 and math.isfinite(self.loss):
+            # Just moved, with new directions: all that is known is the loss there.
+            return self.spent
+        return self.spent + quadratic * raw.quadratic + linear * raw.linear
 
     def measured(self, found: Measurement, raw: Raw, *, adapt: bool = True) -> Measurement:
         """Take in a measurement: calibrate the prediction, then adapt the radius.
@@ -141,12 +150,14 @@ class TrustRegion:
             return result
         # Normalised by raw so that one large displacement does not outweigh all others.
         weight = 1.0 / x if x > 0 else 0.0
-        self.xy = MEMORY * self.xy + weight * x * result.loss
+        gone = result.loss - self.spent
+        self.xy = MEMORY * self.xy + weight * x * gone
         self.xx = MEMORY * self.xx + weight * x * x
-        self.ly = MEMORY * self.ly + weight * raw.linear * result.loss
+        self.ly = MEMORY * self.ly + weight * raw.linear * gone
         self.ll = MEMORY * self.ll + weight * raw.linear**2
         self.lx = MEMORY * self.lx + weight * raw.linear * x
         self.estimate, self.loss = found.loss, result.loss
+        self.astray = raw.outside > raw.inside
         if adapt:
             self._adapt(result.loss, raw.inside, raw.outside)
         return result
@@ -193,6 +204,23 @@ class TrustRegion:
             self.radius *= factor
             self.largest = max(self.largest, self.radius)
         return factor
+
+    @property
+    def renewable(self) -> bool:
+        """Whether the last measurement says that the directions miss what the domain loses."""
+        return self.astray and self.loss > RENEWED_FROM * self.allowed
+
+    def move(self, turned: bool) -> None:
+        """The region's centre is where the last loss was measured from now on; its size is to be found anew.
+
+        Args:
+            turned: Whether its directions are new. Raw predictions are then in another unit than those before.
+        """
+        self.spent = self.loss
+        self.radius = self.largest = 0.0
+        self.astray = False
+        if turned:
+            self.xy = self.xx = self.ly = self.ll = self.lx = 0.0
 
     def loosen(self) -> None:
         """The domain is trained again: what it needed before says nothing of where it will stand."""
