@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from interference_guard import GuardConfig
 from interference_guard.integrations.trl import InterferenceGuardCallback, grpo
+from interference_guard.trust_region import TrustRegion
 from tests.distributed import zero_jobs
 from tests.distributed.jobs import whole
 from tests.trl import host
@@ -169,9 +170,23 @@ def in_turn(calls):
     return found
 
 
-def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, iterations=1, bf16=False, **config):
+def rollouts_run(
+    folder,
+    name,
+    stop=None,
+    resume=False,
+    stage=None,
+    steps=12,
+    iterations=1,
+    bf16=False,
+    moving=False,
+    **config,
+):
     """GRPO over all ranks: one prompt a rank and step, two domains, recovery if the settings say so."""
     load_on_cpu()
+    if moving:
+        # Whatever is lost, and wherever; the process ends with the run.
+        TrustRegion.renewable = True
     # The parent wrote the model; two ranks that write it again would read each other's half of it.
     host.known(folder / "model")
     options = {
@@ -216,6 +231,7 @@ def rollouts_run(folder, name, stop=None, resume=False, stage=None, steps=12, it
         "losses": {name: state.region.loss for name, state in guard.domains.items()},
         "radii": {name: state.radius.item() for name, state in guard.domains.items() if state.radius is not None},
         "schedule": guard.schedule.state(),
+        "renewals": {name: state.renewals for name, state in guard.domains.items()},
         "retained": {name: len(s.retained) for name, s in guard.domains.items() if s.retained is not None},
     }
     callback.detach()

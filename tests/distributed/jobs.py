@@ -85,6 +85,15 @@ def run(how, order=ORDER, **options):
     return outcome(model, guard)
 
 
+def moved(how, **options):
+    """A run in which regions move, with the directions they have: one is too little for these domains."""
+    model, guard, optimizer = guarded(how, rank=1, sketch=2, **options)
+    # One process could make backward passes of its own.
+    guard.softens = False
+    train(model, guard, optimizer, ORDER)
+    return outcome(model, guard)
+
+
 def resumed(how, at, folder, **options):
     """A run cut at a step and gone on with from files, in a fresh model."""
     model, guard, optimizer = guarded(how, **options)

@@ -48,6 +48,9 @@ RECOVERING = {
 }
 
 
+MOVING = {"moving": True}
+
+
 def alike(a, b, *names):
     """The same weights, bit by bit, and the same of what is named."""
     for name, value in a["weights"].items():
@@ -56,7 +59,7 @@ def alike(a, b, *names):
         assert repr(a[name]) == repr(b[name]), name
 
 
-@pytest.mark.parametrize("settings", [{}, RECOVERING], ids=["projecting", "recovering"])
+@pytest.mark.parametrize("settings", [{}, RECOVERING, MOVING], ids=["projecting", "recovering", "moving"])
 def test_grpo_on_two_ranks_decides_alike_and_resumes_exactly(tmp_path, settings):
     model_and_words(tmp_path / "model")
 
@@ -68,14 +71,16 @@ def test_grpo_on_two_ranks_decides_alike_and_resumes_exactly(tmp_path, settings)
     assert "MULTI_CPU" in first["engine"]
     assert first["kept"] < 0.999, "the projection must have acted"
     assert first["retained"] == second["retained"]
-    alike(first, second, "taken", "radii", "losses", "schedule")
-    if settings:
+    alike(first, second, "taken", "radii", "losses", "schedule", "renewals")
+    if settings is MOVING:
+        assert first["renewals"]["math"] > 0
+    if settings is RECOVERING:
         assert first["schedule"]["phases"] > 0
         planned = [("math",)] * 5 + [("code",)] * 7
         assert first["taken"] != planned, "a recovery must have taken a planned step"
     run("parts", "stopped", stop=8)
     for whole, resumed in zip((first, second), run("parts", "resumed", resume=True), strict=True):
-        alike(whole, resumed, "radii", "losses", "schedule")
+        alike(whole, resumed, "radii", "losses", "schedule", "renewals")
         assert resumed["taken"] == whole["taken"][8:]
 
 

@@ -83,6 +83,16 @@ def test_ranks_equal_one_process(world, tmp_path):
         assert_agrees(found[0], expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"hidden": 15, "coverage": 0.6}])
+def test_regions_move_alike(options, tmp_path):
+    first, second = run_ranks(2, functools.partial(jobs.moved, "fsdp2", **options), folder=tmp_path)
+    assert_equal(first, second)
+    torch.set_num_threads(1)
+    expected = jobs.moved("whole", **options)
+    assert sum(value for name, value in expected["metrics"].items() if name.endswith("renewals")) > 0
+    assert_agrees(first, expected)
+
+
 def test_resume_is_exact(tmp_path):
     calls = [functools.partial(jobs.run, "fsdp2")]
     calls += [functools.partial(jobs.resumed, "fsdp2", at, tmp_path / f"state{at}") for at in (3, 9, 17)]
