@@ -48,7 +48,7 @@ class Kept(Guarded):
         super().attach(trainer, result)
         assert self.callback is not None
         assert self.callback.guard is not None
-        self.callback.guard.softens = False
+        self.callback.guard.differentiates = False
 
 
 class Softened(Guarded):

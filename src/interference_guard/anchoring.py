@@ -48,8 +48,8 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         state.forget_pending()
         _score(guard, state, recovered=state.anchored)
     state.anchored = True
-    state.own_steps = state.foreign_steps = state.placed_at = 0
-    state.region.spent = 0.0
+    state.own_steps = state.foreign_steps = state.renewed_at = 0
+    state.region.settle()
     state.kept_at = -1
     state.true_reward = math.nan
     state.subspace = None

@@ -141,11 +141,7 @@ class DomainCurvature:
         if not other.sums:
             return
         if not self.sums:
-            self.sums = [
-                BlockSums(torch.zeros_like(other._sketch(index)), torch.zeros_like(sums.energy))
-                for index, sums in enumerate(other.sums)
-            ]
-            self.count = torch.zeros_like(other.count)
+            self.begin_like(other)
         if [sums.energy.shape for sums in self.sums] != [sums.energy.shape for sums in other.sums]:
             raise ShapeError(
                 "The two curvatures are of different models: their blocks count units differently. "
@@ -161,15 +157,32 @@ class DomainCurvature:
 
         Only their overall size changes, so own steps that follow meet sums of their own order.
         """
-        own, theirs = self._mean_energy(), other._mean_energy()
-        factor = torch.where((own > 0) & (theirs > 0), theirs / own, 1.0)
+        own, theirs = self.mean_energy(), other.mean_energy()
+        self.scale(torch.where((own > 0) & (theirs > 0), theirs / own, 1.0))
+
+    def scale(self, factor: Tensor | float) -> None:
+        """Multiply what all steps so far have added, in place."""
         for index, sums in enumerate(self.sums):
             self._sketch(index).mul_(factor)
             sums.energy.mul_(factor)
 
-    def _mean_energy(self) -> Tensor:
+    def clear(self) -> None:
+        """Forget all steps."""
+        self.sums.clear()
+        self.count = torch.zeros_like(self.count)
+
+    def mean_energy(self) -> Tensor:
+        """Energy of a step, the decayed mean of those so far; a 0-d tensor."""
         total = torch.stack([sums.energy.sum() for sums in self.sums]).sum()
         return total / self.count.clamp(min=1e-30)
+
+    def begin_like(self, other: DomainCurvature) -> None:
+        """Have sums of the same shapes, all zero."""
+        self.sums = [
+            BlockSums(sums.energy.new_zeros(len(sums.energy), *omega.shape), torch.zeros_like(sums.energy))
+            for sums, omega in zip(other.sums, self.omegas, strict=True)
+        ]
+        self.count = torch.zeros_like(other.count)
 
     def energies(self) -> list[Tensor]:
         """The energy of every unit, ``(matrices, units)`` a block; over several ranks one sum, which all call."""

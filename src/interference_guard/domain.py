@@ -59,7 +59,7 @@ class DomainState:
         own_steps: Own steps since the last anchor.
         since_refresh: Own steps since the directions were computed.
         foreign_steps: Steps of other domains since the anchor.
-        placed_at: The foreign steps at which the region's centre was last moved.
+        renewed_at: The foreign steps at which the region was last moved; 0 where it stands at the anchor.
         renewals: How often that was, since the first anchor.
         pending: Retained rows by step, newest last.
         kept_at: The own steps since the anchor at the latest of them; -1 where there are none.
@@ -99,7 +99,7 @@ class DomainState:
     own_steps: int = 0
     since_refresh: int = 0
     foreign_steps: int = 0
-    placed_at: int = 0
+    renewed_at: int = 0
     renewals: int = 0
     pending: list[Completions] = field(default_factory=list)
     kept_at: int = -1

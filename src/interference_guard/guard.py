@@ -194,9 +194,9 @@ class Guard(GuardState):
         """Measure the protected domains whose turn it is; call after every step.
 
         A domain is due after 1, 2 and 4 foreign steps and then every `probe_steps`; where its region was moved,
-        also after 1, 2 and 4 steps from there. When nothing is due
-        the call costs nothing. With `recovery`, the measurements also move the recovery schedule: afterwards
-        `recovery` names the domain to train next, or is None.
+        also after 1, 2 and 4 steps from there. When nothing is due the call costs nothing. With `recovery`, the
+        measurements also move the recovery schedule: afterwards `recovery` names the domain to train next, or is
+        None.
 
         Args:
             policy: Replaces the guard's own for this call.
@@ -215,16 +215,20 @@ class Guard(GuardState):
             state = self._domains[name]
             if name == self.recovery:
                 continue
-            early = state.foreign_steps - state.placed_at in EARLY_PROBES and state.fresh
+            early = state.foreign_steps - state.renewed_at in EARLY_PROBES and state.fresh
             due = early or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
-                found[name] = self.measure(name, policy)
+                found[name] = measuring.measure(self, state, policy)
+        measured = list(found)
         if self.config.recovery:
             self.unfollowed |= found
             if free and self.steps > self.followed:
                 took, self.followed = self.steps - self.followed, self.steps
                 unfollowed, self.unfollowed = self.unfollowed, {}
                 recovering.follow(self, unfollowed, policy, took)
+        # Afterwards: a domain that is given steps of its own comes back to where its region stands.
+        for name in measured:
+            renewing.renew_if_due(self, self._domains[name])
         return found
 
     @torch.no_grad()
@@ -241,10 +245,7 @@ class Guard(GuardState):
                 f"Call guard.retain({domain!r}, completions) during its own steps."
             )
         found = measuring.measure(self, state, policy)
-        if renewing.due(self, state):
-            started = perf_counter()
-            renewing.renew(self, state)
-            self.clock.add("anchor", started)
+        renewing.renew_if_due(self, state)
         return found
 
     def calibrate(self, domain: str, reward: float) -> None:

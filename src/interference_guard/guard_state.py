@@ -83,8 +83,8 @@ class GuardState:
         self.scores_together = False
         # What `GradScaler` leaves a fused optimizer to divide gradients by; `attach` sets it for a step.
         self.grad_scale: Tensor | None = None
-        # Whether backward passes of the guard's own are possible; False once one has failed.
-        self.softens = True
+        # Whether backward passes of the guard's own work here; False once one has failed.
+        self.differentiates = True
         # What was warned about: domains of one mixed step, or one domain without gradients.
         self._warned: set[tuple[str, ...]] = set()
         self._fruitless: Counter[str] = Counter()

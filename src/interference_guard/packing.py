@@ -23,7 +23,7 @@ from .trust_region import TrustRegion
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 3
+VERSION = 4
 # Settings that give the saved tensors their meaning; the others may change between runs.
 BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
 PLAIN = (
@@ -31,7 +31,7 @@ PLAIN = (
     "own_steps",
     "since_refresh",
     "foreign_steps",
-    "placed_at",
+    "renewed_at",
     "renewals",
     "low",
     "high",
@@ -78,6 +78,7 @@ def pack(guard: Guard, folders: int = 1) -> Packed:
         "followed": guard.followed,
         "unfollowed": sorted(guard.unfollowed),
         "trained": list(guard.trained),
+        "differentiates": guard.differentiates,
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": parameters_of(guard),
         # For readers without the model: which layers are stored transposed cannot be seen from shapes.
@@ -110,10 +111,12 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         followed = int(details["followed"])
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
         trained = tuple(details["trained"])
+        differentiates = bool(details["differentiates"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
+    guard.differentiates = differentiates
 
 
 def incomplete(error: Exception) -> StateError:

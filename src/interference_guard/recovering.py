@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .measuring import look, share_span
+from .measuring import look, measure, share_span
 from .probe import Measurement, Policy
 from .recovery import RecoveryLimits, RecoverySchedule, expected_steps
+from .renewing import move
 
 if TYPE_CHECKING:
     from .domain import DomainState
@@ -36,7 +37,7 @@ def follow(guard: Guard, found: Mapping[str, Measurement], policy: Policy | None
             _go_on(guard, state, limits, policy, took)
         else:
             guard.schedule = guard.schedule.passed_over(guard.steps, limits)
-            _close(guard, state)
+            _close(guard, state, policy)
         return
     guard.schedule = guard.schedule.step(False, guard.steps, limits, took)
     look_now = guard.steps // LOOK_STEPS > (guard.steps - took) // LOOK_STEPS
@@ -51,7 +52,7 @@ def abandon(guard: Guard) -> None:
     if guard.schedule.domain is not None:
         state = guard.domains[guard.schedule.domain]
         guard.schedule = guard.schedule.abandon(guard.steps, RecoveryLimits.of(guard.config))
-        _close(guard, state)
+        _close(guard, state, None)
 
 
 def limit_of(guard: Guard, found: Measurement) -> float:
@@ -83,7 +84,7 @@ def _excess(
             region = guard.domains[name].region
             last = guard.domains[name].measurement
             if last is not None and region.predict(raw) >= limit_of(guard, last):
-                measured[name] = guard.measure(name, policy)
+                measured[name] = measure(guard, guard.domains[name], policy)
     return {name: item.loss / limit_of(guard, item) for name, item in measured.items()}
 
 
@@ -109,23 +110,27 @@ def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Pol
         if state.measurement is not None:
             within *= limit_of(guard, state.measurement) / guard.config.recovery_threshold
         expected = took * expected_steps(schedule.displaced, raw.quadratic, schedule.loss, within)
-        schedule = replace(schedule, expected=expected)
+        # From a moved region's centre nothing says how far the anchor is.
+        schedule = replace(schedule, expected=math.nan if state.renewed_at else expected)
     last = schedule.taken + took >= limits.steps
     regained, judged = _regained(guard, state, schedule, last, policy)
     guard.schedule = replace(schedule, judged=schedule.judged + judged).step(regained, guard.steps, limits, took)
-    _close(guard, state)
+    _close(guard, state, policy)
 
 
-def _close(guard: Guard, state: DomainState) -> None:
+def _close(guard: Guard, state: DomainState, policy: Policy | None) -> None:
     """What the end of a phase does to its domain; nothing while it runs."""
     if guard.schedule.phase == "recovering":
         return
     if guard.schedule.regained:
         # The next foreign step sets the new anchor, with fresh directions.
         state.since_refresh = guard.config.refresh_steps
-    else:
-        state.own_steps = 0
-        state.forget_pending()
+        return
+    if state.renewed_at and state.own_steps:
+        # Its region stands where the domain had lost, and would take back what its own steps have brought.
+        move(guard, state, look(guard, state, policy).loss)
+    state.own_steps = 0
+    state.forget_pending()
 
 
 def _regained(

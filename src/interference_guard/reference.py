@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 TEMPERATURE = 2.0
+# As a gradient scaler's: where the host casts the forward pass to fp16, gradients would vanish. A power of two:
+# nothing else is rounded otherwise.
+LOSS_SCALE = 1024.0
 
 
 def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_size: int) -> None:
@@ -87,6 +90,10 @@ def add_softened(
     generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
     modes = [(module, module.training) for module in guard.model.modules()]
     guard.model.eval()
+    for module in guard.model.modules():
+        # transformers' layers save memory in training alone; what is random lies in modules below them.
+        if _checkpoints(module):
+            module.training = True
     try:
         for number in range(passes):
             chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
@@ -94,6 +101,7 @@ def add_softened(
             found = _gradients(guard.model, batch, generator)
             with exact_products(guard.device):
                 curvature.observe(guard.view.arrange(found))
+        curvature.scale(LOSS_SCALE**-2)
     finally:
         for module, training in modes:
             module.training = training
@@ -106,14 +114,19 @@ def merge_ranks(guard: Guard, curvature: DomainCurvature) -> None:
     tensors = [curvature.count]
     for sums in curvature.sums:
         tensors += [tensor for tensor in (sums.sketch, sums.energy) if tensor is not None]
-    flat = guard.ranks.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+    # One after the other: a host may gather what it sums, and all of them at once would be many times their size.
+    for tensor in tensors:
+        tensor.copy_(guard.ranks.sum(tensor.flatten()).view_as(tensor))
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether a module recomputes its activations in a way that `torch.autograd.grad` can follow."""
+    how = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False)) and how.get("use_reentrant") is False
 
 
 def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) -> dict[str, Tensor | None]:
-    """Gradients of the loss on labels drawn from the softened output; no parameter's ``grad`` is touched."""
+    """Gradients of the scaled loss on labels drawn from the softened output; no ``grad`` is touched."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
         output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
@@ -125,6 +138,6 @@ def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) 
             )
         soft = logits[:, :-1][rows.completion_mask[:, 1:] != 0].float() / TEMPERATURE
         labels = torch.multinomial(soft.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-        loss = torch.nn.functional.cross_entropy(soft, labels)
+        loss = torch.nn.functional.cross_entropy(soft, labels) * LOSS_SCALE
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, found, strict=True))

@@ -10,6 +10,7 @@ there at the length of one step. The loss so far stays on the domain's account.
 from __future__ import annotations
 
 import warnings
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from .curvature import DomainCurvature
 from .exact import exact_products
 from .local_model import anchor_domain
+from .protection import protected_rows
 from .reference import add_softened, merge_ranks
 
 if TYPE_CHECKING:
@@ -27,12 +29,20 @@ if TYPE_CHECKING:
 BATCHES = (8, 1)
 
 
+def renew_if_due(guard: Guard, state: DomainState) -> None:
+    """Renew a domain that was just measured, if the measurement asks for it; all ranks call it."""
+    if due(guard, state):
+        started = perf_counter()
+        renew(guard, state)
+        guard.clock.add("anchor", started)
+
+
 def due(guard: Guard, state: DomainState) -> bool:
     """Whether the domain's latest measurement asks for it; the same on all ranks."""
     config = guard.config
     if not (config.renew and config.project and state.fresh) or state.name == guard.recovery:
         return False
-    return state.region.renewable and state.foreign_steps - state.placed_at >= config.probe_steps
+    return state.region.renewable and state.foreign_steps - state.renewed_at >= config.probe_steps
 
 
 def renew(guard: Guard, state: DomainState) -> None:
@@ -44,62 +54,86 @@ def renew(guard: Guard, state: DomainState) -> None:
         guard: The guard.
         state: One of its protected domains, which was just measured; changed in place.
     """
-    assert state.model is not None
-    curvature = _curvature(guard, state)
-    weights, matrices = guard.view.weights(), guard.view.residuals
-    with exact_products(guard.device):
-        if curvature is None:
-            state.model.stand(weights, matrices)
-        else:
-            rows = [block.rows for block in state.model.blocks]
-            state.curvature = curvature
-            state.model = anchor_domain(curvature, weights, matrices, guard.view.ranks, rows)
-            guard.grams.clear()
-            state.slopes = None if state.gradient is None else state.gradient.along(state.model)
-    state.region.move(turned=curvature is not None)
-    state.radius = state.subspace = None
-    state.placed_at = state.foreign_steps
     state.renewals += 1
+    curvature = _curvature(guard, state)
+    if curvature is None:
+        move(guard, state)
+        return
+    assert state.model is not None
+    with exact_products(guard.device):
+        energies = curvature.energies()
+        rows = [block.rows for block in state.model.blocks]
+        if guard.config.selection == "energy":
+            rows = protected_rows(state, guard, energies)
+        weights, matrices = guard.view.weights(), guard.view.residuals
+        state.model = anchor_domain(curvature, weights, matrices, guard.view.ranks, rows, energies=energies)
+        guard.forget_sets(state.name)
+        state.slopes = None if state.gradient is None else state.gradient.along(state.model)
+    state.curvature, state.since_refresh = curvature, 0
+    state.region.move(turned=True)
+    _begin(state)
+
+
+def move(guard: Guard, state: DomainState, loss: float | None = None) -> None:
+    """Move a domain's region to the present weights, with the directions it has; all ranks call it.
+
+    Args:
+        guard: The guard.
+        state: The domain, changed in place.
+        loss: Measured at these weights; by default the latest measurement is of them.
+    """
+    assert state.model is not None
+    with exact_products(guard.device):
+        state.model.stand(guard.view.weights(), guard.view.residuals)
+    state.region.move(turned=False, loss=loss)
+    _begin(state)
+
+
+def _begin(state: DomainState) -> None:
+    state.radius = state.subspace = None
+    state.renewed_at = state.foreign_steps
 
 
 def _curvature(guard: Guard, state: DomainState) -> DomainCurvature | None:
-    """Softened curvature of the retained rows at the present weights; None where some rank cannot have it."""
-    if not guard.softens or guard.view.shards.managed:
+    """Softened curvature of all ranks' retained rows at the present weights; None where it cannot be had."""
+    if not guard.differentiates or guard.view.shards.managed:
         return None
     curvature = guard.new_state(state.name).curvature
-    failure = _add(guard, state, curvature)
-    found = bool(curvature.sums) and bool(curvature.count.item())
-    # Ranks must go the same way.
-    least, failed = guard.ranks.limits(float(found), float(failure is not None), guard.device)
-    guard.softens = not failed
-    if failure is not None:
-        warnings.warn(
-            f"No new directions can be computed for domain {state.name!r}: {failure} Its region moves with its "
-            "old directions. Set renew=False in GuardConfig to leave regions where they are.",
-            stacklevel=5,
-        )
-    if not least:
+    for size in BATCHES:
+        failure = _add(guard, state, curvature, size)
+        # Ranks must go the same way: a step of one weighs as much as that of another.
+        if not guard.ranks.limits(0.0, float(failure is not None), guard.device)[1]:
+            break
+        curvature.clear()
+    else:
+        guard.differentiates = False
+        if failure is not None:
+            warnings.warn(
+                f"No new directions can be computed for domain {state.name!r}: {failure} Its region moves with "
+                "its old directions. Set renew=False in GuardConfig to leave regions where they are.",
+                stacklevel=6,
+            )
         return None
+    if not curvature.sums:
+        # This rank has no rows.
+        curvature.begin_like(state.curvature)
     merge_ranks(guard, curvature)
+    if not curvature.count.item():
+        return None
     curvature.match(state.curvature)
     return curvature
 
 
-def _add(guard: Guard, state: DomainState, curvature: DomainCurvature) -> str | None:
-    """Backward passes over this rank's rows, or why there are none."""
+def _add(guard: Guard, state: DomainState, curvature: DomainCurvature, size: int) -> str | None:
+    """Backward passes over this rank's rows, so many at a time, or why they cannot be made."""
     if state.retained is None:
         return None
     rows = state.retained.to(guard.device)
-    failure = None
-    for size in BATCHES:
-        try:
-            add_softened(guard, curvature, rows, -(-len(rows) // size), size)
-            return None
-        except torch.OutOfMemoryError:
-            failure = "a backward pass over one of its retained completions does not fit into the memory."
-            curvature.sums.clear()
-            curvature.count.zero_()
-        # The forward pass is the host's, and may ask for more than rows of tokens: its run must go on.
-        except Exception as error:
-            return f"a backward pass over its retained completions ended with {type(error).__name__}: {error}"
-    return failure
+    try:
+        add_softened(guard, curvature, rows, -(-len(rows) // size), size)
+    except torch.OutOfMemoryError:
+        return "a backward pass over its retained completions does not fit into the memory."
+    # The forward pass is the host's, and may ask for more than rows of tokens: its run must go on.
+    except Exception as error:
+        return f"a backward pass over its retained completions ended with {type(error).__name__}: {error}."
+    return None

@@ -52,7 +52,8 @@ class TrustRegion:
         radius: Bound of the raw subspace term; 0 until the first foreign step has set it.
         largest: Largest radius so far that a measurement within the budget led to.
         ceiling: Radius above which it does not grow, since the domain needed a recovery there.
-        spent: Measured loss at the region's centre, where it was moved from the anchor.
+        centre_loss: Measured loss at the region's centre, where it was moved from the anchor; not corrected by
+            the truth.
         astray: Whether the part outside of the directions led at the last measurement.
         rate: Largest learning rate so far of a step that the radius knows of; 0 where rates are not known.
         at_floor: The last measurement was over budget while the floor held the radius.
@@ -70,7 +71,7 @@ class TrustRegion:
     radius: float = 0.0
     largest: float = 0.0
     ceiling: float = math.inf
-    spent: float = 0.0
+    centre_loss: float = 0.0
     astray: bool = False
     rate: float = 0.0
     at_floor: bool = False
@@ -118,21 +119,27 @@ class TrustRegion:
         value = (self.truth_xy + prior) / (self.truth_xx + prior)
         return min(max(value, SCALE_LIMITS[0]), SCALE_LIMITS[1])
 
+    @property
+    def spent(self) -> float:
+        """Loss at the region's centre, in the unit of the measurements."""
+        return self.centre_loss if self.unit == "nats" else self.centre_loss * self.scale
+
     def predict(self, raw: Raw) -> float:
         """Calibrated prediction: expected loss at this raw value, NaN before the first measurement."""
         quadratic, linear = self.slopes
-        if self.xx <= 0 and math.isfinite(self.loss):
+        if self.xx <= 0 and self.centre_loss:
             # Just moved, with new directions: all that is known is the loss there.
             return self.spent
         return self.spent + quadratic * raw.quadratic + linear * raw.linear
 
-    def measured(self, found: Measurement, raw: Raw, *, adapt: bool = True) -> Measurement:
+    def measured(self, found: Measurement, raw: Raw, *, adapt: bool = True, noise: float = 0.0) -> Measurement:
         """Take in a measurement: calibrate the prediction, then adapt the radius.
 
         Args:
             found: The uncorrected measurement.
             raw: The uncalibrated prediction under the same weights, after the projection.
             adapt: Whether the radius follows; without a projection there is nothing to control.
+            noise: What rounding alone makes of a raw prediction: one under it calibrates nothing.
 
         Returns:
             The measurement corrected by the truth, with the prediction that was made for it.
@@ -143,13 +150,13 @@ class TrustRegion:
         if unit != self.unit:
             # A reward range has appeared, or is gone: old pairs are in another unit.
             self.unit, self.xy, self.xx = unit, 0.0, 0.0
-            self.ly = self.ll = self.lx = 0.0
+            self.ly = self.ll = self.lx = self.centre_loss = 0.0
         if not all(map(math.isfinite, (result.loss, x, raw.linear))):
             # One such number in the running sums would stay there for good.
-            self.estimate, self.loss = found.loss, result.loss
+            self.estimate, self.loss, self.astray = found.loss, result.loss, False
             return result
         # Normalised by raw so that one large displacement does not outweigh all others.
-        weight = 1.0 / x if x > 0 else 0.0
+        weight = 1.0 / x if x > noise else 0.0
         gone = result.loss - self.spent
         self.xy = MEMORY * self.xy + weight * x * gone
         self.xx = MEMORY * self.xx + weight * x * x
@@ -210,17 +217,23 @@ class TrustRegion:
         """Whether the last measurement says that the directions miss what the domain loses."""
         return self.astray and self.loss > RENEWED_FROM * self.allowed
 
-    def move(self, turned: bool) -> None:
-        """The region's centre is where the last loss was measured from now on; its size is to be found anew.
+    def move(self, turned: bool, loss: float | None = None) -> None:
+        """The region's centre is where the weights are from now on; its size is to be found anew.
 
         Args:
             turned: Whether its directions are new. Raw predictions are then in another unit than those before.
+            loss: Measured there, not corrected by the truth; by default the last one.
         """
-        self.spent = self.loss
+        self.centre_loss = self.estimate if loss is None else loss
         self.radius = self.largest = 0.0
         self.astray = False
         if turned:
             self.xy = self.xx = self.ly = self.ll = self.lx = 0.0
+            self.ceiling = math.inf
+
+    def settle(self) -> None:
+        """The region's centre is the anchor again."""
+        self.centre_loss, self.astray = 0.0, False
 
     def loosen(self) -> None:
         """The domain is trained again: what it needed before says nothing of where it will stand."""

@@ -89,7 +89,7 @@ def moved(how, **options):
     """A run in which regions move, with the directions they have: one is too little for these domains."""
     model, guard, optimizer = guarded(how, rank=1, sketch=2, **options)
     # One process could make backward passes of its own.
-    guard.softens = False
+    guard.differentiates = False
     train(model, guard, optimizer, ORDER)
     return outcome(model, guard)
 

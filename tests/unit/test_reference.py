@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from interference_guard import Completions, ConfigError, Guard, GuardedOptimizer, ShapeError, UnsupportedError
-from interference_guard.reference import _gradients
+from interference_guard.reference import LOSS_SCALE, _gradients
 from tests.unit.helpers import CONFIG, PROMPTS, VOCABULARY, Toy, guarded, pass_rate, train, wanted
 
 
@@ -77,7 +77,7 @@ def test_curvature_is_the_softened_gauss_newton_matrix():
     total = torch.zeros(16, 16, dtype=torch.float64)
     draws = 4000
     for _ in range(draws):
-        G = _gradients(model, rows, generator)["lm_head.weight"].double()
+        G = _gradients(model, rows, generator)["lm_head.weight"].double() / LOSS_SCALE
         total += G.mT @ G / draws
     captured = {}
     hook = model.lm_head.register_forward_pre_hook(lambda module, args: captured.update(x=args[0][0, 0]))
