@@ -15,7 +15,7 @@ METRICS: dict[str, str] = {
     "guard/<domain>/token_ratio": "1 where the last probe had to use per-token ratios, 0 for sequence ratios.",
     "guard/<domain>/radius": "Radius of the trust region, in the raw prediction's unit.",
     "guard/<domain>/excess": "Subspace term over radius after the last step, minus 1; above 0 is outside.",
-    "guard/<domain>/renewals": "How often its region was moved to where the weights were, with new directions.",
+    "guard/<domain>/renewals": "How often its region was moved to where the weights were.",
     "guard/<domain>/residual": "Part of the raw prediction that lies outside the kept directions, 0 to 1.",
     "guard/<domain>/reward": "Mean reward of the domain's own training rows since the last report.",
     "guard/<domain>/length": "Mean completion length of those rows, in tokens.",
