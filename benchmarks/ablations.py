@@ -1,9 +1,9 @@
 """The guard with one setting changed at a time, on the beds of `benchmarks.rivals`.
 
-    python -m benchmarks.ablations --bed digits [--only "rank 4" ...] [--seeds 0 1] [--workers 2]
+    python -m benchmarks.ablations --bed digits [--only "rank 4" ...] [--seeds 0 1] [--rate 1e-3] [--workers 2]
 
 Everything else stays at its default, at one learning rate. Writes `benchmarks/results/ablations_<bed>.json` after
-every run and goes on from it when started again.
+every run and goes on from it when started again; at another rate than the bed's, that is part of the name.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "probe every 50": {"probe_steps": 50},
     "budget 0.005": {"budget": 0.005},
     "budget 0.01": {"budget": 0.01},
+    "budget 0.01, no renewal": {"budget": 0.01, "renew": False},
     "budget 0.05": {"budget": 0.05},
     "budget 0.15": {"budget": 0.15},
     "first order": {"first_order": True},
@@ -112,11 +113,11 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
 KINDS = {"kept": Kept, "nats": ByKL, "softened": Softened}
 
 
-def one(variant: str, bed: str, seed: int, order: int, starts: str) -> dict[str, Any]:
+def one(variant: str, bed: str, rate: float, seed: int, order: int, starts: str) -> dict[str, Any]:
     """One run in a process of its own."""
     settings = {name: value for name, value in VARIANTS[variant].items() if name != "kind"}
     where = BEDS[bed]
-    run = Run("guard", where.rate, seed, where.orders[order], where.steps, settings, bed=bed)
+    run = Run("guard", rate, seed, where.orders[order], where.steps, settings, bed=bed)
     kind = KINDS.get(VARIANTS[variant].get("kind", ""), Guarded)
     return {"variant": variant, "order": order, **result_of(run, kind(run), starts)}
 
@@ -164,14 +165,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rate", type=float)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    name = f"ablations_{options.bed}"
+    usual = BEDS[options.bed].rate
+    rate = usual if options.rate is None else options.rate
+    name = f"ablations_{options.bed}" + ("" if rate == usual else f"_{rate:g}")
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     there = {(run["variant"], run["run"]["seed"], run["order"]) for run in runs}
     jobs = [
-        (variant, options.bed, seed, order)
+        (variant, options.bed, rate, seed, order)
         for seed in options.seeds
         for order in options.orders
         for variant in options.only

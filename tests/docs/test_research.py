@@ -79,13 +79,19 @@ def test_the_readme_quotes_both_beds():
     for bed, before in (("gym", "on these tasks the guard ends "), ("digits", "on the same inputs, ")):
         plain, mixed = best_plain(bed)["guard_beyond"], -tuned(bed)["mixed"]["guard_beyond"]
         assert f"{before}{plain:.3f} above plain training and {mixed:.3f} below mixed" in readme
-    for name in ("plain", "mixed"):
-        assert f"{tuned('digits')[name]['guard_beyond_error']:.3f}" in PAGE
+    digits = tuned("digits")
+    errors = " and ".join(f"{digits[name]['guard_beyond_error']:.3f}" for name in ("plain", "mixed"))
+    assert f"the paired differences have standard errors of {errors}" in PAGE
+    assert f"**It forgets {digits['guard']['forgetting']:.3f}**, with the default budget" in PAGE
+    agem = digits["A-GEM"]
+    assert f"({agem['average']:.3f}, {agem['guard_beyond']:.3f} below, with a standard error of" in PAGE
 
 
 def test_the_page_quotes_the_gym():
     rows, best = tuned("gym"), best_plain("gym")
     assert f"Not finished yet on this bed: {'; '.join(FOUND['gym']['summary']['missing'])}." in PAGE
+    missing = "; ".join(FOUND["digits"]["summary"]["missing"])
+    assert f"Not run with the present guard on this bed: {missing}." in PAGE
     assert f"The guard ends {best['guard_beyond']:.3f} above plain training" in PAGE
     assert f"({best['rate']:g}), and {rows['plain']['guard_beyond']:.3f} above the rate that tuning chose" in PAGE
     assert f"A-GEM is {rows['A-GEM']['guard_beyond']:.3f} below it" in PAGE
@@ -103,8 +109,8 @@ def test_the_page_quotes_what_tuning_found():
     near = [average for (rate, budget), average in guard.items() if 2e-4 <= rate <= 5e-4 and budget <= 0.05]
     assert len(near) == 9
     assert f"between {min(near):.3f} and {max(near):.3f}" in PAGE
-    assert f"at 1e-3 with a budget of 0.01 it is still {guard[1e-3, 0.01]:.3f}" in PAGE
-    assert f"0.1 at 5e-4, it falls to {guard[5e-4, 0.1]:.3f}" in PAGE
+    assert f"At 1e-3 with a budget of 0.01 it is {guard[1e-3, 0.01]:.3f}" in PAGE
+    assert f"with 0.1 at 5e-4 {guard[5e-4, 0.1]:.3f}" in PAGE
     plain = {rate: average for rate, _, average in tried["plain"]}
     assert f"falls from {plain[1e-4]:.3f} to {plain[5e-4]:.3f}" in PAGE
 
