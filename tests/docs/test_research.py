@@ -79,6 +79,12 @@ def test_the_readme_quotes_both_beds():
     for bed, before in (("gym", "on these tasks the guard ends "), ("digits", "on the same inputs, ")):
         plain, mixed = best_plain(bed)["guard_beyond"], -tuned(bed)["mixed"]["guard_beyond"]
         assert f"{before}{plain:.3f} above plain training and {mixed:.3f} below mixed" in readme
+    below = " and ".join(f"{tuned(bed)['A-GEM']['guard_beyond']:.3f}" for bed in ("gym", "digits"))
+    assert f"A-GEM, the best of the methods run there that train no earlier rows, ends {below} below it" in readme
+    for bed in FOUND:
+        sequential = [row for row in FOUND[bed]["summary"]["rows"] if not row["rehearses"]]
+        rivals = [row for row in sequential if not row["method"].startswith("guard")]
+        assert max(rivals, key=lambda row: row["average"])["method"] == "A-GEM"
     digits = tuned("digits")
     errors = " and ".join(f"{digits[name]['guard_beyond_error']:.3f}" for name in ("plain", "mixed"))
     assert f"the paired differences have standard errors of {errors}" in PAGE
