@@ -100,7 +100,8 @@ def supervised_run(how, folder, steps=25, blocks=PHASES, before=None):
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )
     away = any(hasattr(parameter, "ds_tensor") for parameter in trainer.model.parameters())
-    callback = InterferenceGuardCallback(trainer, CONFIG)
+    # Of sharded models regions move with the directions they have, of others with new ones.
+    callback = InterferenceGuardCallback(trainer, dataclasses.replace(CONFIG, renew=False))
     if before is not None:
         callback.load(before)
     trainer.add_callback(callback)

@@ -15,6 +15,7 @@ from benchmarks.rivals.tuning import SEEDS, TUNING_SEED
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/research.md").read_text()
 ABLATIONS = json.loads((ROOT / "benchmarks/results/ablations_digits.json").read_text())
+MOVED_ON = ("gym", "gym_0.001")
 FOUND = {
     name: json.loads(path.read_text())
     for name in BEDS
@@ -53,6 +54,30 @@ def test_the_table_of_the_metric_is_the_result():
     default = [run for run in runs if run["variant"] == "default" and run["run"]["seed"] in SEEDS]
     final, lost = (fmean(run[key] for run in default) for key in ("average", "forgetting"))
     assert f"the six runs end at {final:.3f} and forget {lost:.3f}" in PAGE
+
+
+def test_the_table_of_moved_regions_is_the_result():
+    results = [json.loads((ROOT / f"benchmarks/results/ablations_{bed}.json").read_text()) for bed in MOVED_ON]
+    cells = {
+        (run["variant"], run["run"]["seed"], run["order"]): (run["average"], run["forgetting"])
+        for found in results
+        for run in found["runs"]
+    }
+    assert [{run["run"]["rate"] for run in found["runs"]} for found in results] == [{7e-4}, {1e-3}]
+    columns = ("default", "no renewal", "budget 0.01", "budget 0.01, no renewal")
+    places = [(seed, order) for seed in SEEDS for order in range(2)]
+
+    def row(label, pairs):
+        texts = [f"{final:.3f}, {lost:.3f}".replace("0.", ".") for final, lost in pairs]
+        return f"| {label} | {' | '.join(texts)} |"
+
+    for seed, order in places:
+        pairs = (cells[name, seed, order] for name in columns)
+        assert row(f"{seed}, {('first', 'second')[order]}", pairs) in PAGE
+    means = [[fmean(cells[(name, *place)][key] for place in places) for key in range(2)] for name in columns]
+    assert row("mean", means) in PAGE
+    (_, _, with_it, without) = means
+    assert f"ends {with_it[0] - without[0]:.3f} higher and forgets {without[1] - with_it[1]:.3f} less" in PAGE
 
 
 def test_the_table_of_ablations_is_the_result():
