@@ -69,6 +69,8 @@ def test_quoted_overhead():
     for row in OVERHEAD["rows"]:
         if row["protected"]:
             assert f"{row['share']:.1%}" in README
+    guarded = next(m for m in FORGETTING["summary"]["by_method"] if m["method"] == "guarded")
+    assert f"with up to seven protected, it is {guarded['overhead']:.1%}" in README
 
 
 def test_quoted_correlations():
