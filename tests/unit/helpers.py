@@ -1,5 +1,7 @@
 """A toy policy with rewards, small enough to run hundreds of guarded steps in a test."""
 
+import threading
+
 import torch
 from torch import nn
 
@@ -85,3 +87,37 @@ def guarded(seed=0, rate=0.02, config=CONFIG, dtype=torch.float32, make=torch.op
     model = Toy(seed).to(dtype)
     guard = Guard(model, config)
     return model, guard, GuardedOptimizer(make(model.parameters(), lr=rate), guard)
+
+
+def step_by_hand(model, guard, optimizer, domain, step, kept=None):
+    """One step of a host that calls the guard itself; `kept` are the rows that this rank retains, None: none."""
+    if kept is not None:
+        guard.retain(domain, kept)
+    guard.begin({domain: 1.0})
+    policy_gradient(model, rollout(model, domain, seed=step)).backward()
+    guard.before_step()
+    optimizer.step()
+    guard.after_step()
+    optimizer.zero_grad()
+
+
+def two_ranks(work):
+    """What ``work(number, reduce)`` returned by rank, of two threads as ranks whose reductions meet."""
+    barrier, tables, results = threading.Barrier(2, timeout=60), {}, {}
+
+    def rank(number):
+        def reduce(values, kind):
+            tables[number] = values.clone()
+            barrier.wait()
+            both = torch.stack([tables[0], tables[1]])
+            barrier.wait()
+            return both.sum(0) if kind == "sum" else both.amax(0)
+
+        results[number] = work(number, reduce)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results[0], results[1]

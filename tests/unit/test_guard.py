@@ -14,7 +14,17 @@ from interference_guard import (
     UnsupportedError,
 )
 from interference_guard.metrics import METRICS, expand
-from tests.unit.helpers import CONFIG, Toy, guarded, pass_rate, policy_gradient, rollout, train
+from tests.unit.helpers import (
+    CONFIG,
+    Toy,
+    guarded,
+    pass_rate,
+    policy_gradient,
+    rollout,
+    step_by_hand,
+    train,
+    two_ranks,
+)
 
 ORDER = ["math"] * 40 + ["code"] * 40 + ["qa"] * 40
 
@@ -352,42 +362,22 @@ def test_watching_a_long_run_without_projection():
 @pytest.mark.parametrize("holders", [(0, 1), (0,)])
 def test_ranks_agree_also_where_one_has_no_rows(holders):
     """Two ranks as two guards whose reductions meet; rows may lie on one of them only."""
-    import threading
-
-    barrier, tables, results = threading.Barrier(2, timeout=60), {}, {}
     models = [Toy(), Toy()]
 
-    def rank(number):
+    def rank(number, reduce):
         model = models[number]
-
-        def reduce(values, kind):
-            tables[number] = values.clone()
-            barrier.wait()
-            both = torch.stack([tables[0], tables[1]])
-            barrier.wait()
-            return both.sum(0) if kind == "sum" else both.amax(0)
-
         guard = Guard(model, CONFIG, reduce=reduce)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         found = []
         for step, domain in enumerate(["math"] * 3 + ["code"] * 6):
-            if number in holders or domain != "math":
-                # The ranks meet the domains in another order than they train them.
-                guard.retain(domain, rollout(model, domain, seed=100 * number + step))
-            guard.begin({domain: 1.0})
-            policy_gradient(model, rollout(model, domain, seed=step)).backward()
-            guard.before_step()
-            optimizer.step()
-            guard.after_step()
-            optimizer.zero_grad()
+            # The ranks meet the domains in another order than they train them.
+            holds = number in holders or domain != "math"
+            kept = rollout(model, domain, seed=100 * number + step) if holds else None
+            step_by_hand(model, guard, optimizer, domain, step, kept)
             found += [(m.loss, m.kl) for m in guard.probe().values()]
-        results[number] = (found, guard.domains["math"].radius.item(), guard.domains["math"].anchor_reward)
+        return found, guard.domains["math"].radius.item(), guard.domains["math"].anchor_reward
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert results[0] == results[1]
-    assert len(results[0][0]) == 4
-    assert not math.isnan(results[0][2])
+    first, second = two_ranks(rank)
+    assert first == second
+    assert len(first[0]) == 4
+    assert not math.isnan(first[2])

@@ -2,7 +2,6 @@ import copy
 import dataclasses
 import functools
 import math
-import threading
 import warnings
 
 import pytest
@@ -15,7 +14,16 @@ from interference_guard.measuring import look
 from interference_guard.probe import Measurement
 from interference_guard.renewing import due, renew
 from interference_guard.trust_region import Raw, TrustRegion
-from tests.unit.helpers import CONFIG, Toy, guarded, pass_rate, policy_gradient, rollout, train
+from tests.unit.helpers import (
+    CONFIG,
+    Toy,
+    guarded,
+    pass_rate,
+    rollout,
+    step_by_hand,
+    train,
+    two_ranks,
+)
 
 
 def astray(config=CONFIG, **changes):
@@ -316,44 +324,26 @@ def test_a_long_foreign_run_moves_regions_by_itself():
 @pytest.mark.parametrize("holders", [(0, 1), (0,)])
 def test_ranks_move_alike_also_where_one_has_no_rows(holders):
     """Two ranks as two guards whose reductions meet, each with rows of its own."""
-    barrier, tables, results, turned = threading.Barrier(2, timeout=60), {}, {}, {}
     # Seeded one after the other: the threads share the global generator.
     models = [Toy(), Toy()]
 
-    def rank(number):
+    def rank(number, reduce):
         model = models[number]
-
-        def reduce(values, kind):
-            tables[number] = values.clone()
-            barrier.wait()
-            both = torch.stack([tables[0], tables[1]])
-            barrier.wait()
-            return both.sum(0) if kind == "sum" else both.amax(0)
-
         guard = Guard(model, GuardConfig(rank=2, sketch=4, residual=4, probe_steps=5), reduce=reduce)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         for step, domain in enumerate(["math"] * 10 + ["code"] * 6):
-            if number in holders or domain != "math":
-                guard.retain(domain, rollout(model, domain, seed=100 * number + step))
-            guard.begin({domain: 1.0})
-            policy_gradient(model, rollout(model, domain, seed=step)).backward()
-            guard.before_step()
-            optimizer.step()
-            guard.after_step()
-            optimizer.zero_grad()
+            # The ranks meet the domains in another order than they train them.
+            holds = number in holders or domain != "math"
+            kept = rollout(model, domain, seed=100 * number + step) if holds else None
+            step_by_hand(model, guard, optimizer, domain, step, kept)
         state = guard.domains["math"]
         before = [block.U for block in state.model.blocks]
         renew(guard, state)
-        results[number] = [tensor for block in state.model.blocks for tensor in (block.U, block.z0, block.energy)]
-        results[number].append(torch.tensor(float(guard.differentiates)))
-        turned[number] = not any(a is block.U for a, block in zip(before, state.model.blocks, strict=True))
+        turned = not any(a is block.U for a, block in zip(before, state.model.blocks, strict=True))
+        found = [tensor for block in state.model.blocks for tensor in (block.U, block.z0, block.energy)]
+        return turned, guard.differentiates, found
 
-    run = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
-    for thread in run:
-        thread.start()
-    for thread in run:
-        thread.join(60)
-    assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
+    first, second = two_ranks(rank)
     # A rank without rows adds nothing, and takes over what the others found.
-    assert turned == {0: True, 1: True}
-    assert results[0][-1] == 1.0
+    assert first[:2] == second[:2] == (True, True)
+    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
