@@ -219,7 +219,6 @@ class Guard(GuardState):
             due = early or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = measuring.measure(self, state, policy)
-        measured = list(found)
         if self.config.recovery:
             self.unfollowed |= found
             if free and self.steps > self.followed:
@@ -227,7 +226,7 @@ class Guard(GuardState):
                 unfollowed, self.unfollowed = self.unfollowed, {}
                 recovering.follow(self, unfollowed, policy, took)
         # Afterwards: a domain that is given steps of its own comes back to where its region stands.
-        for name in measured:
+        for name in found:
             renewing.renew_if_due(self, self._domains[name])
         return found
 
