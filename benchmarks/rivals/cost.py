@@ -68,7 +68,6 @@ def one(bed: str, seed: int, strengths: dict[str, Any]) -> dict[str, Any]:
         after, _ = timed("plain")
         methods[name] = {"ratio": own / (0.5 * (before + after)), "bytes": kept}
         before = after
-        print(f"seed {seed}, {name:24} {methods[name]['ratio']:.3f} x the time", flush=True)
     return {"seed": seed, "weights_bytes": weights, "methods": methods}
 
 

@@ -49,7 +49,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         _score(guard, state, recovered=state.anchored)
     state.anchored = True
     state.own_steps = state.foreign_steps = state.renewed_at = 0
-    state.region.settle()
+    state.region.anchor()
     state.kept_at = -1
     state.true_reward = math.nan
     state.subspace = None

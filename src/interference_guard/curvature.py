@@ -158,10 +158,7 @@ class DomainCurvature:
         Only their overall size changes, so own steps that follow meet sums of their own order.
         """
         own, theirs = self.mean_energy(), other.mean_energy()
-        self.scale(torch.where((own > 0) & (theirs > 0), theirs / own, 1.0))
-
-    def scale(self, factor: Tensor | float) -> None:
-        """Multiply what all steps so far have added, in place."""
+        factor = torch.where((own > 0) & (theirs > 0), theirs / own, 1.0)
         for index, sums in enumerate(self.sums):
             self._sketch(index).mul_(factor)
             sums.energy.mul_(factor)

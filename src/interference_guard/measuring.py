@@ -78,8 +78,8 @@ def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> M
     if state.radius is not None and not state.region.radius and math.isfinite(first := state.radius.item()):
         state.region.radius = state.region.largest = first
     if state.fresh:
-        # At a moved region's centre there is nothing but rounding, which no loss may be divided by.
-        noise = 0.0 if state.model is None or not state.renewed_at else state.model.rounding().item()
+        # At the centre of a region there is nothing but rounding, which no loss may be divided by.
+        noise = 0.0 if state.model is None else state.model.rounding().item()
         result = state.region.measured(found, raw, adapt=guard.config.project, noise=noise)
     else:
         # The domain's own steps since that probe are in the loss: nothing may be learned from it.

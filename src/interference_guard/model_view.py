@@ -154,10 +154,10 @@ class ModelView:
         table = {name: self.shards.gradient(name, parameter) for name, parameter in self._parameters.items()}
         return Blocks(self.blocks, table, self.device, scale)
 
-    def arrange(self, gradients: Mapping[str, Tensor | None]) -> Blocks:
-        """Given gradients by parameter name, laid out as `weights`; None reads as zero."""
+    def arrange(self, gradients: Mapping[str, Tensor | None], scale: Tensor | None = None) -> Blocks:
+        """The same of gradients given by parameter name; None reads as zero."""
         table = {canonical_name(name): gradient for name, gradient in gradients.items()}
-        return Blocks(self.blocks, table, self.device)
+        return Blocks(self.blocks, table, self.device, scale)
 
     @torch.no_grad()
     def subtract(self, corrections: Sequence[Correction], step: int = 0) -> None:

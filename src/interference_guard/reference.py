@@ -88,6 +88,7 @@ def add_softened(
 ) -> None:
     """The same on this rank alone, which may have rows of its own."""
     generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
+    scale = torch.tensor(LOSS_SCALE, device=guard.device)
     modes = [(module, module.training) for module in guard.model.modules()]
     guard.model.eval()
     for module in guard.model.modules():
@@ -100,8 +101,7 @@ def add_softened(
             batch = rows.rows(chosen[: len(rows)] % len(rows))
             found = _gradients(guard.model, batch, generator)
             with exact_products(guard.device):
-                curvature.observe(guard.view.arrange(found))
-        curvature.scale(LOSS_SCALE**-2)
+                curvature.observe(guard.view.arrange(found, scale))
     finally:
         for module, training in modes:
             module.training = training
@@ -129,7 +129,13 @@ def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) 
     """Gradients of the scaled loss on labels drawn from the softened output; no ``grad`` is touched."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
+        try:
+            output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
+        except (TypeError, ValueError) as error:
+            raise UnsupportedError(
+                f"{type(model).__name__} was given token ids and their mask, all that the guard has, and raised "
+                f"{type(error).__name__}: {error}. Give the guard the causal language model itself."
+            ) from error
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None or logits.dim() != 3:
             raise UnsupportedError(

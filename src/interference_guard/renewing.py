@@ -133,7 +133,6 @@ def _add(guard: Guard, state: DomainState, curvature: DomainCurvature, size: int
         add_softened(guard, curvature, rows, -(-len(rows) // size), size)
     except torch.OutOfMemoryError:
         return "a backward pass over its retained completions does not fit into the memory."
-    # The forward pass is the host's, and may ask for more than rows of tokens: its run must go on.
-    except Exception as error:
+    except RuntimeError as error:
         return f"a backward pass over its retained completions ended with {type(error).__name__}: {error}."
     return None

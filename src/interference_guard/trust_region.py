@@ -139,7 +139,7 @@ class TrustRegion:
             found: The uncorrected measurement.
             raw: The uncalibrated prediction under the same weights, after the projection.
             adapt: Whether the radius follows; without a projection there is nothing to control.
-            noise: What rounding alone makes of a raw prediction: one under it calibrates nothing.
+            noise: What rounding alone makes of a raw prediction: up to it one calibrates nothing.
 
         Returns:
             The measurement corrected by the truth, with the prediction that was made for it.
@@ -149,8 +149,8 @@ class TrustRegion:
         unit = "nats" if found.ratio == "nats" else "reward"
         if unit != self.unit:
             # A reward range has appeared, or is gone: old pairs are in another unit.
-            self.unit, self.xy, self.xx = unit, 0.0, 0.0
-            self.ly = self.ll = self.lx = self.centre_loss = 0.0
+            self.unit, self.centre_loss = unit, 0.0
+            self._forget_pairs()
         if not all(map(math.isfinite, (result.loss, x, raw.linear))):
             # One such number in the running sums would stay there for good.
             self.estimate, self.loss, self.astray = found.loss, result.loss, False
@@ -228,16 +228,20 @@ class TrustRegion:
         self.radius = self.largest = 0.0
         self.astray = False
         if turned:
-            self.xy = self.xx = self.ly = self.ll = self.lx = 0.0
+            self._forget_pairs()
             self.ceiling = math.inf
 
-    def settle(self) -> None:
+    def anchor(self) -> None:
         """The region's centre is the anchor again."""
         self.centre_loss, self.astray = 0.0, False
 
     def loosen(self) -> None:
         """The domain is trained again: what it needed before says nothing of where it will stand."""
         self.ceiling = math.inf
+
+    def _forget_pairs(self) -> None:
+        """Begin the calibration anew: raw predictions or losses are in another unit from now on."""
+        self.xy = self.xx = self.ly = self.ll = self.lx = 0.0
 
     def _adapt(self, loss: float, subspace: float, residual: float) -> None:
         self.at_floor = False
