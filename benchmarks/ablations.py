@@ -3,7 +3,8 @@
     python -m benchmarks.ablations --bed digits [--only "rank 4" ...] [--seeds 0 1] [--rate 1e-3] [--workers 2]
 
 Everything else stays at its default, at one learning rate. Writes `benchmarks/results/ablations_<bed>.json` after
-every run and goes on from it when started again; at another rate than the bed's, that is part of the name.
+every run and goes on from it when started again; at another rate than the bed's, that is part of the name, as is
+the processor's maker where the file there is was made on another one's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .bed.beds import BEDS
 from .bed.method import Guarded
 from .bed.run import Result, Run
 from .processes import finished
-from .provenance import RESULTS, write
+from .provenance import RESULTS, here, write
 from .rivals.running import result_of
 
 
@@ -170,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     usual = BEDS[options.bed].rate
     rate = usual if options.rate is None else options.rate
-    name = f"ablations_{options.bed}" + ("" if rate == usual else f"_{rate:g}")
+    name = here(f"ablations_{options.bed}" + ("" if rate == usual else f"_{rate:g}"))
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     there = {(run["variant"], run["run"]["seed"], run["order"]) for run in runs}

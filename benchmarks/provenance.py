@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,6 +63,26 @@ def _commit() -> str | None:
         check=False,
     )
     return found.stdout.strip() or None
+
+
+def maker(processor: str) -> str:
+    """The first word of a processor's name in lower case, such as ``amd``: makers round differently."""
+    found = re.match("[A-Za-z0-9]+", processor)
+    return found.group().lower() if found else "unknown"
+
+
+def here(name: str, folder: Path = RESULTS) -> str:
+    """The name under which this machine keeps the runs of `name`.
+
+    The same seed is another run on a processor of another maker, so runs of two of them never share a file: the
+    maker's name is added where the file there is was made by another one's.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return name
+    made_by = maker(json.loads(path.read_text(encoding="utf-8"))["made_with"]["processor"])
+    own = maker(_processor())
+    return name if made_by == own else f"{name}_{own}"
 
 
 def write(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:

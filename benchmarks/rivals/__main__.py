@@ -4,7 +4,8 @@
     python -m benchmarks.rivals --bed digits --show
 
 Writes `benchmarks/results/rivals_<bed>.json` after every run and goes on from it when started again. A run
-takes about a minute on one core.
+takes about a minute on one core. Where that file was made on a processor of another maker, the runs go to
+`rivals_<bed>_<maker>.json`; only what methods were tuned on is taken from it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 
 from ..bed.run import Run
 from ..processes import pool
-from ..provenance import RESULTS, write
+from ..provenance import RESULTS, here, write
 from .registry import RIVALS
 from .running import work
 from .table import markdown, show, summarise
-from .tuning import SEEDS, TUNING_SEED, Tuning, key
+from .tuning import SEEDS, TUNING_SEED, Tuning, key, tuning_runs
 
 
 def main() -> None:
@@ -40,11 +41,11 @@ def main() -> None:
     options = parser.parse_args()
     if TUNING_SEED in options.seeds:
         parser.error(f"--seeds {options.seeds}: seed {TUNING_SEED} is what methods are tuned on; leave it out.")
-    bed, name = BEDS[options.bed], f"rivals_{options.bed}"
-    path = RESULTS / f"{name}.json"
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    bed, name = BEDS[options.bed], here(f"rivals_{options.bed}")
+    runs = _runs(name)
+    elsewhere = tuning_runs(_runs(f"rivals_{options.bed}")) if name != f"rivals_{options.bed}" else []
     if options.show or options.markdown:
-        summary = summarise(bed, runs, options.seeds)
+        summary = summarise(bed, runs, options.seeds, elsewhere)
         if options.markdown:
             print(markdown(summary))
         else:
@@ -55,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as starts, pool(options.workers, runs_each=1) as running:
         waiting: dict[Future[dict[str, Any]], str] = {}
         while True:
-            found = {key(run["run"]): run["average"] for run in runs}
+            found = {key(run["run"]): run["average"] for run in (*elsewhere, *runs)}
             wanted: list[Run] = []
             for rival in options.only:
                 wanted += Tuning(rival, RIVALS[rival], bed, found, options.seeds).needed()[0]
@@ -69,9 +70,15 @@ def main() -> None:
                 del waiting[future]
                 runs.append(future.result())
                 runs.sort(key=lambda item: key(item["run"]))
-                write(name, {"summary": summarise(bed, runs, options.seeds), "runs": runs})
+                write(name, {"summary": summarise(bed, runs, options.seeds, elsewhere), "runs": runs})
                 _say(future.result(), (time.perf_counter() - started) / 60)
-    show(summarise(bed, runs, options.seeds))
+    show(summarise(bed, runs, options.seeds, elsewhere))
+
+
+def _runs(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    return found
 
 
 def _say(found: dict[str, Any], minutes: float) -> None:

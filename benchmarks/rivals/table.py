@@ -9,21 +9,34 @@ from typing import Any
 
 from ..bed.beds import Bed
 from .registry import RIVALS
-from .tuning import SEEDS, TUNING_SEED, Tuning, key
+from .tuning import SEEDS, Tuning, key, tuning_runs
 
 # What every other method is compared with, run by run.
 HEADLINE = "guard"
 
 
-def summarise(bed: Bed, runs: Sequence[dict[str, Any]], seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
-    """Rows of the table, best average first, what tuning tried, and how many runs are still missing."""
-    found = {key(run["run"]): run for run in runs}
+def summarise(
+    bed: Bed,
+    runs: Sequence[dict[str, Any]],
+    seeds: Sequence[int] = SEEDS,
+    elsewhere: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Rows of the table, best average first, what tuning tried, and how many runs are still missing.
+
+    Args:
+        bed: The bed.
+        runs: Those of one kind of machine.
+        seeds: Of the runs that are compared.
+        elsewhere: Runs of another kind of machine that methods were tuned on; they are in no row.
+    """
+    tuned = (*tuning_runs(elsewhere), *runs)
+    found = {key(run["run"]): run for run in tuned}
     averages = {name: run["average"] for name, run in found.items()}
     rows, missing, tries = [], {}, {}
     for name, rival in RIVALS.items():
         tuning = Tuning(name, rival, bed, averages, seeds)
         needed, chosen = tuning.needed()
-        tried = [run for run in runs if run["run"]["method"] == name and run["run"]["seed"] == TUNING_SEED]
+        tried = [run for run in tuning_runs(tuned) if run["run"]["method"] == name]
         if tried:
             tried.sort(key=lambda run: -run["average"])
             tries[name] = [[run["run"]["rate"], run["run"]["strength"], run["average"]] for run in tried]

@@ -29,6 +29,11 @@ def key(run: dict[str, Any]) -> str:
     return json.dumps(run, sort_keys=True)
 
 
+def tuning_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that methods are tuned on and no table compares."""
+    return [run for run in runs if run["run"]["seed"] == TUNING_SEED]
+
+
 class Tuning:
     """One method on one bed.
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from benchmarks import provenance
 from benchmarks.bed import digits
 from benchmarks.bed.beds import BEDS, DIGITS
 from benchmarks.rivals.registry import RIVALS, Rival
@@ -139,3 +140,27 @@ def test_digits_have_the_right_answers(domain, answer):
     rows = {row["prompt"]: row["answer"] for row in digits.rows(domain, 8000, 0)}
     rows |= {row["prompt"]: row["answer"] for row in digits.rows(domain, 8000, 0, test=True)}
     assert rows[f"{domain} 071 ="] == answer
+
+
+def test_runs_of_another_kind_of_machine_tune_and_are_not_compared():
+    made, chosen = search(peak(2e-4), name="plain", rival=RIVALS["plain"])
+    runs = [result(run, peak(2e-4)(run)) for run in made]
+    there = summarise(DIGITS, runs)
+    own = [run for run in runs if run["run"]["seed"] != TUNING_SEED]
+    assert summarise(DIGITS, own)["rows"] == []
+    assert summarise(DIGITS, own, elsewhere=runs) == there
+    alone = summarise(DIGITS, [], elsewhere=runs)
+    assert alone["rows"] == []
+    assert alone["missing"]["plain"] == len(own)
+    assert chosen is not None
+
+
+def test_processors_of_two_makers_share_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "_processor", lambda: "AMD EPYC")
+    assert provenance.here("rivals", tmp_path) == "rivals"
+    provenance.write("rivals", {}, tmp_path)
+    assert provenance.here("rivals", tmp_path) == "rivals"
+    monkeypatch.setattr(provenance, "_processor", lambda: "Intel(R) Xeon(R) Processor")
+    assert provenance.here("rivals", tmp_path) == "rivals_intel"
+    monkeypatch.setattr(provenance, "_processor", lambda: "")
+    assert provenance.here("rivals", tmp_path) == "rivals_unknown"
