@@ -134,6 +134,41 @@ def test_the_page_quotes_the_gym():
     assert f"between {min(near):.3f} and {max(near):.3f} from 3e-4 to 1e-3" in PAGE
 
 
+def test_what_protection_can_reach_follows_from_the_runs():
+    below = []
+    above = []
+    for bed in ("gym", "digits"):
+        runs = [run for run in FOUND[bed]["runs"] if run["run"]["seed"] in SEEDS]
+        own = {}
+        for run in runs:
+            if run["run"]["method"] == "plain":
+                for domain, rate in run["own"].items():
+                    own.setdefault(domain, {}).setdefault(run["run"]["rate"], []).append(rate)
+        bound = fmean(max(fmean(rates) for rates in by_rate.values()) for by_rate in own.values())
+        guard, mixed = tuned(bed)["guard"], tuned(bed)["mixed"]
+        numbers = (bound, guard["own"], guard["average"], mixed["average"])
+        assert f"| {bed} | {' | '.join(f'{number:.3f}' for number in numbers)} |" in PAGE
+        below.append(bound - guard["average"])
+        above.append(bound - mixed["average"])
+        assert guard["own"] - guard["average"] < 0.5 * below[-1]
+    runs = [run for run in FOUND["digits"]["runs"] if run["run"]["seed"] in SEEDS]
+    places = {}
+    for run in runs:
+        by_rate = places.setdefault(run["run"]["method"], {}).setdefault(run["run"]["rate"], [])
+        by_rate.append([run["own"][domain] for domain in run["run"]["order"]])
+    means = {
+        name: [[fmean(column) for column in zip(*rows, strict=True)] for rows in by_rate.values()]
+        for name, by_rate in places.items()
+        if name in ("plain", "guard")
+    }
+    first, *later = (
+        max(column) - own for column, own in zip(zip(*means["plain"], strict=True), *means["guard"], strict=True)
+    )
+    assert f"the first domain loses {first:.3f} and the later ones {min(later):.3f} to {max(later):.3f}" in PAGE
+    assert f"stays {below[0]:.3f} and {below[1]:.3f} below the bound" in PAGE
+    assert f"ends {above[0]:.3f} above mixed training on `gym` and {above[1]:.3f} on `digits`" in PAGE
+
+
 def test_the_page_quotes_what_tuning_found():
     tried = FOUND["digits"]["summary"]["tuning"]
     guard = {(rate, budget): average for rate, budget, average in tried["guard"]}
