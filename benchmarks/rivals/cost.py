@@ -4,8 +4,8 @@
 
 Both runs of a pair are made at once, each on a core of its own, so that a machine which is slow for a while is
 slow for both. Leave it alone meanwhile. Plain training against itself is among the methods: how far its ratio is
-from 1 says how far to trust the others. Strengths are the tuned ones of `benchmarks/results/rivals_<bed>.json`. Phases
-have half their length, so what a method does once a phase weighs twice. Writes
+from 1 says how far to trust the others. Strengths are the tuned ones of `benchmarks/results/rivals_<bed>.json`.
+Phases have half their length, so what a method does once a phase weighs twice. Writes
 `benchmarks/results/rivals_<bed>_cost.json`.
 """
 

@@ -238,7 +238,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if last and self.live is not None:
                 # While the trainer's bar still stands: the panel's lines are counted from there.
                 self.live.close()
-            if self.guard is None or not self._trainer.model.training or last:
+            # A host that logs lines of its own may do so on one rank, where a sharded model's metrics would wait.
+            if self.guard is None or "loss" not in logs or last:
                 return method(logs, *args, **kwargs)
             logs = {**logs, **self.guard.metrics()}
             if self.history is not None:
@@ -262,7 +263,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 return method(*args, **kwargs)
             finally:
-                # Also after an error: the prompt must not appear inside the panel.
+                # Also after an error or an interrupt: steps outside of the run are not the guard's, and the
+                # prompt must not appear inside the panel.
+                self._unhook()
                 if self.live is not None:
                     self.live.close()
 
@@ -328,6 +331,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the domains whose turn it is."""
         if self.config.enabled:
+            self._guard().end()
             self._guard().probe()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

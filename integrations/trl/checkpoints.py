@@ -37,6 +37,7 @@ class Checkpoints:
             )
         seams.wrap("_save_optimizer_and_scheduler", self._save)
         seams.wrap("_load_optimizer_and_scheduler", self._load)
+        seams.wrap("_load_best_model", self._load_best)
 
     def save(self, directory: str | Path) -> None:
         """Save this rank's part; each rank retains completions, and may hold weights, of its own."""
@@ -72,6 +73,23 @@ class Checkpoints:
             if checkpoint is not None:
                 self._bind()
                 self._read(checkpoint)
+            return result
+
+        return load
+
+    def _load_best(self, method: Any) -> Any:
+        def load(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            best = self.trainer.state.best_model_checkpoint
+            try:
+                self.load(best)
+            except StateError as error:
+                # The training is done: its result must not be lost over this.
+                warnings.warn(
+                    f"The weights are now those of {best}, and the guard is still that of the run's end: {error} "
+                    "Use neither for a further phase together.",
+                    stacklevel=2,
+                )
             return result
 
         return load

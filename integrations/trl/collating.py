@@ -10,13 +10,14 @@ from torch import Tensor
 
 from interference_guard.errors import HostError
 
-DOMAIN_ID = "domain_id"
+# No name that a host could have for a tensor of its own.
+DOMAIN_ID = "interference_guard_domain"
 # Of a name in UTF-8. One width for all batches: accelerate joins those of several ranks.
 WIDTH = 256
 
 
 class NamingCollator:
-    """A trainer's collator that takes the domain out of the rows and adds the names' bytes to the batch.
+    """A trainer's collator that adds the names' bytes to the batch.
 
     It may run in a worker process, or on the first rank for all others. What it knew about other rows would be
     lost there, so names are numbered later, in the main process of each rank; only tensors get that far.
@@ -25,16 +26,18 @@ class NamingCollator:
         collator: The trainer's own.
         column: The column of the domain.
         width: Bytes a name may have.
+        strip: Whether the domain is taken out of the rows, as the trainer does with columns it has no use for.
     """
 
-    def __init__(self, collator: Any, column: str, width: int = WIDTH) -> None:
-        self.collator, self.column, self.width = collator, column, width
+    def __init__(self, collator: Any, column: str, width: int = WIDTH, strip: bool = True) -> None:
+        self.collator, self.column, self.width, self.strip = collator, column, width, strip
 
     def __call__(self, rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """The trainer's batch, and in it the names."""
         names = pack([row.get(self.column) for row in rows], self.width)
-        bare = [{key: value for key, value in row.items() if key != self.column} for row in rows]
-        batch = self.collator(bare, *args, **kwargs)
+        if self.strip:
+            rows = [{key: value for key, value in row.items() if key != self.column} for row in rows]
+        batch = self.collator(rows, *args, **kwargs)
         batch[DOMAIN_ID] = names
         return batch
 

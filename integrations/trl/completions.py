@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from interference_guard.errors import HostError
 from interference_guard.probe import Completions, Policy, model_policy
 
+# Keys of a batch that hold what a text model does not read.
+PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "input_features")
 
-def generated(output: Mapping[str, Any], rewards: Tensor | None) -> Completions:
+
+def generated(output: Mapping[str, Any], rewards: Tensor | None, temperature: float) -> Completions:
     """Completions of one generation, in the order of its rows.
 
     Args:
         output: What ``_generate_and_score_completions`` returned; masks and ids are ``(rows, length)``.
         rewards: ``(rows,)``, or None where the trainer has none.
+        temperature: Of their sampling.
+
+    Raises:
+        HostError: If they answer pictures.
     """
+    _check_text(output)
     prompt, prompt_mask = output["prompt_ids"], output["prompt_mask"]
     ids, mask = output["completion_ids"], output["completion_mask"]
     scored = mask if output.get("tool_mask") is None else mask * output["tool_mask"]
@@ -26,27 +37,69 @@ def generated(output: Mapping[str, Any], rewards: Tensor | None) -> Completions:
         torch.cat([prompt_mask, mask], 1),
         torch.cat([torch.zeros_like(prompt_mask), scored], 1),
         rewards,
+        temperature,
     )
 
 
 def labelled(batch: Mapping[str, Any]) -> Completions | None:
-    """Rows of a supervised batch whose labels are scored, or None for packed rows without a mask."""
+    """Rows of a supervised batch whose labels are scored; None where it holds no ids or labels.
+
+    Raises:
+        HostError: If they are about pictures.
+    """
+    _check_text(batch)
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
         return None
     attention = batch.get("attention_mask")
     if attention is None:
-        # Padding-free rows hold several documents in one: they cannot be scored apart.
-        return None
-    return Completions(ids, attention, (labels != -100).to(torch.int64))
+        places = batch.get("position_ids")
+        if not isinstance(places, Tensor):
+            return None
+        ids, labels, attention = _apart(ids, labels, places)
+    scored = (labels != -100).to(torch.int64)
+    # Nothing comes before the first token, so nothing foretells it.
+    scored[:, 0] = 0
+    return Completions(ids, attention, scored)
+
+
+def _apart(ids: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that lie one after the other in a padding-free batch, ``(1, tokens)``, padded: ids, labels, mask."""
+    begin = [*(places.flatten() == 0).nonzero().flatten().tolist(), places.numel()]
+    lengths = [after - before for before, after in pairwise(begin)]
+    parts = [list(torch.split(tensor.flatten()[begin[0] :], lengths)) for tensor in (ids, labels)]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ones = [torch.ones_like(part) for part in parts[0]]
+    return pad(parts[0]), pad(parts[1], padding_value=-100), pad(ones)
+
+
+def _check_text(batch: Mapping[str, Any]) -> None:
+    found = [name for name in PICTURES if batch.get(name) is not None]
+    if found:
+        raise HostError(
+            f"The batch has {found[0]!r}. The guard scores rows as text alone, so the interference of rows with "
+            "pictures or sound cannot be measured. Train text, or train without the guard."
+        )
+
+
+def sampling_temperature(trainer: Any) -> float:
+    """Of a trainer's rollouts; 1 where it makes none."""
+    return float(getattr(trainer, "temperature", 1.0))
 
 
 def trainer_policy(trainer: Any) -> Policy:
-    """Log-probabilities as the trainer itself computes them: its temperature, kernels and batch size."""
+    """Log-probabilities as the trainer itself computes them, with its kernels and batch size.
+
+    Its own way knows one temperature. Rows of another trainer's are scored by the model's logits, one row at a
+    time: they take much more room.
+    """
+    size = trainer.args.per_device_train_batch_size
     if not hasattr(trainer, "_get_per_token_logps_and_entropies"):
-        return model_policy(trainer.model, batch_size=trainer.args.per_device_train_batch_size)
+        return model_policy(trainer.model, batch_size=size)
 
     def policy(rows: Completions) -> Tensor:
+        if rows.temperature != sampling_temperature(trainer):
+            return model_policy(trainer.model, batch_size=1)(rows)
         scored = rows.completion_mask.any(0).nonzero()
         first = max(int(scored[0]), 1) if len(scored) else 1
         length = rows.input_ids.shape[1]
@@ -59,7 +112,7 @@ def trainer_policy(trainer: Any) -> Policy:
                     rows.input_ids,
                     rows.attention_mask,
                     length - first,
-                    batch_size=trainer.args.per_device_train_batch_size,
+                    batch_size=size,
                 )
         finally:
             for module, training in modes:

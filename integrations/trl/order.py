@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ ORDERS = ("sequential", "round_robin")
 
 
 def prompts_per_generation(args: Any) -> int:
-    """Prompts of one generation batch over all processes, for a `GRPOConfig` or `RLOOConfig`.
+    """Prompts that must be of one domain, for a `GRPOConfig` or `RLOOConfig`: those of a generation batch.
+
+    Where optimizer steps take parts of several generation batches, those of as few batches as fill whole steps.
+    Counted over all processes.
 
     Raises:
         ConfigError: For settings of a trainer that generates nothing.
@@ -25,7 +29,10 @@ def prompts_per_generation(args: Any) -> int:
             f"{type(args).__name__} has no generation batches. For an SFTTrainer give order_by_domain() the rows "
             "of one optimizer step, and set train_sampling_strategy='sequential'."
         )
-    return int(args.generation_batch_size) // int(args.num_generations)
+    prompts = int(args.generation_batch_size) // int(args.num_generations)
+    # Both in micro-batches: how long a generation batch is trained, and how many make a step.
+    lasts = int(args.steps_per_generation) * int(args.num_iterations)
+    return prompts * (math.lcm(lasts, int(args.gradient_accumulation_steps)) // lasts)
 
 
 def order_by_domain(
@@ -61,6 +68,11 @@ def order_by_domain(
     """
     if not isinstance(prompts, int) or prompts < 1:
         raise ConfigError(f"prompts={prompts!r} is not allowed: it must be an integer of at least 1.")
+    if not hasattr(dataset, "select"):
+        raise ConfigError(
+            f"A {type(dataset).__name__} cannot be put in another order. Give a datasets.Dataset, or arrange the "
+            "stream's rows yourself so that each generation batch is of one domain."
+        )
     check_dataset(dataset, DomainTable(column))
     rows: dict[str, list[int]] = {}
     for index, name in enumerate(dataset[column]):

@@ -12,7 +12,7 @@ from torch import Tensor
 from interference_guard.guard import Guard
 
 from .collating import DOMAIN_ID, WIDTH, NamingCollator, unpack
-from .completions import generated, labelled
+from .completions import generated, labelled, sampling_temperature
 from .evaluation import EvaluationRounds
 from .rows import DomainTable, missing, named, numbered_ahead
 from .seams import Seams
@@ -33,15 +33,18 @@ class PassingRows:
         self.guard, self.domains, self.rounds = guard, domains, rounds
         self._rewards: Tensor | None = None
         self._counts: dict[str, int] = {}
+        self._added = False
         seams.wrap("_prepare_inputs", self._prepare_inputs)
+        seams.wrap("_set_signature_columns_if_needed", self._keep_column)
+        seams.afterwards(self._drop_column)
         if self.generates:
             seams.wrap("_generate_and_score_completions", self._generate)
             seams.wrap("_calculate_rewards", self._calculate)
         else:
             # A collator is the last to see whole rows.
-            seams.wrap("_set_signature_columns_if_needed", self._keep_column)
             width = max([WIDTH, *(len(name.encode()) for name in domains.names)])
-            seams.wrap("data_collator", lambda collator: NamingCollator(collator, domains.column, width))
+            strip = self.trainer.args.remove_unused_columns
+            seams.wrap("data_collator", lambda collator: NamingCollator(collator, domains.column, width, strip))
 
     def take_counts(self) -> dict[str, int]:
         """Rows of each domain that training steps took on this rank since the last call."""
@@ -54,8 +57,14 @@ class PassingRows:
             columns = self.trainer._signature_columns
             if self.domains.column not in columns:
                 self.trainer._signature_columns = [*columns, self.domains.column]
+                self._added = True
 
         return keep
+
+    def _drop_column(self) -> None:
+        if self._added:
+            columns = self.trainer._signature_columns or ()
+            self.trainer._signature_columns = [name for name in columns if name != self.domains.column]
 
     def _calculate(self, method: Any) -> Any:
         def calculate(inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -123,7 +132,7 @@ class PassingRows:
         return self.domains.numbers(rows, needed)
 
     def _retain(self, output: Mapping[str, Any], rewards: Tensor | None, numbers: Tensor) -> None:
-        rows = generated(output, rewards)
+        rows = generated(output, rewards, sampling_temperature(self.trainer))
         for name in self.domains.counts(numbers):
             chosen = numbers == self.domains.names.index(name)
             if rewards is not None:

@@ -10,6 +10,8 @@ from trl.data_utils import apply_chat_template, is_conversational
 from interference_guard.errors import HostError, MissingDomainError
 from interference_guard.probe import Completions, join
 
+from .completions import sampling_temperature
+
 COLUMNS = ("prompt", "completion")
 # 64 backward passes of 8 rows.
 MOST_ROWS = 512
@@ -37,19 +39,22 @@ def read(trainer: Any, name: str, dataset: Any) -> Completions:
             "need a prompt and the completion the model gives before training."
         )
     words = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    template = dict(getattr(trainer, "chat_template_kwargs", None) or {})
     parts = []
     for index, row in enumerate(dataset):
         if index == MOST_ROWS:
             break
-        parts.append(_row(words, name, index, {column: row[column] for column in COLUMNS}))
+        parts.append(_row(words, template, name, index, {column: row[column] for column in COLUMNS}))
     if not parts:
         raise HostError(f"reference[{name!r}] has no rows. Give some, or leave the domain out.")
-    return join(parts)
+    rows = join(parts)
+    rows.temperature = sampling_temperature(trainer)
+    return rows
 
 
-def _row(words: Any, name: str, index: int, row: dict[str, Any]) -> Completions:
+def _row(words: Any, template: dict[str, Any], name: str, index: int, row: dict[str, Any]) -> Completions:
     conversational = is_conversational(row)
-    text = apply_chat_template(row, words) if conversational else row
+    text = apply_chat_template(row, words, **template) if conversational else row
     # Templates write their own special tokens.
     prompt = words(text["prompt"], add_special_tokens=not conversational).input_ids
     completion = words(text["completion"] or "", add_special_tokens=False).input_ids

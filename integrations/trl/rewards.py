@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from interference_guard.errors import ConfigError
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Any]
+"""Takes a batch's columns and returns a number or None for each completion; may be ``async``."""
 
 
 def load(path: str) -> RewardFunction:
@@ -68,34 +72,90 @@ def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "doma
 def for_domain(function: RewardFunction, domain: str, column: str = "domain") -> RewardFunction:
     """A reward function that scores only one domain's rows and returns None for all others.
 
-    TRL leaves None out of sums and means. The function's metrics are named after the domain.
+    TRL leaves None out of sums and means. The function's metrics are named after the domain, and so are columns
+    that it logs with ``log_extra``. A function defined with ``async def`` stays one.
 
     Args:
         function: Called with the columns of the domain's rows alone.
         domain: The domain.
         column: The column that holds a row's domain.
-    """
 
-    @wraps(function)
-    def scored(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        mine = [index for index, name in enumerate(columns[column]) if name == domain]
-        scores: list[float | None] = [None] * len(completions)
-        if not mine:
-            return scores
-        chosen = {
-            name: [values[index] for index in mine]
-            if isinstance(values, list) and len(values) == len(completions)
-            else values
-            for name, values in columns.items()
-        }
-        found = function(
-            prompts=[prompts[index] for index in mine],
-            completions=[completions[index] for index in mine],
-            **chosen,
+    Raises:
+        ConfigError: If it is a reward model, or the name of one.
+    """
+    if not callable(function) or isinstance(function, torch.nn.Module):
+        raise ConfigError(
+            f"Domain {domain!r} has {type(function).__name__} {str(function)[:40]!r} as a reward; it must be a "
+            "function. Wrap a reward model in one, or give it to the trainer beside what route() returns."
         )
-        for index, score in zip(mine, found, strict=True):
-            scores[index] = score
-        return scores
+    share = _Share(domain, column)
+    scored: RewardFunction
+    # Of an object that is called it is its class that says whether it is async.
+    if any(inspect.iscoroutinefunction(item) for item in (function, type(function).__call__)):
+
+        @wraps(function)
+        async def scored(prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
+            mine, arguments = share.take(prompts, completions, columns)
+            found = await function(**arguments) if mine else []
+            return share.spread(mine, found, len(completions), columns)
+
+    else:
+
+        @wraps(function)
+        def scored(prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
+            mine, arguments = share.take(prompts, completions, columns)
+            found = function(**arguments) if mine else []
+            return share.spread(mine, found, len(completions), columns)
 
     scored.__name__ = f"{domain}_{getattr(function, '__name__', 'reward')}"
     return scored
+
+
+class _Share:
+    """What of a batch one domain's reward function sees, and how its answers meet the whole batch."""
+
+    def __init__(self, domain: str, column: str) -> None:
+        self.domain, self.column = domain, column
+        # Of the trainer's table of completions: a column that is there must be filled for every batch.
+        self._logged: set[str] = set()
+        self._filled: set[str] = set()
+
+    def take(
+        self, prompts: list[Any], completions: list[Any], columns: Mapping[str, Any]
+    ) -> tuple[list[int], dict[str, Any]]:
+        """Places of the domain's rows, and their columns."""
+        count = len(completions)
+        mine = [index for index, name in enumerate(columns[self.column]) if name == self.domain]
+        every = {"prompts": prompts, "completions": completions, **columns}
+        chosen = {
+            name: [values[index] for index in mine]
+            if isinstance(values, list) and len(values) == count
+            else values
+            for name, values in every.items()
+        }
+        self._filled = set()
+        if callable(log := columns.get("log_extra")):
+            chosen["log_extra"] = partial(self._log, log, mine, count)
+        return mine, chosen
+
+    def spread(self, mine: list[int], found: Sequence[Any], count: int, columns: Mapping[str, Any]) -> list[Any]:
+        """The answers at their places, None elsewhere."""
+        if callable(log := columns.get("log_extra")):
+            for name in sorted(self._logged - self._filled):
+                log(name, [None] * count)
+        return _at(mine, found, count)
+
+    def _log(
+        self, log: Callable[..., None], mine: list[int], count: int, column: str, values: Sequence[Any]
+    ) -> None:
+        name = f"{self.domain}_{column}"
+        self._logged.add(name)
+        self._filled.add(name)
+        log(name, _at(mine, values, count))
+
+
+def _at(places: list[int], values: Sequence[Any], count: int) -> list[Any]:
+    full: list[Any] = [None] * count
+    for index, value in zip(places, values, strict=True):
+        full[index] = value
+    return full

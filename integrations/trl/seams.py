@@ -17,6 +17,8 @@ ALWAYS = (
     "_prepare_inputs",
     "_save_optimizer_and_scheduler",
     "_load_optimizer_and_scheduler",
+    "_load_best_model",
+    "_set_signature_columns_if_needed",
 )
 GENERATING = ("_generate_and_score_completions", "_calculate_rewards")
 # Needed only by recovery phases.
@@ -52,17 +54,31 @@ class Seams:
                 "GRPOTrainer, RLOOTrainer and SFTTrainer of trl 1.14 to 1.16; install one of these versions."
             )
         self._wrapped: dict[str, tuple[bool, Any, Any]] = {}
+        self._afterwards: list[Callable[[], None]] = []
+        self._active = True
 
     def wrap(self, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replace the method `name` of this instance by ``make(method)``."""
+        """Replace the method `name` of this instance by ``make(method)``, until `restore`."""
         before = getattr(self.trainer, name)
         own = name in vars(self.trainer)
-        after = wraps(before)(make(before)) if hasattr(before, "__name__") else make(before)
+        after = made = make(before)
+        if hasattr(before, "__name__"):
+
+            @wraps(before)
+            def after(*args: Any, **kwargs: Any) -> Any:
+                # Someone may have wrapped it since and keep calling it.
+                return (made if self._active else before)(*args, **kwargs)
+
         setattr(self.trainer, name, after)
         self._wrapped[name] = (own, before, after)
 
+    def afterwards(self, call: Callable[[], None]) -> None:
+        """Have `restore` call this at its end."""
+        self._afterwards.append(call)
+
     def restore(self) -> None:
-        """Put every method back as it was; a method that someone wrapped since keeps that wrap."""
+        """Put every method back as it was; where someone wrapped one since, ours does nothing any more."""
+        self._active = False
         for name, (own, before, after) in self._wrapped.items():
             if vars(self.trainer).get(name) is not after:
                 continue
@@ -71,3 +87,5 @@ class Seams:
             else:
                 delattr(self.trainer, name)
         self._wrapped.clear()
+        while self._afterwards:
+            self._afterwards.pop()()

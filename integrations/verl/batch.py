@@ -59,13 +59,14 @@ def is_padding(uid: Any) -> bool:
     return isinstance(uid, str) and uid.startswith(PADDING)
 
 
-def completions(data: Any, rows: Sequence[int]) -> Completions:
+def completions(data: Any, rows: Sequence[int], temperature: float) -> Completions:
     """The chosen rows; prompt and completion lie side by side, padded on the right.
 
     Args:
         data: A mini-batch as the engine gets it: nested ids, and masks and rewards of the answers, nested
             (trainer V1) or padded on the right (trainer V0).
         rows: Their indices, at least one.
+        temperature: Of the sampling they came from.
 
     Raises:
         HostError: If the batch is laid out in another way, has no rewards or holds pictures.
@@ -97,7 +98,7 @@ def completions(data: Any, rows: Sequence[int]) -> Completions:
     tokens = _take(ids, chosen, places).to(torch.int64) * inside
     scored = _take(mask, chosen, (places - start).clamp(min=0)).to(torch.int64) * answered
     rewards = torch.where(answered, _take(scores, chosen, (places - start).clamp(min=0)).float(), 0.0)
-    return Completions(tokens, inside.to(torch.int64), scored, rewards.sum(1))
+    return Completions(tokens, inside.to(torch.int64), scored, rewards.sum(1), temperature)
 
 
 def _take(values: Any, rows: Tensor, places: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class FreshRows:
         self._seen.clear()
 
 
-def scores(engine: Any, rows: Completions, temperature: float) -> Tensor:
+def scores(engine: Any, rows: Completions) -> Tensor:
     """Log-probabilities of completions through the engine's own forward pass; see `probe.Policy`.
 
     Every rank must call it with as many rows as the others: parameters are gathered on the way.
@@ -165,7 +166,6 @@ def scores(engine: Any, rows: Completions, temperature: float) -> Tensor:
     Args:
         engine: The engine, with its parameters in place.
         rows: Completions, padded on the right.
-        temperature: Of the sampling they came from.
     """
     config, model = engine.engine_config, engine.model_config
     micro = config.infer_micro_batch_size_per_gpu or config.micro_batch_size_per_gpu or 1
@@ -181,7 +181,7 @@ def scores(engine: Any, rows: Completions, temperature: float) -> Tensor:
             "loss_mask": _nested([torch.ones_like(row) for row in ids]),
         },
         {
-            "temperature": temperature,
+            "temperature": rows.temperature,
             "calculate_entropy": False,
             "compute_loss": False,
             "use_remove_padding": model.use_remove_padding,

@@ -85,9 +85,9 @@ class Session:
         self.guard.begin({name: shares[name] for name in sorted(shares)})
         limit = self.guard.config.retain
         kept = {
-            name: batch.completions(data, [rows[place] for place in spread(len(rows), limit)]).to(
-                self.guard.device
-            )
+            name: batch.completions(
+                data, [rows[place] for place in spread(len(rows), limit)], self.temperature
+            ).to(self.guard.device)
             for name, rows in new.items()
         }
         self.guard.clock.add("retain", started)
@@ -170,11 +170,11 @@ class Session:
         return found
 
     def _scores(self, rows: Completions) -> Tensor:
-        if math.isnan(self.temperature):
+        if math.isnan(rows.temperature):
             raise HostError(
                 "The batch has no temperature, so its completions cannot be scored as they were sampled."
             )
-        return batch.scores(self.engine, rows, self.temperature)
+        return batch.scores(self.engine, rows)
 
     def _reduce(self, values: Tensor, kind: str) -> Tensor:
         result = values.clone()

@@ -88,7 +88,9 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
         )
         return
     share_span(guard, state)
-    scores = score(guard, state.retained, guard.policy)
+    temperature = -math.inf if state.retained is None else state.retained.temperature
+    state.temperature = guard.ranks.limits(0.0, temperature, guard.device)[1]
+    scores = score(guard, state, guard.policy)
     state.anchor_scores = None if scores is None else scores.detach()
     if not with_rewards:
         state.target_reward = math.nan

@@ -65,6 +65,7 @@ class DomainState:
         kept_at: The own steps since the anchor at the latest of them; -1 where there are none.
         retained: The completions the probe is made of.
         measurable: Whether any rank retained completions for a probe.
+        temperature: Of their sampling; the same on all ranks.
         anchor_scores: Their token log-probabilities at the last scored anchor, ``(rows, length)`` fp32.
         low, high: Reward range shown so far; NaN before the first reward.
         rewarded: Rollouts whose reward is in the range.
@@ -105,6 +106,7 @@ class DomainState:
     kept_at: int = -1
     retained: Completions | None = None
     measurable: bool = False
+    temperature: float = 1.0
     anchor_scores: Tensor | None = None
     low: float = math.nan
     high: float = math.nan

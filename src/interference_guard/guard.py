@@ -143,7 +143,8 @@ class Guard(GuardState):
         Domains that stop being trained with this step get their anchor here.
 
         Raises:
-            MissingDomainError: If `begin` or `domain` has not said what the step trains.
+            MissingDomainError: If `begin` or `domain` has not said what the step trains, or `end` was called
+                since.
         """
         if not self.enabled:
             return
@@ -151,6 +152,12 @@ class Guard(GuardState):
             raise MissingDomainError(
                 "An optimizer step began and no domain is set. Put the step inside "
                 "`with guard.domain(name):`, or call guard.begin({name: share}) before it."
+            )
+        if self._over:
+            raise MissingDomainError(
+                f"An optimizer step began that nobody announced; the step before it trained {list(self.active)}. "
+                "In TRL the callback announces them: keep it among the trainer's callbacks, or call its detach() "
+                "to go on unguarded. Elsewhere call guard.begin() before each step."
             )
         self._place()
         stepping.open_step(self)

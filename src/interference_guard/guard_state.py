@@ -94,6 +94,8 @@ class GuardState:
         # Steps at the last probe.
         self._asked = -1
         self._shares: dict[str, float] = {}
+        # Whether the step they are of is over, where a host announces every step.
+        self._over = False
         self._domains: dict[str, DomainState] = {}
         if self.enabled:
             self.view = ModelView(model, self.config)
@@ -137,9 +139,18 @@ class GuardState:
                 "one name with a share above 0."
             )
         self._shares = {name: share / total for name, share in shares.items() if share > 0}
+        self._over = False
         if self.enabled:
             for name in self.active:
                 self.state_of(name)
+
+    def end(self) -> None:
+        """The step that `begin` announced is over, and the next one must be announced too.
+
+        For hosts that announce every step: one that nobody announced is an error then, and not one more step of
+        the domain before it.
+        """
+        self._over = True
 
     @property
     def active(self) -> tuple[str, ...]:

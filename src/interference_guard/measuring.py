@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 
-def score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | None:
-    """Log-probabilities of this rank's rows, None without rows; of a sharded model all ranks call it.
+def score(guard: Guard, state: DomainState, policy: Policy) -> Tensor | None:
+    """Log-probabilities of this rank's retained rows, None without rows; of a sharded model all ranks call it.
 
     Rows that are alike are scored once.
     """
-    if rows is None:
-        return _score(guard, None, policy)
-    different, places = rows.distinct
-    scores = _score(guard, different, policy)
+    if state.retained is None:
+        return _score(guard, None, policy, state.temperature)
+    different, places = state.retained.distinct
+    scores = _score(guard, different, policy, state.temperature)
     return None if scores is None else scores[places.to(scores.device)]
 
 
-def _score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | None:
+def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: float) -> Tensor | None:
     """Where all ranks pass forward at once (a sharded model), each scores as many: short of rows, some again."""
     if not (guard.view.shards.sharded or guard.scores_together):
         found = None if rows is None else policy(rows)
@@ -40,7 +40,7 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy) -> Tensor | N
         return None
     if rows is None:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=guard.device)
-        rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids))
+        rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids), temperature=temperature)
     repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
     scores = policy(rows.rows(repeated))[:count]
     guard.view.reshard()
@@ -63,7 +63,7 @@ def look(guard: Guard, state: DomainState, policy: Policy | None = None) -> Meas
     # Another rank may hold all rows of a domain: this one then adds nothing to the sums.
     now = anchor = mask = torch.zeros(0, 1, device=guard.device)
     rewards: Tensor | None = torch.zeros(0, device=guard.device)
-    scores = score(guard, state.retained, policy or guard.policy)
+    scores = score(guard, state, policy or guard.policy)
     if state.retained is not None and state.anchor_scores is not None and scores is not None:
         now, anchor = scores, state.anchor_scores
         mask, rewards = state.retained.completion_mask, state.retained.rewards

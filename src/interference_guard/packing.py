@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
@@ -23,7 +23,9 @@ from .trust_region import TrustRegion
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 4
+VERSION = 5
+# Tensors of completions, by field.
+ROWS = ("input_ids", "attention_mask", "completion_mask", "rewards")
 # Settings that give the saved tensors their meaning; the others may change between runs.
 BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
 PLAIN = (
@@ -38,6 +40,7 @@ PLAIN = (
     "anchor_reward",
     "evaluated",
     "measurable",
+    "temperature",
     "true_reward",
     "recent",
     "target_reward",
@@ -204,9 +207,10 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
             put(f"model/{index}/U", block.U)
     for group, rows in (("retained", state.retained), *enumerate(state.pending)):
         if rows is not None:
-            for item in fields(rows):
-                put(f"completions/{group}/{item.name}", getattr(rows, item.name))
+            for name in ROWS:
+                put(f"completions/{group}/{name}", getattr(rows, name))
     details["pending"] = len(state.pending)
+    details["pending_temperature"] = state.pending[-1].temperature if state.pending else 1.0
     for index, tensor in enumerate(state.start or ()):
         put(f"start/{index}", tensor)
     for index, tensor in enumerate(state.slopes or ()):
@@ -270,9 +274,9 @@ def _unpack_domain(
             energy = sums.energy if own is None else own
             blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
         state.model = LocalModel(blocks, spread, get("noise"))
-    state.retained = _completions("completions/retained", get)
+    state.retained = _completions("completions/retained", get, state.temperature)
     for index in range(details["pending"]):
-        rows_of_batch = _completions(f"completions/{index}", get)
+        rows_of_batch = _completions(f"completions/{index}", get, details["pending_temperature"])
         if rows_of_batch is not None:
             state.pending.append(rows_of_batch)
     state.start = _listed("start", guard, get)
@@ -300,12 +304,9 @@ def _listed(name: str, guard: Guard, get: Any) -> list[Tensor] | None:
     return [tensor for tensor in found if tensor is not None] or None
 
 
-def _completions(prefix: str, get: Any) -> Completions | None:
-    ids = get(f"{prefix}/input_ids")
-    if ids is None:
-        return None
-    masks = [get(f"{prefix}/{name}") for name in ("attention_mask", "completion_mask", "rewards")]
-    return Completions(ids, *masks)
+def _completions(prefix: str, get: Any, temperature: float) -> Completions | None:
+    ids, attention, scored, rewards = (get(f"{prefix}/{name}") for name in ROWS)
+    return None if ids is None else Completions(ids, attention, scored, rewards, temperature)
 
 
 def tensor_bytes(guard: Guard) -> int:

@@ -49,6 +49,7 @@ class Completions:
         attention_mask: ``(rows, length)``, 0 on padding.
         completion_mask: ``(rows, length)``, 1 on the completion tokens that are scored.
         rewards: ``(rows,)`` fp32, or None where no rewards exist (supervised data).
+        temperature: Of their sampling. Ratios of probabilities mean something at that one alone.
 
     Raises:
         ShapeError: If the shapes do not agree.
@@ -58,6 +59,7 @@ class Completions:
     attention_mask: Tensor
     completion_mask: Tensor
     rewards: Tensor | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         shape = tuple(self.input_ids.shape)
@@ -80,6 +82,7 @@ class Completions:
             self.attention_mask[chosen],
             self.completion_mask[chosen],
             None if self.rewards is None else self.rewards[chosen],
+            self.temperature,
         )
 
     def spread(self, limit: int) -> Completions:
@@ -116,6 +119,7 @@ class Completions:
             self.attention_mask.to(device),
             self.completion_mask.to(device),
             None if self.rewards is None else self.rewards.to(device),
+            self.temperature,
         )
 
     def detached(self) -> Completions:
@@ -126,11 +130,15 @@ class Completions:
             self.attention_mask.detach().to(torch.int64, copy=True),
             self.completion_mask.detach().to(torch.int64, copy=True),
             rewards,
+            self.temperature,
         )
 
 
 def join(parts: Sequence[Completions]) -> Completions:
-    """Rows of several batches as one; shorter ones are padded on the right, where both masks are 0."""
+    """Rows of several batches as one; shorter ones are padded on the right, where both masks are 0.
+
+    The temperature is that of the last batch: a policy that has moved on is best known by its latest rows.
+    """
     length = max(part.input_ids.shape[1] for part in parts)
 
     def pad(tensor: Tensor) -> Tensor:
@@ -143,16 +151,17 @@ def join(parts: Sequence[Completions]) -> Completions:
         torch.cat([pad(part.attention_mask) for part in parts]),
         torch.cat([pad(part.completion_mask) for part in parts]),
         torch.cat(known) if len(known) == len(rewards) else None,
+        parts[-1].temperature,
     )
 
 
 Policy = Callable[[Completions], Tensor]
-"""Log-probability of each token given those before it, ``(rows, length)`` fp32: position t scores
-``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0. A probe asks for each different row once, in
-any order and without its rewards."""
+"""Log-probability of each token given those before it at the rows' temperature, ``(rows, length)`` fp32: position
+t scores ``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0. A probe asks for each different row
+once, in any order and without its rewards."""
 
 
-def model_policy(model: nn.Module, temperature: float = 1.0, batch_size: int = 64) -> Policy:
+def model_policy(model: nn.Module, batch_size: int = 64) -> Policy:
     """The policy of a causal language model.
 
     The model runs in evaluation mode without gradients; its mode is restored, and no random number is
@@ -161,7 +170,6 @@ def model_policy(model: nn.Module, temperature: float = 1.0, batch_size: int = 6
     Args:
         model: Called as ``model(input_ids=..., attention_mask=...)``; returns logits, or an object that
             has them, ``(rows, length, vocabulary)``.
-        temperature: Of the sampling the completions came from.
         batch_size: Rows of one forward pass.
     """
 
@@ -171,7 +179,7 @@ def model_policy(model: nn.Module, temperature: float = 1.0, batch_size: int = 6
         try:
             with torch.no_grad():
                 pieces = [
-                    _scores(model, completions.rows(slice(start, start + batch_size)), temperature)
+                    _scores(model, completions.rows(slice(start, start + batch_size)))
                     for start in range(0, len(completions), batch_size)
                 ]
         finally:
@@ -182,9 +190,11 @@ def model_policy(model: nn.Module, temperature: float = 1.0, batch_size: int = 6
     return policy
 
 
-def _scores(model: nn.Module, batch: Completions, temperature: float) -> Tensor:
+def _scores(model: nn.Module, batch: Completions) -> Tensor:
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    logits = (output if isinstance(output, Tensor) else output.logits)[:, :-1].float() / temperature
+    logits = output if isinstance(output, Tensor) else output.logits
+    # Prompt tuning puts virtual tokens in front.
+    logits = logits[:, -batch.input_ids.shape[1] :][:, :-1].float() / batch.temperature
     targets = batch.input_ids[:, 1:]
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
     # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.

@@ -20,7 +20,7 @@ from .errors import StateError
 from .local_block import LocalBlock
 from .local_model import LocalModel
 from .model_view import ModelView
-from .packing import pack, unpack
+from .packing import ROWS, pack, unpack
 from .regions import Region
 from .shards import Shards
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Part = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 """Details and tensors that one rank saved."""
 Get = Callable[[str], Tensor | None]
-ROWS = ("input_ids", "attention_mask", "completion_mask", "rewards")
 
 
 def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:

@@ -78,6 +78,7 @@ def test_bad_rows(data):
 def test_prompts_of_a_generation_batch():
     class Arguments:
         generation_batch_size, num_generations = 64, 8
+        steps_per_generation, num_iterations, gradient_accumulation_steps = 2, 1, 2
 
     assert prompts_per_generation(Arguments()) == 8
     with pytest.raises(ConfigError, match="object has no generation batches"):

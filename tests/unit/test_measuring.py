@@ -22,7 +22,7 @@ def rank(most, passes, sharded=True):
         return rows.input_ids.float()
 
     guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"), scores_together=not sharded)
-    return lambda rows: score(guard, rows, policy)
+    return lambda rows: score(guard, SimpleNamespace(retained=rows, temperature=1.0), policy)
 
 
 @pytest.mark.parametrize("sharded", [True, False])

@@ -199,7 +199,8 @@ def test_model_policy_scores_tokens_given_those_before():
     ids = torch.randint(7, (3, 5))
     mask = torch.tensor([[0, 0, 1, 1, 1]] * 3)
     state = torch.get_rng_state()
-    scores = model_policy(model, temperature=2.0, batch_size=2)(Completions(ids, torch.ones_like(ids), mask))
+    rows = Completions(ids, torch.ones_like(ids), mask, temperature=2.0)
+    scores = model_policy(model, batch_size=2)(rows)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert model.drop.training

@@ -97,7 +97,7 @@ def test_a_batch_in_another_layout_is_refused(guarded):
     data = host.batch(0, ("math",), padded=False)
     del data["rm_scores"]
     with pytest.raises(HostError, match=r"no response_mask and rm_scores.*it has \['advantages'"):
-        batch.completions(data, [0])
+        batch.completions(data, [0], 1.0)
 
 
 def test_scores_are_those_of_the_model_itself(guarded, model):
@@ -227,7 +227,7 @@ def test_a_new_run_does_not_go_on_with_an_older_history(model, tmp_path):
 def test_pictures_are_refused():
     data = host.batch(0, ("math",), padded=False, multi_modal_inputs=[{"pixel_values": 1}] * 16)
     with pytest.raises(HostError, match="multi_modal_inputs"):
-        batch.completions(data, [0])
+        batch.completions(data, [0], 1.0)
 
 
 def test_a_domains_name_does_not_choose_how_its_metrics_are_reduced(model):
