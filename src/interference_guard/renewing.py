@@ -17,7 +17,7 @@ import torch
 
 from .curvature import DomainCurvature
 from .exact import exact_products
-from .local_model import anchor_domain
+from .local_model import LocalModel, anchor_domain
 from .protection import protected_rows
 from .reference import add_softened, merge_ranks
 
@@ -56,19 +56,14 @@ def renew(guard: Guard, state: DomainState) -> None:
     """
     state.renewals += 1
     curvature = _curvature(guard, state)
-    if curvature is None:
+    model = None if curvature is None else _model(guard, state, curvature)
+    if curvature is None or model is None:
         move(guard, state)
         return
-    assert state.model is not None
+    state.model = model
+    guard.forget_sets(state.name)
     with exact_products(guard.device):
-        energies = curvature.energies()
-        rows = [block.rows for block in state.model.blocks]
-        if guard.config.selection == "energy":
-            rows = protected_rows(state, guard, energies)
-        weights, matrices = guard.view.weights(), guard.view.residuals
-        state.model = anchor_domain(curvature, weights, matrices, guard.view.ranks, rows, energies=energies)
-        guard.forget_sets(state.name)
-        state.slopes = None if state.gradient is None else state.gradient.along(state.model)
+        state.slopes = None if state.gradient is None else state.gradient.along(model)
     state.curvature, state.since_refresh = curvature, 0
     state.region.move(turned=True)
     _begin(state)
@@ -94,6 +89,39 @@ def _begin(state: DomainState) -> None:
     state.renewed_at = state.foreign_steps
 
 
+def _model(guard: Guard, state: DomainState, curvature: DomainCurvature) -> LocalModel | None:
+    """A local model at the present weights; None where some rank has no room to factor the curvature."""
+    assert state.model is not None
+    sets, model = (state.protected_set, state.half_set), None
+    try:
+        with exact_products(guard.device):
+            energies = curvature.energies()
+            rows = [block.rows for block in state.model.blocks]
+            if guard.config.selection == "energy":
+                rows = protected_rows(state, guard, energies)
+            weights, matrices = guard.view.weights(), guard.view.residuals
+            model = anchor_domain(curvature, weights, matrices, guard.view.ranks, rows, energies=energies)
+    except torch.OutOfMemoryError:
+        failure = "a factorisation of its curvature does not fit into the memory."
+    else:
+        failure = "another rank has no room for them."
+    if guard.ranks.limits(0.0, float(model is None), guard.device)[1]:
+        state.protected_set, state.half_set = sets
+        _give_up(guard, state, failure)
+        return None
+    return model
+
+
+def _give_up(guard: Guard, state: DomainState, failure: str) -> None:
+    """Ask for no new directions any more, of any domain."""
+    guard.differentiates = False
+    warnings.warn(
+        f"No new directions can be computed for domain {state.name!r}: {failure} Its region moves with its old "
+        "directions. Set renew=False in GuardConfig to leave regions where they are.",
+        stacklevel=7,
+    )
+
+
 def _curvature(guard: Guard, state: DomainState) -> DomainCurvature | None:
     """Softened curvature of all ranks' retained rows at the present weights; None where it cannot be had."""
     if not guard.differentiates or guard.view.shards.managed:
@@ -106,13 +134,7 @@ def _curvature(guard: Guard, state: DomainState) -> DomainCurvature | None:
             break
         curvature.clear()
     else:
-        guard.differentiates = False
-        if failure is not None:
-            warnings.warn(
-                f"No new directions can be computed for domain {state.name!r}: {failure} Its region moves with "
-                "its old directions. Set renew=False in GuardConfig to leave regions where they are.",
-                stacklevel=6,
-            )
+        _give_up(guard, state, failure or "another rank has no room for them.")
         return None
     if not curvature.sums:
         # This rank has no rows.
