@@ -16,6 +16,8 @@ from .tuning import SEEDS
 # Drawn as matrices, where they were run.
 MATRICES = ("plain", "guard", "mixed")
 
+Point = tuple[float, float]
+
 
 def draw(bed: str, path: Path) -> None:
     """Read both result files of a bed and write a PNG.
@@ -41,8 +43,9 @@ def draw(bed: str, path: Path) -> None:
     titles = ("time beyond plain training, %", "memory at the end, in sizes of the weights")
     for index, title in enumerate(titles):
         axis = figure.add_subplot(grid[0, index * len(shown) : (index + 1) * len(shown)])
-        for name in [name for name in rows if name in places]:
-            _point(axis, places[name][index], rows[name])
+        points = {name: (places[name][index], rows[name]["average"]) for name in rows if name in places}
+        for name, point in points.items():
+            _point(axis, point, rows[name], _crowded(point, list(points.values())))
         axis.set_xlabel(title)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15)
@@ -55,12 +58,20 @@ def draw(bed: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _point(axis: Any, at: float, row: dict[str, Any]) -> None:
-    """One method."""
+def _crowded(point: Point, points: list[Point]) -> bool:
+    """Whether a name on the right of a point would run into another point's."""
+    x, y = ([item[axis] for item in points] for axis in (0, 1))
+    near, level = 0.25 * (max(x) - min(x)), 0.04 * (max(y) - min(y))
+    return any(0 < other[0] - point[0] < near and abs(other[1] - point[1]) < level for other in points)
+
+
+def _point(axis: Any, at: Point, row: dict[str, Any], left: bool) -> None:
+    """One method, with its name on one side."""
     name = row["method"]
     colour = "#0f766e" if name.startswith("guard") else "#b45309" if row["rehearses"] else "#475569"
-    axis.plot(at, row["average"], "o", color=colour)
-    axis.annotate(name, (at, row["average"]), xytext=(6, 3), textcoords="offset points", fontsize=8, color=colour)
+    axis.plot(*at, "o", color=colour)
+    side = {"xytext": (-6, 3), "ha": "right"} if left else {"xytext": (6, 3), "ha": "left"}
+    axis.annotate(name, at, textcoords="offset points", fontsize=8, color=colour, **side)
 
 
 def _matrix(axis: Any, runs: list[dict[str, Any]], row: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Writes one JSON lines file a domain, with `prompt` and `answer`, for the example runs.
 
-    python examples/trl/prepare.py reasoning-gym --out data/reasoning_gym          (made on the spot)
-    python examples/trl/prepare.py public --out data/public                        (downloads data sets)
+    python examples/trl/prepare.py reasoning-gym --out data/reasoning_gym
+    python examples/trl/prepare.py public --out data/public --writing NAME_OF_A_CREATIVE_WRITING_SET
+
+The first makes its rows on the spot (`pip install reasoning-gym`), the second downloads data sets.
 
 `public` takes the data sets that arXiv 2606.02398 names: OpenR1-Math, KlearReasoner-CodeSub-15K, SuperGPQA,
 and creative writing prompts, up to 5,120 rows each, prompts of at most --characters.

@@ -28,6 +28,7 @@ from .completions import trainer_policy
 from .engines import check_engine, guarded_model, steps_in_backward
 from .evaluation import EvaluationRounds
 from .live import LiveDisplay
+from .order import in_order, warn_repeated
 from .passing import PassingRows
 from .recovery import RecoveryRows
 from .reference import read
@@ -58,7 +59,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
     Example:
         ```python
-        trainer = GRPOTrainer(model, reward_funcs, args, train_dataset=dataset)
+        # In an order that keeps domains apart: see `order_by_domain`.
+        trainer = GRPOTrainer(model, reward_funcs, args, train_dataset=ordered)
         trainer.add_callback(InterferenceGuardCallback(trainer, GuardConfig(budget=0.02)))
         ```
     """
@@ -289,6 +291,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if not self.config.enabled:
             return
         self._passing().take_counts()
+        if in_order(args):
+            warn_repeated(self._trainer.train_dataset, self.config.domain_column, state.num_train_epochs)
         if self._recovery is not None:
             self._training, self._trainer._buffered_inputs = None, None
             if self._guard().recovery not in (None, *self._recovery.domains):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -33,6 +35,34 @@ def prompts_per_generation(args: Any) -> int:
     # Both in micro-batches: how long a generation batch is trained, and how many make a step.
     lasts = int(args.steps_per_generation) * int(args.num_iterations)
     return prompts * (math.lcm(lasts, int(args.gradient_accumulation_steps)) // lasts)
+
+
+def in_order(args: Any) -> bool:
+    """Whether a trainer with these settings takes the rows in their order."""
+    if hasattr(args, "generation_batch_size"):
+        return not args.shuffle_dataset
+    return str(getattr(args, "train_sampling_strategy", "random")) == "sequential"
+
+
+def warn_repeated(dataset: Any, column: str, epochs: float) -> None:
+    """Warn where a run goes through domains again that it has finished, one after the other.
+
+    Args:
+        dataset: The rows in the order of training; a stream cannot be looked through.
+        column: The domain's column.
+        epochs: How often the run goes through them.
+    """
+    if epochs <= 1 or not hasattr(dataset, "select"):
+        return
+    names = [name for name, _ in groupby(dataset[column])]
+    if len(names) > 1 and len(set(names)) == len(names):
+        warnings.warn(
+            f"The rows hold the domains {names} one after the other, and the run goes through all of them "
+            f"{math.ceil(epochs)} times: each is taken up again after the last. Set num_train_epochs=1 (with "
+            "max_steps no more than the rows are enough for), and give order_by_domain() more batches for longer "
+            "phases.",
+            stacklevel=2,
+        )
 
 
 def order_by_domain(

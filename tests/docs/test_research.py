@@ -42,7 +42,7 @@ def test_every_row_has_all_its_runs(bed):
 
 
 def test_the_table_of_the_metric_is_the_result():
-    runs = ABLATIONS["runs"]
+    runs = json.loads((ROOT / "benchmarks/results/ablations_digits_metric.json").read_text())["runs"]
     cells = {
         (run["variant"], run["run"]["seed"], run["order"]): f"{run['average']:.3f}, {run['forgetting']:.3f}"
         for run in runs
@@ -81,8 +81,56 @@ def test_the_table_of_moved_regions_is_the_result():
 
 
 def test_the_table_of_ablations_is_the_result():
-    assert ablations.summarise(ABLATIONS["runs"]) == ABLATIONS["rows"]
+    assert json.loads(json.dumps(ablations.summarise(ABLATIONS["runs"]))) == ABLATIONS["rows"]
     assert ablations.markdown(ABLATIONS["rows"]) in PAGE
+    rows = {row["variant"]: row for row in ABLATIONS["rows"]}
+    assert list(rows) == list(ablations.VARIANTS)
+    runs = {row["runs"] for row in rows.values()}
+    assert runs == {2}
+    default = rows["default"]
+    assert f"end at {default['average']:.3f} and forget {default['forgetting']:.3f}" in PAGE
+    final = {name: fmean(row["differences"]) for name, row in rows.items()}
+    lost = {name: fmean(row["more_forgotten"]) for name, row in rows.items()}
+    assert f"forgets {lost['coverage 0.8']:.3f} more" in PAGE
+    budgets = [final[name] for name in rows if name in ("budget 0.005", "budget 0.01", "budget 0.05")]
+    assert f"moves by {max(map(abs, budgets)):.3f} at most" in PAGE
+    assert (
+        f"with 0.05 {lost['budget 0.05']:.3f} more is forgotten, and with 0.15 {lost['budget 0.15']:.3f}" in PAGE
+    )
+    assert f"worth {-min(rows['no renewal']['differences']):.3f} in one of the two runs" in PAGE
+    assert min(rows["probe every 50"]["differences"]) >= 0 > max(rows["probe every 5"]["differences"])
+    small = (
+        "rank 4",
+        "rank 8",
+        "rank 32",
+        "half-life 10",
+        "half-life 250",
+        "retain 32",
+        "retain 64",
+        "retain 256",
+    )
+    small += (
+        "one sweep",
+        "gradient metric",
+        "measured in nats",
+        "measured in nats, 0.03",
+        "softened Gauss-Newton",
+    )
+    assert all(abs(final[name]) < 0.03 for name in small)
+
+
+def test_the_table_of_another_processor_is_the_result():
+    found = json.loads((ROOT / "benchmarks/results/rivals_gym_intel.json").read_text())
+    again = summarise(BEDS["gym"], found["runs"], elsewhere=FOUND["gym"]["runs"])
+    assert json.loads(json.dumps(again)) == found["summary"]
+    assert found["made_with"]["processor"] != FOUND["gym"]["made_with"]["processor"]
+    assert markdown(found["summary"]) in PAGE
+    rows = {row["method"]: row for row in found["summary"]["rows"]}
+    assert {row["runs"] for row in rows.values()} == {6}
+    ewc, guard = rows["EWC"], rows["guard"]
+    text = f"{ewc['guard_beyond']:.3f} below the guard with a standard error of {ewc['guard_beyond_error']:.3f}"
+    assert f"{text}, and forgets {ewc['forgetting']:.3f}" in PAGE
+    assert f"The guard ends at {guard['average']:.3f} and forgets {guard['forgetting']:.3f} here" in PAGE
 
 
 def test_the_page_names_every_method():

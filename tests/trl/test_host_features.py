@@ -102,6 +102,23 @@ class TestOrder:
         trainer.train()
         assert active == [("math",), ("code",), ("math",), ("code",)]
 
+    @pytest.mark.parametrize(
+        ("blocks", "options", "said"),
+        [
+            ([("math", 4), ("code", 4)], {"num_train_epochs": 2}, True),
+            ([("math", 4), ("code", 4)], {"num_train_epochs": 1}, False),
+            ([("math", 4), ("code", 4), ("math", 4)], {"num_train_epochs": 2}, False),
+            ([("math", 4), ("code", 4)], {"num_train_epochs": 2, "shuffle_dataset": True}, False),
+        ],
+        ids=["two epochs", "one epoch", "in turn", "shuffled"],
+    )
+    def test_finished_domains_that_are_taken_up_again_are_told_of(self, blocks, options, said, tmp_path, recwarn):
+        trainer = online("grpo", tmp_path, rows(blocks), max_steps=-1, **options)
+        guarded(trainer)
+        trainer.train()
+        text = "goes through all of them 2 times"
+        assert any(text in str(item.message) for item in recwarn.list) == said
+
     def test_a_stream_cannot_be_ordered(self):
         with pytest.raises(ConfigError, match="IterableDataset"):
             order_by_domain(rows(TWO_PHASES).to_iterable_dataset(), 2)

@@ -59,8 +59,8 @@ def _allowed() -> dict[str, Requirement]:
 
 def _row(host: str, name: str, allowed: Requirement | None) -> dict[str, Any]:
     row: dict[str, Any] = {"package": name, "host": host, "allowed": str(allowed.specifier) if allowed else "any"}
-    extra = DISTRIBUTION if host == "core" else f"{DISTRIBUTION}[{host}]"
-    mend = f"pip install --upgrade '{extra}'"
+    # What is asked for itself: the project is installed from a clone, wherever that lies.
+    mend = f"pip install --upgrade '{name}{allowed.specifier if allowed else ''}'"
     try:
         found = version(name)
     except PackageNotFoundError:
