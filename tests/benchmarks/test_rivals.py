@@ -1,5 +1,8 @@
 """Each rival does what its name says: a broken one would be an easy one to beat."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from benchmarks.rivals.osf import OSF
 from benchmarks.rivals.replay import Replay
 from benchmarks.rivals.separate import Separate
 from benchmarks.rivals.subspaces import OSFTLike, RandomSubspace
+from benchmarks.rivals.turns import Turns
 
 ORDER, STEPS = DIGITS.orders[0][:3], 3
 TOTAL = STEPS * len(ORDER) * DIGITS.prompts
@@ -196,3 +200,25 @@ def test_a_mixed_batch_holds_one_domain_where_it_is_asked_to():
     names = data["domain"]
     for start in range(0, len(names), DIGITS.prompts):
         assert len(set(names[start : start + DIGITS.prompts])) == 1
+
+
+def test_two_runs_take_their_steps_in_turns():
+    first, second = Turns.pair(threading, 10.0)
+    order = []
+
+    def steps(turns, name, trainers):
+        for count in trainers:
+            for _ in range(count):
+                turns.on_step_begin(None, None, None)
+                order.append(name)
+                time.sleep(0.01)
+            turns.on_train_end(None, None, None)
+        turns.leave()
+
+    other = threading.Thread(target=steps, args=(second, "b", [6]))
+    other.start()
+    steps(first, "a", [2, 2])
+    other.join()
+    assert order == ["a", "b"] * 4 + ["b", "b"]
+    assert 0.04 <= first.seconds < 0.06
+    assert 0.06 <= second.seconds < 0.08
