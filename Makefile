@@ -100,6 +100,8 @@ bench: env  ## the committed results again (hours)
 bench-rivals: env  ## the guard against other methods, its ablations, what is predicted (many hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.rivals --bed digits
 	$(BIN)/python -m benchmarks.rivals --bed gym
+	$(BIN)/python -m benchmarks.rivals.cost
+	$(BIN)/python -m benchmarks.rivals.figure
 	$(BIN)/python -m benchmarks.ablations --bed digits
 	$(BIN)/python -m benchmarks.prediction --bed digits
 

@@ -48,7 +48,7 @@ def draw(bed: str, path: Path) -> None:
             _point(axis, point, rows[name], _crowded(point, list(points.values())))
         axis.set_xlabel(title)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.15)
+        axis.margins(x=0.3)
     figure.axes[0].set_ylabel("final pass rate, mean of domains")
     figure.suptitle(f"{bed}: every method at its tuned rate and strength", x=0.02, ha="left")
     for place, name in enumerate(shown):

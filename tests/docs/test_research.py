@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import ablations, prediction, retained, tables
 from benchmarks.bed.beds import BEDS
+from benchmarks.rivals import cost
 from benchmarks.rivals.registry import RIVALS
 from benchmarks.rivals.table import markdown, summarise
 from benchmarks.rivals.tuning import SEEDS, TUNING_SEED
@@ -131,6 +132,22 @@ def test_the_table_of_another_processor_is_the_result():
     text = f"{ewc['guard_beyond']:.3f} below the guard with a standard error of {ewc['guard_beyond_error']:.3f}"
     assert f"{text}, and forgets {ewc['forgetting']:.3f}" in PAGE
     assert f"The guard ends at {guard['average']:.3f} and forgets {guard['forgetting']:.3f} here" in PAGE
+
+
+def test_the_table_of_costs_is_the_result():
+    found = json.loads((ROOT / "benchmarks/results/rivals_digits_cost.json").read_text())
+    assert cost.summarise(found["runs"]) == found["methods"]
+    assert tables.markdown(cost.HEAD, cost.cells(found["methods"])) in PAGE
+    # Each of the figure's methods has both: where it ends, and what it takes.
+    assert set(tuned("digits")) == set(found["methods"])
+    control = found["methods"]["plain"]["ratios"]
+    assert f"came out at {min(control):.2f} and {max(control):.2f}" in PAGE
+    assert (ROOT / "docs/rivals_digits.png").is_file()
+    runs = [
+        run for run in FOUND["digits"]["runs"] if run["run"]["method"] == "guard" and run["run"]["seed"] in SEEDS
+    ]
+    share = fmean(run["method_seconds"] / (run["seconds"] - run["method_seconds"]) for run in runs)
+    assert f"its own clock shows {share:.1%} of the rest" in PAGE
 
 
 def test_the_page_names_every_method():
