@@ -66,7 +66,7 @@ def reward(completions, answer, **columns):
     return [float(right in text) + 0.01 * len(text) for text, right in zip(completions, answer, strict=True)]
 
 
-def online(kind, tmp_path, dataset, model=None, peft=None, evaluation=None, **options):
+def online(kind, tmp_path, dataset, model=None, peft=None, evaluation=None, rewards=reward, **options):
     """A GRPO or RLOO trainer; one step is 2 prompts with 2 completions each, unless told otherwise."""
     start, words = model_and_words(tmp_path / "model")
     make_args, make = (GRPOConfig, GRPOTrainer) if kind == "grpo" else (RLOOConfig, RLOOTrainer)
@@ -82,7 +82,7 @@ def online(kind, tmp_path, dataset, model=None, peft=None, evaluation=None, **op
     }
     return make(
         model if model is not None else start,
-        reward,
+        rewards,
         args=make_args(**settings),
         train_dataset=dataset,
         eval_dataset=evaluation,

@@ -35,6 +35,15 @@ class At(TrainerCallback):
             self.call()
 
 
+def trained(trainer, steps):
+    """Train with a guard; the domains of each step."""
+    callback, found = guarded(trainer), []
+    for step in range(1, steps + 1):
+        trainer.add_callback(At(step, lambda: found.append(callback.guard.trained)))
+    trainer.train()
+    return found
+
+
 class TestTemperature:
     @pytest.mark.parametrize("loaded", [False, True])
     def test_a_domain_is_measured_at_the_temperature_of_its_own_rollouts(self, loaded, tmp_path):
@@ -95,12 +104,7 @@ class TestOrder:
         args = online("grpo", tmp_path, data, **options).args
         ordered = order_by_domain(data, prompts_per_generation(args), "round_robin")
         trainer = online("grpo", tmp_path, ordered, **options)
-        callback = guarded(trainer)
-        active = []
-        for step in range(1, 5):
-            trainer.add_callback(At(step, lambda: active.append(callback.guard.trained)))
-        trainer.train()
-        assert active == [("math",), ("code",), ("math",), ("code",)]
+        assert trained(trainer, 4) == [("math",), ("code",), ("math",), ("code",)]
 
     @pytest.mark.parametrize(
         ("blocks", "options", "said"),
@@ -133,12 +137,7 @@ class TestOrder:
         trainer = supervised(tmp_path, Dataset.from_list(texts), **options)
         assert len(trainer.train_dataset) == 8
         trainer.train_dataset = order_by_domain(trainer.train_dataset, 2, "round_robin")
-        callback = guarded(trainer)
-        active = []
-        for step in range(1, 5):
-            trainer.add_callback(At(step, lambda: active.append(callback.guard.trained)))
-        trainer.train()
-        assert active == [("math",), ("code",), ("math",), ("code",)]
+        assert trained(trainer, 4) == [("math",), ("code",), ("math",), ("code",)]
 
 
 class TestRewards:
@@ -152,14 +151,7 @@ class TestRewards:
                 return await judged(completions)
 
         functions = route({"math": [judged, Judge()], "code": [reward]})
-        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
-        trainer = type(trainer)(
-            trainer.model,
-            functions,
-            args=trainer.args,
-            train_dataset=rows(TWO_PHASES),
-            processing_class=trainer.processing_class,
-        )
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), rewards=functions)
         callback = guarded(trainer)
         trainer.train()
         assert callback.guard.domains["math"].rewarded == 12
@@ -365,14 +357,7 @@ def test_columns_that_the_trainer_would_remove(tmp_path):
     def counted(completions, **columns):
         return [float(len(text)) for text in completions]
 
-    trainer = online("grpo", tmp_path, rows(TWO_PHASES), remove_unused_columns=True)
-    trainer = type(trainer)(
-        trainer.model,
-        counted,
-        args=trainer.args,
-        train_dataset=rows(TWO_PHASES),
-        processing_class=trainer.processing_class,
-    )
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), rewards=counted, remove_unused_columns=True)
     callback = guarded(trainer)
     trainer.train()
     assert callback.guard.domains["math"].anchored
