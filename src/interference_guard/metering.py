@@ -92,7 +92,9 @@ def _domain(state: DomainState, raw: Raw) -> dict[str, float | None]:
         return table
     table["predicted"] = state.region.predict(raw)
     table["renewals"] = float(state.renewals)
-    table["residual"] = raw.outside / raw.quadratic if raw.quadratic > 0 else 0.0
+    # Where nothing has moved yet both parts are rounding, and their quotient says nothing.
+    noise = 0.0 if state.model is None else state.model.rounding().item()
+    table["residual"] = raw.outside / raw.quadratic if raw.quadratic > noise else 0.0
     if state.radius is not None:
         radius = state.radius.item()
         table["radius"] = radius
