@@ -171,6 +171,7 @@ def test_a_curvature_that_cannot_be_factored_leaves_the_old_directions(monkeypat
     assert state.curvature is curvature
     assert not guard.differentiates
     assert guard.interference(["math"])["math"].quadratic < 1e-9, "the region stands at the weights"
+    assert guard.metrics()["guard/math/residual"] == 0, "rounding has no part outside"
 
 
 class Wrapped(nn.Module):
