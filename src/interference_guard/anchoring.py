@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from .exact import exact_products
+from .first_order import slopes_of
 from .local_model import anchor_domain
 from .measuring import score, share_span
 from .protection import protected_rows
@@ -39,7 +40,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         )
         if reuse is None:
             state.since_refresh = 0
-        state.slopes = None if state.gradient is None else state.gradient.along(state.model)
+        state.slopes = slopes_of(guard, state, state.model)
     state.fresh = _scores_are_due(guard, state)
     # A recovery of another domain came between: after it the training goes on, and its end is the true anchor.
     state.interrupted = guard.recovery is not None and not state.anchored

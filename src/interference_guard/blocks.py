@@ -66,7 +66,7 @@ class Block:
         found = [None if (tensor := tensors[view.name]) is None else view.view(tensor) for view in self.pieces]
         present = next((item for item in found if item is not None), None)
         if present is None:
-            return torch.zeros(self.region.size, device=device)
+            return torch.zeros(self.region.size, dtype=torch.float32, device=device)
         if len(found) == 1:
             single = present.float()
             return single if single.dim() == 3 else single.unsqueeze(0)

@@ -55,8 +55,7 @@ def save(guard: Guard, directory: Path, folders: int = 1) -> None:
         details["tensor_bytes"] = temporary[0].stat().st_size
         details["tensor_sha256"] = _digest(temporary[0])
         temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
-        os.replace(temporary[0], directory / names[0])
-        os.replace(temporary[1], directory / names[1])
+        _move(directory, temporary, names)
     except (OSError, SafetensorError) as error:
         raise StateError(
             f"The guard's state could not be written to {directory}: {error}. The checkpoint of the host is "
@@ -66,6 +65,25 @@ def save(guard: Guard, directory: Path, folders: int = 1) -> None:
         for path in temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _move(directory: Path, written: Sequence[Path], names: Sequence[str]) -> None:
+    """Flush both files and put them in place; where the second cannot be, the first is what it was before."""
+    for path in written:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    tensors, before = directory / names[0], directory / f".{names[0]}.old-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        # Nothing to keep, or a file system without links.
+        os.link(tensors, before)
+    try:
+        os.replace(written[0], tensors)
+        os.replace(written[1], directory / names[1])
+    except OSError:
+        if before.exists():
+            os.replace(before, tensors)
+        raise
+    before.unlink(missing_ok=True)
 
 
 def file_names(guard: Guard) -> tuple[str, str]:

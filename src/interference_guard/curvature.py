@@ -73,7 +73,7 @@ class DomainCurvature:
     decay: float
     omegas: Sequence[Tensor]
     sums: list[BlockSums] = field(default_factory=list)
-    count: Tensor = field(default_factory=lambda: torch.zeros(()))
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
     spread: Spread | None = None
 
     def observe(self, gradients: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ matrix, g Omega, from which g U follows by least squares: U lies almost in the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch import Tensor
 from .local_model import LocalModel
 from .observation import Observation
 from .shards import Spread
+
+if TYPE_CHECKING:
+    from .domain import DomainState
+    from .guard import Guard
 
 # Own steps after which a gradient counts half in the mean: at the anchor the latest ones are wanted.
 HALF_LIFE = 10.0
@@ -85,3 +90,10 @@ class GradientMean:
 def first_order(slopes: Sequence[Tensor], views: Sequence[Tensor]) -> Tensor:
     """Sum of (g U) z, a 0-d tensor; both per block ``(rows, rank)``."""
     return torch.stack([(slope * z).sum() for slope, z in zip(slopes, views, strict=True)]).sum()
+
+
+def slopes_of(guard: Guard, state: DomainState, model: LocalModel) -> list[Tensor] | None:
+    """The domain's mean gradient along a local model's directions; None unless `first_order` is set."""
+    if not guard.config.first_order or state.gradient is None:
+        return None
+    return state.gradient.along(model)

@@ -7,6 +7,7 @@ completions -> probe -> trust region. The guard knows no trainer: a host calls `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -82,7 +83,7 @@ class Guard(GuardState):
         Args:
             domain: Its name.
             completions: Copied; of the latest rows `retain` will be kept, spread over their prompts. Their
-                rewards widen the domain's reward range.
+                rewards widen the domain's reward range. Rows whose reward is no finite number are left out.
 
         Raises:
             ShapeError: If they are something else.
@@ -98,7 +99,12 @@ class Guard(GuardState):
             return
         started = perf_counter()
         state = self.state_of(domain)
-        state.keep(completions, self.config.retain)
+        scored = completions
+        if completions.rewards is not None and not bool((finite := completions.rewards.isfinite()).all()):
+            # One such reward would make every measurement of the domain one too.
+            scored = completions.rows(finite.nonzero().flatten().to(completions.input_ids.device))
+        if len(scored):
+            state.keep(scored.to(self.device), self.config.retain)
         lengths = completions.completion_mask.sum().item()
         state.lengths.add(float(lengths), len(completions))
         if completions.rewards is not None:
@@ -259,7 +265,7 @@ class Guard(GuardState):
 
         Between the domain's last own step and the first foreign one it is the reward at the anchor. After
         that it corrects the scale of the domain's measurements; without one at the anchor, the first counts
-        as right and later ones are compared with it.
+        as right and later ones are compared with it. One that is no finite number is left out.
 
         Raises:
             UnknownDomainError: If the guard has never seen the domain.
@@ -268,6 +274,9 @@ class Guard(GuardState):
             return
         if domain not in self._domains:
             raise self.unknown(domain)
+        if not math.isfinite(reward):
+            # An evaluation in which nothing was scored; in the running sums it would stay for good.
+            return
         measuring.calibrate(self, self._domains[domain], reward)
 
     def abandon_recovery(self) -> None:
@@ -311,6 +320,8 @@ class Guard(GuardState):
         Raises:
             UnknownDomainError: If a domain has no anchor.
         """
+        if not self.enabled:
+            return {}
         if domains is None:
             # By name: ranks may have met the domains in another order, and sum what each of them sees.
             domains = sorted(name for name, state in self._domains.items() if state.anchored)
@@ -354,8 +365,8 @@ class Guard(GuardState):
     # State
 
     def state_dict(self) -> dict[str, object]:
-        """Everything needed to go on exactly: see `packing.pack`. Tensors are not copied."""
-        return dict(packing.pack(self))
+        """Everything needed to go on exactly: see `packing.pack`. Not copied; empty where nothing is enabled."""
+        return dict(packing.pack(self)) if self.enabled else {}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over a `state_dict`; checked as a whole before anything is changed.
@@ -364,11 +375,13 @@ class Guard(GuardState):
             StateError: If it is of another model or of other settings.
             StateVersionError: If its format is unknown.
         """
-        packing.unpack(self, state)
+        if self.enabled:
+            packing.unpack(self, state)
 
     def save(self, directory: str | Path, *, folders: int = 1) -> None:
         """Write the state beside a checkpoint, atomically; see `checkpoint.save`."""
-        checkpoint.save(self, Path(directory), folders)
+        if self.enabled:
+            checkpoint.save(self, Path(directory), folders)
 
     def load(
         self,
@@ -386,5 +399,7 @@ class Guard(GuardState):
                 were more or fewer than now.
             place: This rank and their number, among those that keep completions.
         """
+        if not self.enabled:
+            return
         folders = None if ranks is None else [Path(folder) for folder in ranks]
         checkpoint.load(self, Path(directory), folders, place)

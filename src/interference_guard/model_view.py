@@ -205,6 +205,9 @@ def _subtract(targets: list[Tensor], correction: Correction, generator: torch.Ge
         torch._foreach_sub_(targets, parts)
         return
     for target, part in zip(targets, parts, strict=True):
+        if target.dtype == torch.float64:
+            target.sub_(part)
+            continue
         # Into the change's own memory: this is the step's largest piece of work in fp32.
         projected = torch.sub(target.float(), part, out=part)
         if generator is not None and target.dtype == torch.bfloat16:

@@ -41,6 +41,7 @@ PLAIN = (
     "evaluated",
     "measurable",
     "temperature",
+    "kept_at",
     "true_reward",
     "recent",
     "target_reward",
@@ -280,8 +281,10 @@ def _unpack_domain(
         if rows_of_batch is not None:
             state.pending.append(rows_of_batch)
     state.start = _listed("start", guard, get)
-    state.slopes = _listed("slopes", guard, get)
-    count = get("gradient/count")
+    # What was kept with another setting is let go.
+    first_order = guard.config.first_order
+    state.slopes = _listed("slopes", guard, get) if first_order else None
+    count = get("gradient/count") if first_order else None
     if count is not None:
         sums_of_gradient = _listed("gradient", guard, get) or []
         state.gradient = GradientMean(guard.view.omegas, sums_of_gradient, count, guard.view.spread)

@@ -17,6 +17,7 @@ import torch
 
 from .curvature import DomainCurvature
 from .exact import exact_products
+from .first_order import slopes_of
 from .local_model import LocalModel, anchor_domain
 from .protection import protected_rows
 from .reference import add_softened, merge_ranks
@@ -63,12 +64,13 @@ def renew(guard: Guard, state: DomainState) -> None:
     state.model = model
     guard.forget_sets(state.name)
     with exact_products(guard.device):
-        state.slopes = None if state.gradient is None else state.gradient.along(model)
+        state.slopes = slopes_of(guard, state, model)
     state.curvature, state.since_refresh = curvature, 0
     state.region.move(turned=True)
     _begin(state)
 
 
+@torch.no_grad()
 def move(guard: Guard, state: DomainState, loss: float | None = None) -> None:
     """Move a domain's region to the present weights, with the directions it has; all ranks call it.
 
@@ -89,6 +91,7 @@ def _begin(state: DomainState) -> None:
     state.renewed_at = state.foreign_steps
 
 
+@torch.no_grad()
 def _model(guard: Guard, state: DomainState, curvature: DomainCurvature) -> LocalModel | None:
     """A local model at the present weights; None where some rank has no room to factor the curvature."""
     assert state.model is not None

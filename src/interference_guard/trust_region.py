@@ -171,7 +171,7 @@ class TrustRegion:
 
     def truth(self, loss: float) -> None:
         """Take in a true loss (in parts of the reward range) under the weights last measured."""
-        if self.unit == "reward" and math.isfinite(self.estimate):
+        if self.unit == "reward" and math.isfinite(self.estimate) and math.isfinite(loss):
             self.truth_xy = MEMORY * self.truth_xy + self.estimate * loss
             self.truth_xx = MEMORY * self.truth_xx + self.estimate**2
 

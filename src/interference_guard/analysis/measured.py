@@ -22,10 +22,12 @@ def read_rows(path: Path) -> list[Row]:
         ReportError: If the file or a line cannot be used; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+        # Only a line feed ends a line of JSON: text may hold other separators.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise ReportError(
-            f"{path} cannot be read: {error.strerror}. Give a JSON-lines file, a prompt and a completion a line."
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}. Give a JSON-lines file in "
+            "UTF-8, a prompt and a completion a line."
         ) from error
     rows: list[Row] = []
     for number, text in enumerate(lines, 1):

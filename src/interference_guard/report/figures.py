@@ -93,7 +93,7 @@ def budgets(run: Run) -> list[tuple[float, str]]:
     """The budget of each unit that interference is measured in, and what it is called."""
     nats = {run.in_nats(name) for name in run.domains if run.metric(name, "measured")} or {False}
     keys = [("budget", "budget")] * (False in nats) + [("budget_nats", "budget in nats")] * (True in nats)
-    return [(run.settings[key], label) for key, label in keys if run.settings.get(key)]
+    return [(run.settings[key], label) for key, label in keys if isinstance(run.settings.get(key), int | float)]
 
 
 def rewards(run: Run, narrow: bool) -> Any:

@@ -1,0 +1,129 @@
+"""Input that is legal and seldom: it must neither spoil what is known nor end a run."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from interference_guard import Completions, Guard, GuardConfig, StateError
+from interference_guard.analysis.measured import read_rows
+from interference_guard.local_block import Correction
+from interference_guard.reference import add_softened
+from interference_guard.renewing import renew
+from tests.unit.test_renewing import astray
+
+
+def rows(rewards):
+    count = len(rewards)
+    ids = torch.arange(count * 4).view(count, 4) % 7
+    return Completions(ids, torch.ones_like(ids), torch.ones_like(ids), torch.tensor(rewards))
+
+
+def guard_of(**options):
+    return Guard(torch.nn.Linear(4, 3), GuardConfig(rank=2, sketch=4, **options))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_rows_with_a_reward_that_is_no_number_are_left_out(odd):
+    guard = guard_of()
+    guard.retain("math", rows([0.0, odd, 1.0]))
+    state = guard.domains["math"]
+    assert state.latest(8).rewards.tolist() == [0.0, 1.0]
+    assert (state.low, state.high) == (0.0, 1.0)
+    guard.retain("code", rows([odd]))
+    assert guard.domains["code"].latest(8) is None
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("-inf")])
+def test_an_evaluation_that_is_no_number_spoils_nothing(odd):
+    _, guard, _, state = astray()
+    guard.measure("math")
+    before = state.region.state()
+    guard.calibrate("math", odd)
+    assert state.region.state() == before
+    state.region.truth(odd)
+    assert state.region.state() == before
+
+
+def test_a_guard_that_is_off_saves_and_loads_nothing(tmp_path):
+    guard = guard_of(enabled=False)
+    assert guard.state_dict() == {}
+    assert guard.interference() == {}
+    guard.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    guard.load(tmp_path)
+    guard.load_state_dict({})
+
+
+def test_a_save_that_fails_half_way_leaves_the_state_before(tmp_path, monkeypatch):
+    _, guard, _, _ = astray()
+    guard.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    guard.calibrate("math", 0.25)
+    real, moves = os.replace, []
+
+    def second_fails(source, target):
+        moves.append(target)
+        if len(moves) == 2:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(StateError, match="No space left"):
+        guard.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    guard.load(tmp_path)
+
+
+def test_a_moved_region_keeps_no_graph():
+    _, guard, _, state = astray()
+    renew(guard, state)
+    assert not any(block.z0.requires_grad for block in state.model.blocks)
+
+
+def test_a_term_that_was_switched_off_is_let_go():
+    _, guard, _, state = astray(first_order=True)
+    assert state.slopes is not None
+    saved = guard.state_dict()
+    other = Guard(guard.model, replace(guard.config, first_order=False))
+    other.load_state_dict(saved)
+    assert other.domains["math"].slopes is None
+    assert other.domains["math"].gradient is None
+    assert other.interference()["math"].linear == 0
+
+
+def test_virtual_tokens_in_front_are_no_rows_of_their_own():
+    class Prompted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(7, 7)
+
+        def forward(self, input_ids, attention_mask):
+            logits = self.embed(input_ids)
+            return torch.cat([logits[:, :2], logits], 1)
+
+    model = Prompted()
+    guard = Guard(model, GuardConfig(rank=2, sketch=4))
+    curvature = guard.new_state("math").curvature
+    add_softened(guard, curvature, rows([0.0, 1.0]), 2, 1)
+    assert curvature.count.item() > 0
+
+
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\ufeff{"prompt": "a\u2028b", "completion": "c"}\n\n', encoding="utf-8")
+    assert read_rows(path) == [("a\u2028b", "c")]
+
+
+def test_weights_in_fp64_are_projected_in_fp64():
+    model = torch.nn.Linear(4, 3).double()
+    guard = Guard(model, GuardConfig(rank=2, sketch=4))
+    before = model.weight.detach().clone()
+    guard.view.subtract([_nothing(block) for block in guard.view.blocks])
+    assert torch.equal(model.weight, before)
+
+
+def _nothing(block):
+    matrices, units, width = block.region.size
+    return Correction(torch.zeros(matrices, units, 1), torch.zeros(matrices, width, 1))
