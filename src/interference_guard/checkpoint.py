@@ -79,7 +79,7 @@ def _move(directory: Path, written: Sequence[Path], names: Sequence[str]) -> Non
     try:
         os.replace(written[0], tensors)
         os.replace(written[1], directory / names[1])
-    except OSError:
+    except BaseException:
         if before.exists():
             os.replace(before, tensors)
         raise

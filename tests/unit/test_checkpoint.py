@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_earlier_state(trained, monkeypatch):
 
 
 def test_a_torn_pair_is_found(trained, monkeypatch):
-    # The process dies between the two renames: new tensors beside old details.
+    # The process dies between the two renames, as where nothing can be put back: new tensors beside old details.
     _model, guard, folder = trained
     guard.domains["math"].curvature.sums[0].energy.add_(1.0)
     calls = []
@@ -115,7 +115,11 @@ def test_a_torn_pair_is_found(trained, monkeypatch):
             raise OSError("killed")
         real(source, target)
 
+    def no_links(source, target):
+        raise OSError("not on this file system")
+
     monkeypatch.setattr("interference_guard.checkpoint.os.replace", dies)
+    monkeypatch.setattr("interference_guard.checkpoint.os.link", no_links)
     with pytest.raises(StateError, match="could not be written"):
         guard.save(folder)
     with pytest.raises(StateError, match="is damaged"):
