@@ -95,27 +95,20 @@ class Guard(GuardState):
                 f"guard.retain({domain!r}, ...) was given {type(completions).__name__}. Give it Completions: "
                 "token ids, attention mask, completion mask and rewards."
             )
-        if not len(completions):
-            return
         started = perf_counter()
+        rows = completions.finite()
+        if not len(rows):
+            return
         state = self.state_of(domain)
-        scored = completions
-        if completions.rewards is not None and not bool((finite := completions.rewards.isfinite()).all()):
-            # One such reward would make every measurement of the domain one too.
-            scored = completions.rows(finite.nonzero().flatten().to(completions.input_ids.device))
-        if len(scored):
-            state.keep(scored.to(self.device), self.config.retain)
-        lengths = completions.completion_mask.sum().item()
-        state.lengths.add(float(lengths), len(completions))
-        if completions.rewards is not None:
-            rewards = completions.rewards.detach().float()
-            finite = rewards[rewards.isfinite()]
-            if len(finite):
-                lowest, highest = finite.min().item(), finite.max().item()
-                if state.outlies(lowest, highest):
-                    self.warn_range(state, lowest, highest)
-                state.see_rewards(lowest, highest)
-                state.note_rewards(finite.sum().item(), len(finite))
+        state.keep(rows.to(self.device), self.config.retain)
+        state.lengths.add(float(rows.completion_mask.sum().item()), len(rows))
+        if rows.rewards is not None:
+            rewards = rows.rewards.detach().float()
+            lowest, highest = rewards.min().item(), rewards.max().item()
+            if state.outlies(lowest, highest):
+                self.warn_range(state, lowest, highest)
+            state.see_rewards(lowest, highest)
+            state.note_rewards(rewards.sum().item(), len(rewards))
         self.clock.add("retain", started)
 
     def protect(self, domain: str, completions: Completions, *, passes: int = 64, batch_size: int = 8) -> None:

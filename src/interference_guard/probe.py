@@ -85,6 +85,15 @@ class Completions:
             self.temperature,
         )
 
+    def finite(self) -> Completions:
+        """The rows whose reward is a finite number; the same object where all are, or where there are no rewards.
+
+        One that is not would make every measurement of its domain one too.
+        """
+        if self.rewards is None or bool((finite := self.rewards.isfinite()).all()):
+            return self
+        return self.rows(finite.nonzero().flatten().to(self.input_ids.device))
+
     def spread(self, limit: int) -> Completions:
         """At most `limit` rows, chosen by `spread`; the same object where there are no more."""
         return self if len(self) <= limit else self.rows(spread(len(self), limit))
@@ -193,8 +202,8 @@ def model_policy(model: nn.Module, batch_size: int = 64) -> Policy:
 def _scores(model: nn.Module, batch: Completions) -> Tensor:
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     logits = output if isinstance(output, Tensor) else output.logits
-    # Prompt tuning puts virtual tokens in front.
-    logits = logits[:, -batch.input_ids.shape[1] :][:, :-1].float() / batch.temperature
+    # Counted from the end: prompt tuning puts virtual tokens in front.
+    logits = logits[:, -batch.input_ids.shape[1] : -1].float() / batch.temperature
     targets = batch.input_ids[:, 1:]
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
     # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.

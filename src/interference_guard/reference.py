@@ -142,9 +142,8 @@ def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) 
                 f"{type(model).__name__} returned no logits of shape (rows, length, vocabulary), from which "
                 "labels are drawn. Give the guard the causal language model itself."
             )
-        # Prompt tuning puts virtual tokens in front.
-        logits = logits[:, -rows.input_ids.shape[1] :]
-        soft = logits[:, :-1][rows.completion_mask[:, 1:] != 0].float() / TEMPERATURE
+        # Counted from the end: prompt tuning puts virtual tokens in front.
+        soft = logits[:, -rows.input_ids.shape[1] : -1][rows.completion_mask[:, 1:] != 0].float() / TEMPERATURE
         labels = torch.multinomial(soft.detach().softmax(-1), 1, generator=generator).squeeze(-1)
         loss = torch.nn.functional.cross_entropy(soft, labels) * LOSS_SCALE
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
