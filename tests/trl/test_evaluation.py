@@ -3,7 +3,6 @@
 import pytest
 from datasets import Dataset
 
-from tests.trl import host
 from tests.trl.host import guarded, online, rows, supervised
 
 pytestmark = pytest.mark.filterwarnings(
@@ -53,11 +52,10 @@ def of_kind(kind):
     return Dataset.from_list([{"prompt": "1 + 1 =", "answer": kind, "domain": "math"}] * 4)
 
 
-def test_sets_of_one_evaluation_are_one_reward(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "reward", scored)
+def test_sets_of_one_evaluation_are_one_reward(tmp_path):
     sets = {"easy": of_kind("easy"), "hard": of_kind("hard")}
     data = rows([("math", 4), ("code", 12)])
-    trainer = online("grpo", tmp_path, data, evaluation=sets, max_steps=8, **EVALUATING)
+    trainer = online("grpo", tmp_path, data, evaluation=sets, rewards=scored, max_steps=8, **EVALUATING)
     callback = guarded(trainer)
     heard = listening(callback)
     trainer.train()
@@ -69,24 +67,24 @@ def test_sets_of_one_evaluation_are_one_reward(tmp_path, monkeypatch):
     assert "evaluate" not in vars(trainer)
 
 
-def trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "reward", scored)
+def trained(tmp_path):
     data, easy = rows([("math", 8)]), of_kind("easy")
-    trainer = online("grpo", tmp_path, data, evaluation=easy, max_steps=1, per_device_eval_batch_size=4)
+    options = {"evaluation": easy, "rewards": scored, "per_device_eval_batch_size": 4}
+    trainer = online("grpo", tmp_path, data, max_steps=1, **options)
     heard = listening(guarded(trainer))
     trainer.train()
     return trainer, heard
 
 
-def test_what_is_predicted_is_no_evaluation(tmp_path, monkeypatch):
-    trainer, heard = trained(tmp_path, monkeypatch)
+def test_what_is_predicted_is_no_evaluation(tmp_path):
+    trainer, heard = trained(tmp_path)
     trainer.predict(of_kind("hard"))
     trainer.evaluate()
     assert heard == [("math", pytest.approx(0.9))]
 
 
-def test_an_evaluation_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    trainer, heard = trained(tmp_path, monkeypatch)
+def test_an_evaluation_that_fails_leaves_nothing_behind(tmp_path):
+    trainer, heard = trained(tmp_path)
     with pytest.raises(KeyError):
         trainer.evaluate({"hard": of_kind("hard"), "broken": of_kind("hard").remove_columns("prompt")})
     trainer.evaluate()
