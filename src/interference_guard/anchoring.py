@@ -46,8 +46,10 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     state.interrupted = guard.recovery is not None and not state.anchored
     if state.fresh:
         state.retained = state.latest(guard.config.retain)
-        state.forget_pending()
         _score(guard, state, recovered=state.anchored)
+        # Only now: a host may catch what its policy raises and go on, and the anchor is set again then.
+        state.scored_at = guard.steps
+        state.forget_pending()
     state.anchored = True
     state.own_steps = state.foreign_steps = state.renewed_at = 0
     state.region.anchor()
@@ -76,7 +78,6 @@ def _scores_are_due(guard: Guard, state: DomainState) -> bool:
 
 def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     """Log-probabilities and mean reward of the retained completions, and the reward range over ranks."""
-    state.scored_at = guard.steps
     rows = 0.0 if state.retained is None else float(len(state.retained))
     rewarded = state.retained is not None and state.retained.rewards is not None
     every, with_rewards = guard.ranks.totals([rows, rows if rewarded else 0.0], guard.device)

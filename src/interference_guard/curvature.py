@@ -219,11 +219,12 @@ class DomainCurvature:
             and never negative, trace ``(matrices,)``; fp32.
         """
         energies = self.energies() if energies is None else energies
-        # All blocks are factored together, so the first one speaks for all.
-        sketches = [sums.sketch for sums in self.sums if sums.sketch is not None]
+        # All of them, none, or those that were left when an error ended the call before.
+        waiting = [index for index, sums in enumerate(self.sums) if sums.sketch is not None]
+        sketches = [sketch for sums in self.sums if (sketch := sums.sketch) is not None]
         if self.spread is not None and sketches:
             sketches = self.spread.whole_across(sketches)
-        for index, sketch in enumerate(sketches):
+        for index, sketch in zip(waiting, sketches, strict=True):
             sums, rank = self.sums[index], None if ranks is None else ranks[index]
             basis, eigenvalues = nystrom(sketch, self.omegas[index])
             # Copies, so that the columns that are let go take no memory.

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from interference_guard import Completions, Guard, GuardConfig, StateError
+from interference_guard import Completions, Guard, GuardConfig, StateError, curvature
 from interference_guard.analysis.measured import read_rows
 from interference_guard.local_block import Correction
 from interference_guard.reference import add_softened
 from interference_guard.renewing import renew
+from tests.unit.helpers import guarded, train
 from tests.unit.test_renewing import astray
 
 
@@ -105,9 +106,9 @@ def test_virtual_tokens_in_front_are_no_rows_of_their_own():
 
     model = Prompted()
     guard = Guard(model, GuardConfig(rank=2, sketch=4))
-    curvature = guard.new_state("math").curvature
-    add_softened(guard, curvature, rows([0.0, 1.0]), 2, 1)
-    assert curvature.count.item() > 0
+    sums = guard.new_state("math").curvature
+    add_softened(guard, sums, rows([0.0, 1.0]), 2, 1)
+    assert sums.count.item() > 0
 
 
 def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
@@ -122,6 +123,35 @@ def test_weights_in_fp64_are_projected_in_fp64():
     before = model.weight.detach().clone()
     guard.view.subtract([_nothing(block) for block in guard.view.blocks])
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("where", ["policy", "factorisation"])
+def test_an_anchor_that_fails_is_set_again(where, monkeypatch):
+    """A host catches what ended its step, and goes on."""
+
+    def run(fails):
+        model, guard, optimizer = guarded()
+        train(model, guard, optimizer, ["math"] * 8)
+        if fails:
+            with monkeypatch.context() as patch:
+                if where == "policy":
+                    patch.setattr(guard, "policy", _raises)
+                else:
+                    steps = iter([curvature.nystrom, _raises])
+                    patch.setattr(curvature, "nystrom", lambda *matrices: next(steps)(*matrices))
+                guard.begin({"code": 1.0})
+                with pytest.raises(torch.OutOfMemoryError):
+                    guard.before_step()
+        train(model, guard, optimizer, ["code"] * 4, start=8)
+        return guard
+
+    plain, disturbed = run(False), run(True)
+    assert disturbed.domains["math"].measurement == plain.domains["math"].measurement is not None
+    assert torch.equal(disturbed.model.embed.weight, plain.model.embed.weight)
+
+
+def _raises(*arguments):
+    raise torch.OutOfMemoryError("out of memory")
 
 
 def _nothing(block):
