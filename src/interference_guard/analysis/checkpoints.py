@@ -84,6 +84,9 @@ class Checkpoint:
                     "Copy the checkpoint again."
                 )
             for name, entry in found.items():
+                if 0 in entry.shape:
+                    # Nothing in it can change.
+                    continue
                 if entry.dtype is None or entry.dtype.is_floating_point:
                     self.entries[canonical_name(name)] = entry
                 # A mask may be stored as bytes: it has leading axes of length 1.
@@ -166,6 +169,8 @@ def _files(path: Path) -> dict[Path, set[str]]:
             table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards: dict[Path, set[str]] = {}
             for name, file in table.items():
+                if Path(file).is_absolute() or ".." in Path(file).parts:
+                    raise ValueError(f"{file!r} lies outside of the checkpoint")
                 shards.setdefault(path / file, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(

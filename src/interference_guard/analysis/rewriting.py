@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from interference_guard.errors import CheckpointError
-from interference_guard.files import DETAILS, TENSORS
+from interference_guard.files import STATE
 from interference_guard.rounding import round_at_random
 
 from .checkpoints import open_checkpoint, pieces, stored_twice
@@ -58,14 +58,20 @@ def write_rollback(
         CheckpointError: If it cannot be written.
     """
     plan.check(share, strength)
-    target, source = Path(out), plan.after.path
+    # Whole: "." has no name that a folder beside it could be called by.
+    target, source = Path(os.path.abspath(out)), plan.after.path
     check_target(target, (*plan.after.paths, *plan.before.paths, plan.record.state.folder), force=force)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        for file in [source] if source.is_file() else sorted(source.iterdir()):
-            if file.is_file() and file.name not in (DETAILS, TENSORS) and not file.name.startswith(LEFT_OUT):
-                shutil.copyfile(file, temporary / file.name)
+        files = (
+            {source} if source.is_file() else {*source.iterdir(), *(e.path for e in plan.after.entries.values())}
+        )
+        for file in sorted(files):
+            if file.is_file() and not STATE.fullmatch(file.name) and not file.name.startswith(LEFT_OUT):
+                copy = _copy_of(file, source, temporary)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
         _rewrite(plan, share, strength, temporary, advance)
         found = plan.predict(share, strength) | _left(
             plan, temporary / source.name if source.is_file() else temporary
@@ -103,26 +109,34 @@ def _rewrite(
         name = part.view.name
         if bool(masks[name].any()):
             change = _Change(plan, part, names[name], starts[name], strength)
-            path = folder / plan.after.entries[names[name]].path.name
+            path = _copy_of(plan.after.entries[names[name]].path, plan.after.path, folder)
             with path.open("r+b") as file:
                 change.write(file, masks[name].view(matrix_shape(part.view)), generator)
             advance(name)
     pair = stored_twice(plan.after)
     # A guard sees tied weights once, by the embedding's name.
     if pair is not None and pair[0] in names.values() and pair[1] not in names.values():
-        _copy_head(plan.after.entries[pair[0]], plan.after.entries[pair[1]], folder)
+        embedding, head = (plan.after.entries[name] for name in pair)
+        written = [
+            replace(entry, path=_copy_of(entry.path, plan.after.path, folder)) for entry in (embedding, head)
+        ]
+        _copy_head(embedding, head, *written)
 
 
-def _copy_head(embedding: Entry, head: Entry, folder: Path) -> None:
+def _copy_of(file: Path, source: Path, folder: Path) -> Path:
+    """Where a file of the checkpoint goes: an index may name shards in folders of its own."""
+    return folder / (file.name if file == source else file.relative_to(source))
+
+
+def _copy_head(embedding: Entry, head: Entry, changed: Entry, copy: Entry) -> None:
     """Write a changed embedding over the copy of it that is stored as the head, where that was a copy."""
     rows = list(pieces(embedding.shape))
     if not all(torch.equal(embedding.read(*piece), head.read(*piece)) for piece in rows):
         return
-    written = replace(embedding, path=folder / embedding.path.name)
-    with (folder / head.path.name).open("r+b") as file:
+    with copy.path.open("r+b") as file:
         file.seek(head.start)
         for piece in rows:
-            file.write(_bytes(written.read(*piece).to(head.dtype)))
+            file.write(_bytes(changed.read(*piece).to(head.dtype)))
 
 
 def _bytes(rows: Tensor) -> bytes:

@@ -25,8 +25,14 @@ def inspect(
 
     Example: interference-guard inspect outputs/run
     """
-    history = read_run(run) if (run / HISTORY).is_file() or run.is_file() else None
-    state = find_state(run)
+    state, trouble = find_state(run), None
+    try:
+        history = read_run(run) if (run / HISTORY).is_file() or run.is_file() else None
+    except GuardError as error:
+        # The state is worth showing without it.
+        if state is None:
+            raise
+        history, trouble = None, f"No history: {error}"
     if history is None and state is None:
         raise StateError(
             f"{run} holds neither a guard's history nor a guard's state. Give the folder a guarded run wrote to "
@@ -43,14 +49,16 @@ def inspect(
             # The history is worth showing without it.
             if history is None:
                 raise
-            found["trouble"] = str(error)
+            trouble = f"No anchors: {error}"
+    if trouble is not None:
+        found["trouble"] = trouble
     if json:
         output.as_json(found)
         return
     if history is not None:
         _show(found)
-    if "trouble" in found:
-        output.line(f"No anchors: {found['trouble']}")
+    if trouble is not None:
+        output.line(trouble)
     if "anchors" in found:
         rows = [
             [name, str(item["anchored"]), str(item["steps_since"]), output.number(item["reward_at_anchor"])]

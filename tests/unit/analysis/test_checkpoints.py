@@ -54,7 +54,9 @@ def test_shard_without_a_tensor_of_the_index(tmp_path):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": "/b"}}']
+)
 def test_damaged_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
@@ -67,6 +69,14 @@ def test_truncated_file(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="is damaged or no safetensors file"):
         open_checkpoint(tmp_path)
+
+
+def test_tensors_without_elements_are_passed_over(tmp_path):
+    weights = {"a.weight": torch.ones(3, 2), "empty": torch.ones(3, 0), "none": torch.ones(0, 3)}
+    save_file(weights, tmp_path / "model.safetensors")
+    found = open_checkpoint(tmp_path)
+    assert dict(found.shapes) == {"a.weight": (3, 2)}
+    assert measure_edits(found, found).summary()["equal"] == 1
 
 
 def test_nothing_there(tmp_path):

@@ -98,6 +98,35 @@ def test_shards_dtype_and_other_files_are_kept(toy_run, tmp_path, dtype):
     assert 0 < changed <= len(a.shapes)
 
 
+def test_shards_in_folders_and_states_of_ranks(toy_run, tmp_path):
+    source = save_model(load(toy_run[0] / "phase-3"), tmp_path / "source", 2)
+    index = source / "model.safetensors.index.json"
+    (source / "parts").mkdir()
+    for file in source.glob("model-*.safetensors"):
+        file.rename(source / "parts" / file.name)
+    index.write_text(index.read_text().replace("model-", "parts/model-"))
+    for name in ("interference_guard_rank1.safetensors", "interference_guard_rank1.json"):
+        (source / name).write_text("x")
+    made = plan(toy_run[0], "units", source)
+    said = write_rollback(made, 1.0, 1.0, tmp_path / "out")
+    written = {
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    assert written == {index.name, *(f"parts/model-0000{part}-of-00002.safetensors" for part in (1, 2))}
+    assert said["damage_left"] < 0.5
+
+
+def test_the_present_folder_can_be_the_target(toy_run, tmp_path, monkeypatch):
+    made = plan(toy_run[0].resolve(), "directions")
+    write_rollback(made, 0.1, 1.0, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ReportError, match="exists already"):
+        write_rollback(made, 1.0, 1.0, ".")
+    write_rollback(made, 1.0, 1.0, ".", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert open_checkpoint(tmp_path / "out").shapes
+
+
 def test_nothing_is_overwritten_without_force(toy_run, tmp_path):
     made = plan(toy_run[0], "directions")
     out = tmp_path / "out"

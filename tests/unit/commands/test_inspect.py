@@ -26,6 +26,18 @@ def test_a_damaged_state_does_not_hide_the_history(capsys, toy_run, tmp_path):
     assert main(["inspect", str(tmp_path / "phase-3")]) == 2
 
 
+def test_a_history_without_a_step_does_not_hide_the_state(capsys, toy_run, tmp_path):
+    shutil.copytree(toy_run[0] / "phase-3", tmp_path / "phase-3")
+    (tmp_path / HISTORY).write_text((toy_run[0] / HISTORY).read_text().splitlines()[0] + "\n")
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "math" in found["anchors"]
+    assert "steps" not in found
+    assert "holds no step yet" in found["trouble"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "No history: " in capsys.readouterr().out
+
+
 def test_names_cannot_move_the_cursor(capsys, tmp_path):
     History(tmp_path / HISTORY).report(1, ["\x1b[31mred"], {"guard/\x1b[31mred/reward": 0.5})
     assert main(["inspect", str(tmp_path)]) == 0
