@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
-from .exact import exact_products
+from .exact import doubled, exact_products
 from .first_order import slopes_of
 from .local_model import anchor_domain
 from .measuring import score, share_span
@@ -100,7 +100,7 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     own = state.retained.rewards if state.retained is not None else None
     totals = [sum(total for total, _ in state.recent), sum(count for _, count in state.recent)]
     total, recent, count = guard.ranks.totals(
-        [0.0 if own is None else own.double().sum().item(), *totals], guard.device
+        [0.0 if own is None else doubled(own).sum().item(), *totals], guard.device
     )
     state.retained_reward = total / with_rewards
     if recovered:

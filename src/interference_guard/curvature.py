@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .blocks import Block
 from .errors import ShapeError
+from .exact import doubled
 from .observation import Observation, unit_energy
 from .shards import Spread
 
@@ -289,7 +290,7 @@ def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         Cholesky factorisation from failing, is replaced by an eigendecomposition of the core that drops what
         lies under the noise of the sums: the same stability, and no bias in small eigenvalues.
     """
-    Y, Omega = sketch.double(), omega.double()
+    Y, Omega = doubled(sketch), doubled(omega)
     # Sums of gradients can be as small as 1e-24: the arithmetic runs on matrices of norm 1.
     norm = torch.linalg.matrix_norm(Y, keepdim=True)
     Y = Y / norm.clamp(min=torch.finfo(torch.float64).tiny)
@@ -304,7 +305,8 @@ def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues = torch.where(eigenvalues > noise, eigenvalues, 0.0)
     U = torch.where((eigenvalues > 0).unsqueeze(-2), U, 0.0)
     # A state that was saved and loaded is contiguous; another layout would round differently.
-    return U.float().contiguous(), (eigenvalues * norm.squeeze(-1)).float()
+    found = U.float().contiguous(), (eigenvalues * norm.squeeze(-1)).float()
+    return found[0].to(sketch.device), found[1].to(sketch.device)
 
 
 def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

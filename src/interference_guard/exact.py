@@ -1,4 +1,4 @@
-"""Matrix products in full fp32, whatever the host has switched on for its own.
+"""Matrix products in full fp32, whatever the host has switched on for its own, and fp64 wherever the model lies.
 
 Under autocast or TF32 the weights would be rounded before they meet the directions, and the displacement of a
 step at a small learning rate lies below what is left of them.
@@ -11,6 +11,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
+# Devices that have no fp64: Apple's GPUs.
+SINGLE_ONLY = ("mps",)
+
+
+def doubled(values: Tensor) -> Tensor:
+    """The values in fp64, on the CPU where their device has none."""
+    return (values.cpu() if values.device.type in SINGLE_ONLY else values).double()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ShapeError
+from .exact import doubled
 
 TRUNCATION = 3.0
 # Under this part of the rows, sequence ratios say too little: token ratios take over.
@@ -259,8 +260,7 @@ def estimate(
         span: Lowest and highest reward the domain has shown; None, or an empty span, falls back to nats.
         reduce: Sums a 1-d fp64 tensor over ranks, so that every rank returns the same measurement.
     """
-    mask = mask.to(torch.float64)
-    now, anchor = now.double(), anchor.double()
+    now, anchor, mask = doubled(now), doubled(anchor), doubled(mask)
     # Impossible under both policies: the ratio says nothing.
     counts = (mask != 0) & ~(now.isneginf() & anchor.isneginf())
     log_ratio = (now - anchor).where(counts, 0.0)
@@ -273,7 +273,7 @@ def estimate(
     low, high = span if span is not None else (0.0, 0.0)
     # A row without a scored token (cut off, or rejected by its host) always has ratio 1 and would hide the loss.
     seen = (tokens > 0).to(whole)
-    R = torch.zeros_like(whole) if rewards is None else (rewards.to(whole) - low) * seen
+    R = torch.zeros_like(whole) if rewards is None else (doubled(rewards).to(whole) - low) * seen
     kinds = [ratio.exp().clamp(max=TRUNCATION) * seen for ratio in (whole, mean)]
     sums = [kl, tokens.sum(), seen.sum(), R.sum()]
     for ratio in kinds:

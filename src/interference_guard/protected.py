@@ -92,7 +92,7 @@ def _candidates(scores: Mapping[str, Tensor], views: Mapping[str, UnitView]) -> 
         members[name] = index.cpu() + groups[group]
     totals = torch.zeros(count, dtype=torch.float64)
     for name, score in scores.items():
-        totals.index_add_(0, members[name], score.detach().double().cpu())
+        totals.index_add_(0, members[name], score.detach().cpu().double())
     return members, totals
 
 

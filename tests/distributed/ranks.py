@@ -1,6 +1,7 @@
 """Runs a function on several CPU processes of one gloo group and returns what each rank returned."""
 
 import os
+import sys
 import traceback
 from pathlib import Path
 
@@ -22,7 +23,13 @@ def _work(rank, world, function, arguments, folder):
         # The other ranks may hang in a collective: the parent must see the cause and not a time-out.
         Path(f"{folder}/error_{rank}").write_text(traceback.format_exc())
         os._exit(1)
+    # No rank closes its connections while another one still reads from them.
+    dist.barrier()
     dist.destroy_process_group()
+    # The interpreter takes gloo's threads down in no order, and seldom, but now and then, ends in an abort.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_ranks(world, function, *arguments, folder):
