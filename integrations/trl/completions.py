@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interference_guard.batching import in_batches
 from interference_guard.errors import HostError
 from interference_guard.probe import Completions, Policy, model_policy
 
@@ -90,6 +91,7 @@ def sampling_temperature(trainer: Any) -> float:
 def trainer_policy(trainer: Any) -> Policy:
     """Log-probabilities as the trainer itself computes them, with its kernels and batch size.
 
+    Where there are more rows than that, those of like length go together, without their common padding.
     Its own way knows one temperature. Rows of another trainer's are scored by the model's logits, one row at a
     time: they take much more room.
     """
@@ -97,27 +99,29 @@ def trainer_policy(trainer: Any) -> Policy:
     if not hasattr(trainer, "_get_per_token_logps_and_entropies"):
         return model_policy(trainer.model, batch_size=size)
 
+    def score(rows: Completions) -> Tensor:
+        scored = rows.completion_mask.any(0).nonzero()
+        first = max(int(scored[0]), 1) if len(scored) else 1
+        scores, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            rows.input_ids,
+            rows.attention_mask,
+            rows.input_ids.shape[1] - first,
+            batch_size=size,
+        )
+        padded = torch.nn.functional.pad(scores.float(), (first, 0))
+        return padded * (rows.completion_mask != 0)
+
     def policy(rows: Completions) -> Tensor:
         if rows.temperature != sampling_temperature(trainer):
             return model_policy(trainer.model, batch_size=1)(rows)
-        scored = rows.completion_mask.any(0).nonzero()
-        first = max(int(scored[0]), 1) if len(scored) else 1
-        length = rows.input_ids.shape[1]
         modes = [(module, module.training) for module in trainer.model.modules()]
         trainer.model.eval()
         try:
             with torch.no_grad():
-                scores, *_ = trainer._get_per_token_logps_and_entropies(
-                    trainer.model,
-                    rows.input_ids,
-                    rows.attention_mask,
-                    length - first,
-                    batch_size=size,
-                )
+                return in_batches(rows, size, score)
         finally:
             for module, training in modes:
                 module.training = training
-        padded = torch.nn.functional.pad(scores.float(), (first, 0))
-        return padded * (rows.completion_mask != 0)
 
     return policy

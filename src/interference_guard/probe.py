@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .batching import in_batches
 from .errors import ShapeError
 from .exact import doubled
 
@@ -83,6 +84,16 @@ class Completions:
             self.attention_mask[chosen],
             self.completion_mask[chosen],
             None if self.rewards is None else self.rewards[chosen],
+            self.temperature,
+        )
+
+    def columns(self, chosen: slice) -> Completions:
+        """The chosen columns of all rows."""
+        return Completions(
+            self.input_ids[:, chosen],
+            self.attention_mask[:, chosen],
+            self.completion_mask[:, chosen],
+            self.rewards,
             self.temperature,
         )
 
@@ -180,7 +191,7 @@ def model_policy(model: nn.Module, batch_size: int = 64) -> Policy:
     Args:
         model: Called as ``model(input_ids=..., attention_mask=...)``; returns logits, or an object that
             has them, ``(rows, length, vocabulary)``.
-        batch_size: Rows of one forward pass.
+        batch_size: Rows of one forward pass; rows of like length go together, see `in_batches`.
     """
 
     def policy(completions: Completions) -> Tensor:
@@ -188,14 +199,10 @@ def model_policy(model: nn.Module, batch_size: int = 64) -> Policy:
         model.eval()
         try:
             with torch.no_grad():
-                pieces = [
-                    _scores(model, completions.rows(slice(start, start + batch_size)))
-                    for start in range(0, len(completions), batch_size)
-                ]
+                return in_batches(completions, batch_size, partial(_scores, model))
         finally:
             for module, training in modes:
                 module.training = training
-        return torch.cat(pieces)
 
     return policy
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchoring import set_anchor
+from .batching import extent
 from .curvature import DomainCurvature
 from .errors import ConfigError, ShapeError, UnsupportedError
 from .exact import exact_products
@@ -99,6 +100,9 @@ def add_softened(
         for number in range(passes):
             chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
             batch = rows.rows(chosen[: len(rows)] % len(rows))
+            if len(batch) == 1:
+                # Where memory is short, the padding of longer rows is room too.
+                batch = batch.columns(extent(batch.attention_mask))
             found = _gradients(guard.model, batch, generator)
             with exact_products(guard.device):
                 curvature.observe(guard.view.arrange(found, scale))

@@ -194,6 +194,48 @@ class Logits(torch.nn.Module):
         return self.drop(self.embed(input_ids))
 
 
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_rows_of_like_length_are_scored_together(size):
+    lengths, prompts, length = [3, 9, 4, 9, 2, 5, 3], [1, 3, 2, 1, 1, 4, 2], 16
+    ids = torch.randint(11, (len(lengths), length), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(length)
+    start = torch.tensor([5 - prompt for prompt in prompts]).unsqueeze(1)
+    attention = ((places >= start) & (places < start + torch.tensor(lengths).unsqueeze(1))).long()
+    rows = Completions(ids, attention, attention * (places >= 5), temperature=0.7)
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            seen.append(input_ids.shape)
+            return torch.nn.functional.one_hot(input_ids, 11).float() * attention_mask.unsqueeze(-1)
+
+    expected = model_policy(Model(), batch_size=len(rows))(rows)
+    assert seen == [(len(rows), length)]
+    torch.testing.assert_close(model_policy(Model(), batch_size=size)(rows), expected)
+    assert expected.any()
+    widths = [shape[1] for shape in seen[1:]]
+    assert len(widths) == -(-len(rows) // size)
+    assert max(widths) < length
+    assert widths[-1] < widths[0]
+    if size == 1:
+        assert widths == sorted(lengths, reverse=True)
+
+
+def test_a_row_without_a_token_is_scored_as_nothing():
+    ids = torch.ones(2, 3, dtype=torch.long)
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
+    model = torch.nn.Embedding(4, 4)
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return model(input_ids)
+
+    rows = Completions(ids, mask, mask * torch.tensor([0, 0, 1]))
+    scores = model_policy(Model(), batch_size=1)(rows)
+    assert scores[0].tolist() == [0, 0, 0]
+    assert scores[1, 2] < 0
+
+
 def test_model_policy_scores_tokens_given_those_before():
     model = Logits()
     ids = torch.randint(7, (3, 5))
