@@ -42,7 +42,8 @@ class Checkpoints:
     def save(self, directory: str | Path) -> None:
         """Save this rank's part; each rank retains completions, and may hold weights, of its own."""
         accelerator = self.trainer.accelerator
-        self.guard.save(_folder(directory, accelerator.process_index), folders=accelerator.num_processes)
+        place = accelerator.process_index, accelerator.num_processes
+        self.guard.save(_folder(directory, place[0]), folders=place[1], place=place)
 
     def load(self, directory: str | Path) -> None:
         """Read what all ranks of a run saved there."""

@@ -22,7 +22,7 @@ def labels(data: Any, column: str, uids: Sequence[Any]) -> list[str | None]:
     """Domain of each row, None for a padding row.
 
     Args:
-        data: A mini-batch.
+        data: An update, or a mini-batch of it.
         column: Name of the column.
         uids: What `uids_of` returned.
 
@@ -42,10 +42,28 @@ def labels(data: Any, column: str, uids: Sequence[Any]) -> list[str | None]:
             names[index] = None
         elif not isinstance(name, str) or not name:
             raise MissingDomainError(
-                f"Row {index} of the mini-batch (uid {uid}) has {column}={name!r}: every row needs a non-empty "
+                f"Row {index} of the batch (uid {uid}) has {column}={name!r}: every row needs a non-empty "
                 f"string there. Fill the {column!r} column of data.train_files."
             )
     return names
+
+
+def temperature_of(data: Any) -> float | None:
+    """The temperature that a batch was sampled at, None where it does not say.
+
+    Raises:
+        HostError: If its rows were sampled at several.
+    """
+    found = tu.get(data, "temperature")
+    if not isinstance(found, Tensor):
+        return None if found is None else float(found)
+    low, high = float(found.min()), float(found.max())
+    if low < high:
+        raise HostError(
+            f"The batch has rows sampled at temperatures from {low:g} to {high:g}. A domain's completions are "
+            "scored at one, so give all rows the same."
+        )
+    return low
 
 
 def uids_of(data: Any) -> list[Any]:

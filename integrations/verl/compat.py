@@ -22,7 +22,12 @@ def check_version(version: str | None = None) -> None:
     Raises:
         HostError: If it is another one than 0.7.1, 0.8 or 0.9.
     """
-    version = importlib.metadata.version("verl") if version is None else version
+    version = _installed("verl") if version is None else version
+    if version is None:
+        raise HostError(
+            "This veRL is not installed as a package, so nothing says which release it is. Install it, from its "
+            "source tree with `pip install -e .`."
+        )
     found = tuple(int(part) for part in [*re.findall(r"\d+", version), "0", "0"][:3])
     if not any(found[:2] == oldest[:2] and found >= oldest for oldest in TESTED):
         raise HostError(
@@ -53,8 +58,18 @@ def hide_trl() -> bool:
     """
     if "trl" in sys.modules or importlib.util.find_spec("trl") is None:
         return False
-    if int(importlib.metadata.version("trl").split(".")[0]) < 1:
+    # A folder of that name on the path is no package, but looks like one.
+    found = _installed("trl")
+    if found is not None and int(found.split(".")[0]) < 1:
         return False
     # find_spec() of a module that is None here says that there is none.
     sys.modules["trl"] = None  # type: ignore[assignment]
     return True
+
+
+def _installed(name: str) -> str | None:
+    """A package's version, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from interference_guard.errors import HostError
 
@@ -27,6 +28,10 @@ class Coordinator:
         self._domains = list(domains)
         self._wanted: str | None = None
 
+    def begin(self, domains: Sequence[str]) -> None:
+        """Start anew, for another data set."""
+        self._domains, self._wanted = list(domains), None
+
     def domains(self) -> list[str]:
         """Domains that have rows."""
         return self._domains
@@ -41,11 +46,26 @@ class Coordinator:
 
 
 def launch(domains: Sequence[str]) -> Link:
-    """Start the run's actor; called where the data is read."""
+    """Start the run's actor; called where the data is read.
+
+    Raises:
+        HostError: If another run has one in the same Ray namespace.
+    """
     global _own
+    if _own is not None and ray.is_initialized():
+        with suppress(RayError):
+            # A second data set in this process.
+            ray.get(_own.begin.remote(list(domains)))
+            return Link(_own)
     # A plain class to type checkers, an actor class to Ray.
     actor: Any = Coordinator
-    _own = actor.options(name=NAME).remote(list(domains))
+    try:
+        _own = actor.options(name=NAME).remote(list(domains))
+    except ValueError as error:
+        raise HostError(
+            f"Another run in this Ray namespace has an actor named {NAME!r}, and with guard.recovery=true each "
+            "run needs its own. Start the runs in namespaces of their own (+ray_kwargs.ray_init.namespace=...)."
+        ) from error
     return Link(_own)
 
 

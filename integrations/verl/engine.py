@@ -48,17 +48,17 @@ class GuardMixin:
         self.interference.end(data, outputs)
         return outputs
 
-    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> Any:
-        """The engine's checkpoint, and when it is complete the guard's beside it."""
+    def save_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> Any:
+        """The engine's checkpoint, and when it is complete the guard's beside it; without a path neither."""
         result = super().save_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
-        if self.interference is not None:
+        if self.interference is not None and local_path is not None:
             self.interference.save(self._state_folder(local_path))
         return result
 
-    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> Any:
-        """The engine's checkpoint, then the guard's."""
+    def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> Any:
+        """The engine's checkpoint, then the guard's; without a path neither."""
         result = super().load_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
-        if self.interference is not None:
+        if self.interference is not None and local_path is not None:
             self.interference.load(self._state_folder(local_path))
         return result
 

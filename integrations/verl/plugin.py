@@ -12,7 +12,6 @@ from tensordict import TensorDict
 from interference_guard.errors import HostError
 
 from . import settings
-from .batch import number_rows
 from .compat import check_version, check_workers, hide_trl
 
 MODEL_TYPE = "language_model"
@@ -65,12 +64,13 @@ def _watch(workers: Any, engines: dict[str, dict[Any, type[Any]]]) -> None:
 
 
 def _number(worker: Any) -> None:
-    """Number the rows of each update before it is cut into mini-batches, which several epochs draw anew."""
+    """Show each update to the guard before it is cut into mini-batches, which several epochs draw anew."""
 
     def numbering(train: Any, self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         # The critic's worker is of the same class, and gets a handle whose rows come later.
-        if getattr(self.engine, "interference", None) is not None and isinstance(data, TensorDict):
-            number_rows(data)
+        session = getattr(self.engine, "interference", None)
+        if session is not None and isinstance(data, TensorDict):
+            session.expect(data)
         return train(self, data, *args, **kwargs)
 
     _replace(worker, "train_mini_batch", numbering)

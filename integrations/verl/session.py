@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 
 from interference_guard import checkpoint
-from interference_guard.errors import HostError
+from interference_guard.errors import GuardError, HostError
 from interference_guard.files import HISTORY
 from interference_guard.guard import Guard
 from interference_guard.history import History
@@ -48,6 +50,9 @@ class Session:
         self.rank = dist.get_rank(self.group)
         self.temperature = math.nan
         self.fresh = batch.FreshRows()
+        # Rows of this rank in the present update, by domain.
+        self._update: dict[str, int] = {}
+        self._failed: GuardError | None = None
         # Steps before this process's first one: later lines of a history are of a run that was cut off.
         self._start = 0
         self.link = Link() if settings.guard.recovery else None
@@ -64,25 +69,30 @@ class Session:
         if engine.rank == 0:
             self._introduce()
 
-    # One mini-batch
+    # One update
+
+    def expect(self, data: Any) -> None:
+        """Look at the rows of an update before it is cut into mini-batches, and number them in place."""
+        batch.number_rows(data)
+        self._update = _counts(self._labels(data))
 
     def begin(self, data: Any) -> None:
-        """Tell the guard what the coming step trains, and keep the rows that are new."""
+        """Tell the guard what the coming step trains, and keep the rows that are new.
+
+        Raises:
+            StateError: If the state beside the last checkpoint could not be written; the host's is complete.
+        """
+        error, self._failed = self._failed, None
+        if error is not None:
+            raise error
         started = perf_counter()
-        temperature = tu.get(data, "temperature")
-        if temperature is not None:
-            self.temperature = float(temperature.flatten()[0] if isinstance(temperature, Tensor) else temperature)
-        names = batch.labels(data, self.guard.config.domain_column, batch.uids_of(data))
+        temperature = batch.temperature_of(data)
+        self.temperature = self.temperature if temperature is None else temperature
+        names = self._labels(data)
         new = self._new_rows(data, names)
-        counts = {name: names.count(name) for name in names if name is not None}
-        shares: dict[str, float] = {}
-        for theirs in self._gather(counts):
-            for name, count in theirs.items():
-                shares[name] = shares.get(name, 0.0) + count
-        # A mini-batch may be padding alone: its gradient is zero, so it adds nothing to the domain before.
-        shares = shares or dict.fromkeys(self.guard.trained, 1.0)
-        # By name, so that all ranks do the same in the same order.
-        self.guard.begin({name: shares[name] for name in sorted(shares)})
+        # A mini-batch may be padding alone: its gradient is zero, so it adds nothing to the update's domains.
+        shares = self._shares(_counts(names)) or self._shares(self._update)
+        self.guard.begin(shares or dict.fromkeys(self.guard.trained, 1.0))
         limit = self.guard.config.retain
         kept = {
             name: batch.completions(
@@ -105,6 +115,7 @@ class Session:
             return
         self._tell()
         self.fresh.clear()
+        self._update = {}
         metrics = self.guard.metrics()
         self._record(metrics)
         if self.engine.is_mp_src_rank_with_outputs():
@@ -118,7 +129,7 @@ class Session:
         if self.history is None:
             # Only now: a resumed run has read its state by the time of its first step.
             path, self._began = Path(self.settings.folder) / HISTORY, perf_counter()
-            self.history = History(path, asdict(self.guard.config), self._start)
+            self.history = History(path, asdict(self.settings.guard), self._start)
         self.history.report(self.guard.steps, self.guard.trained, metrics, perf_counter() - self._began)
 
     # State
@@ -126,15 +137,19 @@ class Session:
     def save(self, folder: Path) -> None:
         """Write this rank's state, and the sums by layer and module so far into the history.
 
-        Raises:
-            StateError: If it cannot be written; the engine's checkpoint is complete by now.
+        What cannot be written is warned of, and an error of the next step: the trainer's own checkpoint, of which
+        the engine's is a part, is complete only after this.
         """
         if self.settings.folder is not None:
             # All ranks: energies of a sharded model are sums over them. An engine is not told of a run's end.
             places = self.guard.places()
             if self.history is not None:
                 self.history.places(self.guard.steps, places)
-        self.guard.save(folder, folders=dist.get_world_size())
+        try:
+            self.guard.save(folder, folders=dist.get_world_size(), place=(self.rank, self.world))
+        except GuardError as error:
+            self._failed = error
+            warnings.warn(f"A checkpoint is without the guard's state: {error}", stacklevel=3)
 
     def load(self, folder: Path) -> None:
         """Read this rank's state, or what belongs to it of the states of another number of ranks.
@@ -154,6 +169,17 @@ class Session:
         self._tell()
 
     # Parts
+
+    def _labels(self, data: Any) -> list[str | None]:
+        return batch.labels(data, self.guard.config.domain_column, batch.uids_of(data))
+
+    def _shares(self, counts: dict[str, int]) -> dict[str, float]:
+        """Rows of all ranks by domain; by name, so that all ranks do the same in the same order."""
+        shares: dict[str, float] = {}
+        for theirs in self._gather(counts):
+            for name, count in theirs.items():
+                shares[name] = shares.get(name, 0.0) + count
+        return {name: shares[name] for name in sorted(shares)}
 
     def _tell(self) -> None:
         """Let the data know who must recover, before the step is over."""
@@ -198,3 +224,7 @@ class Session:
             f"{config.budget}, rank {config.rank}, domains by {config.domain_column!r}, "
             f"recovery {'on' if config.recovery else 'off'}."
         )
+
+
+def _counts(names: Sequence[str | None]) -> dict[str, int]:
+    return dict(Counter(name for name in names if name is not None))

@@ -29,18 +29,20 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 
-def save(guard: Guard, directory: Path, folders: int = 1) -> None:
+def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int] | None = None) -> None:
     """Write a guard's state into `directory`, which is made if missing.
 
     Args:
         guard: The guard.
         directory: This rank's folder.
         folders: How many folders all ranks save into.
+        place: This rank and their number, among those that keep completions of their own; by default every rank
+            that saves does.
 
     Raises:
         StateError: If the files cannot be written, for instance on a full disk. Earlier files stay.
     """
-    packed = pack(guard, folders)
+    packed = pack(guard, folders, place)
     tensors = {
         # Shared and strided memory cannot be stored as it is.
         name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -161,14 +163,17 @@ def load_own(
     # Without a shared disk a rank sees the folders of its own machine alone, and asks its own.
     first, own = folder_of(0), folder_of(rank)
     saved = _folders(first if first.is_dir() else own, world)
-    alone = saved == world and _is_part_of(guard, own)
-    load(guard, own, None if alone else [folder_of(item) for item in range(saved)], place or (rank, world))
+    place = place or (rank, world)
+    alone = saved == world and _is_part_of(guard, own, place)
+    load(guard, own, None if alone else [folder_of(item) for item in range(saved)], place)
 
 
-def _is_part_of(guard: Guard, directory: Path) -> bool:
-    """Whether the files there are of a model that lies on the ranks as this one; also where there are none."""
+def _is_part_of(guard: Guard, directory: Path, place: tuple[int, int]) -> bool:
+    """Whether the files there are of ranks that share model and rows as they do now; also without any files."""
     details = [_read_details(guard, path) for path in _details_files(guard, directory)]
-    return all(item.get("shards", [0, 1]) == shards_of(guard) for item in details)
+    return all(
+        item.get("shards") == shards_of(guard) and item.get("place") in (None, list(place)) for item in details
+    )
 
 
 def _folders(directory: Path, otherwise: int) -> int:

@@ -40,8 +40,8 @@ class Guard(GuardState):
         config: Settings.
         policy: Gives log-probabilities of completions under the present weights; `model_policy(model)`
             by default. Hosts that compute them in a special way pass their own.
-        reduce: Reduces a 1-d tensor over data-parallel ranks, ``reduce(tensor, "sum" | "max")``, so that
-            all ranks measure and decide the same; None in a single process.
+        reduce: Reduces a 1-d tensor over data-parallel ranks, ``reduce(tensor, "sum" | "max")``, so that all
+            ranks, which then all call the guard, measure and decide the same; None in a single process.
 
     Raises:
         UnsupportedError: If the model holds something the guard cannot protect; nothing is changed.
@@ -216,7 +216,7 @@ class Guard(GuardState):
         if not self.enabled:
             return found
         # A host may ask again after a step that was skipped: what is known need not be measured twice.
-        asked, self._asked = self._asked, self.steps
+        asked, self.asked = self.asked, self.steps
         for name in self.protected if asked != self.steps else ():
             state = self._domains[name]
             if name == self.recovery:
@@ -333,7 +333,7 @@ class Guard(GuardState):
     def metrics(self) -> dict[str, float]:
         """All metrics as plain numbers; `metrics.METRICS` says what each means. Reads the device.
 
-        Means are taken since the last call.
+        Means are taken since the last call, of all ranks' rows: over several ranks all of them call it.
         """
         if not self.enabled:
             return {}
@@ -371,10 +371,10 @@ class Guard(GuardState):
         if self.enabled:
             packing.unpack(self, state)
 
-    def save(self, directory: str | Path, *, folders: int = 1) -> None:
+    def save(self, directory: str | Path, *, folders: int = 1, place: tuple[int, int] | None = None) -> None:
         """Write the state beside a checkpoint, atomically; see `checkpoint.save`."""
         if self.enabled:
-            checkpoint.save(self, Path(directory), folders)
+            checkpoint.save(self, Path(directory), folders, place)
 
     def load(
         self,

@@ -92,7 +92,9 @@ class GuardState:
         self.followed = 0
         self.unfollowed: dict[str, Measurement] = {}
         # Steps at the last probe.
-        self._asked = -1
+        self.asked = -1
+        # Domains that steps were announced of, in rows enough or not; the same on all ranks.
+        self.announced: set[str] = set()
         self._shares: dict[str, float] = {}
         # Whether the step they are of is over, where a host announces every step.
         self._over = False
@@ -141,7 +143,9 @@ class GuardState:
         self._shares = {name: share / total for name, share in shares.items() if share > 0}
         self._over = False
         if self.enabled:
-            for name in self.active:
+            # Also those with few rows: ranks that have none must know the same domains as those that do.
+            self.announced.update(self._shares)
+            for name in self._shares:
                 self.state_of(name)
 
     def end(self) -> None:
@@ -196,7 +200,8 @@ class GuardState:
         """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
         self.steps = self.followed = steps
-        self.unfollowed, self._asked = {}, -1
+        self.unfollowed, self.asked = {}, -1
+        self.announced.clear()
         self.schedule = schedule
         self.grams.clear()
         self.overlaps.clear()

@@ -57,12 +57,15 @@ class TensorMean:
 
 
 def collect(guard: Guard) -> dict[str, float]:
-    """All metrics that have a value now, by their names in `metrics.METRICS`; reads the device."""
+    """All metrics that have a value now, by their names in `metrics.METRICS`; reads the device.
+
+    Over several ranks all of them call it.
+    """
     table: dict[str, float | None] = {}
     states = list(guard.domains.values())
-    seen = guard.interference()
+    seen, rollouts = guard.interference(), _rollouts(guard)
     for state in states:
-        values = _domain(state, seen.get(state.name, Raw(0.0, 0.0)))
+        values = rollouts.get(state.name, {}) | _domain(state, seen.get(state.name, Raw(0.0, 0.0)))
         table |= {f"guard/{state.name}/{key}": value for key, value in values.items()}
     for index, a in enumerate(states):
         for b in states[index + 1 :]:
@@ -84,8 +87,23 @@ def collect(guard: Guard) -> dict[str, float]:
     return {name: value for name, value in table.items() if value is not None and math.isfinite(value)}
 
 
+def _rollouts(guard: Guard) -> dict[str, dict[str, float | None]]:
+    """Mean reward and length of each domain's rows since the last report, of all ranks."""
+    # Rows of a domain whose steps are still to come may lie on some ranks alone: they wait.
+    names = sorted(guard.domains if guard.ranks.reduce is None else guard.announced)
+    means = [mean for name in names for mean in (guard.domains[name].rewards, guard.domains[name].lengths)]
+    sums = guard.ranks.totals([value for mean in means for value in mean.sums()], guard.device) if means else []
+    found = []
+    for mean, total, count in zip(means, sums[::2], sums[1::2], strict=True):
+        mean.take()
+        found.append(total / count if count else None)
+    return {
+        name: {"reward": found[2 * place], "length": found[2 * place + 1]} for place, name in enumerate(names)
+    }
+
+
 def _domain(state: DomainState, raw: Raw) -> dict[str, float | None]:
-    table: dict[str, float | None] = {"reward": state.rewards.take(), "length": state.lengths.take()}
+    table: dict[str, float | None] = {}
     if state.protected_set is not None:
         table["protected_share"] = state.protected_set.share
     if not state.anchored:

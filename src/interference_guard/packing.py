@@ -23,7 +23,7 @@ from .trust_region import TrustRegion
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 5
+VERSION = 6
 # Tensors of completions, by field.
 ROWS = ("input_ids", "attention_mask", "completion_mask", "rewards")
 # Settings that give the saved tensors their meaning; the others may change between runs.
@@ -61,12 +61,14 @@ class Packed(TypedDict):
     tensors: dict[str, Tensor]
 
 
-def pack(guard: Guard, folders: int = 1) -> Packed:
+def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -> Packed:
     """A guard's state as ``{"details": JSON-ready, "tensors": {name: Tensor}}``; tensors are shared.
 
     Args:
         guard: The guard.
         folders: How many folders all ranks save into.
+        place: This rank and their number, among those that keep completions of their own; by default every rank
+            that saves does.
     """
     tensors: dict[str, Tensor] = {}
     domains: dict[str, Any] = {}
@@ -81,6 +83,7 @@ def pack(guard: Guard, folders: int = 1) -> Packed:
         # rollouts; and the domains of the last step.
         "followed": guard.followed,
         "unfollowed": sorted(guard.unfollowed),
+        "asked": guard.asked,
         "trained": list(guard.trained),
         "differentiates": guard.differentiates,
         "settings": {name: getattr(guard.config, name) for name in BINDING},
@@ -93,6 +96,7 @@ def pack(guard: Guard, folders: int = 1) -> Packed:
         # Whether the ranks keep different completions.
         "dealt": guard.ranks.reduce is not None,
         "folders": folders,
+        "place": None if place is None else list(place),
         "domains": domains,
     }
     return {"details": details, "tensors": tensors}
@@ -115,12 +119,12 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         followed = int(details["followed"])
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
         trained = tuple(details["trained"])
-        differentiates = bool(details["differentiates"])
+        asked, differentiates = int(details["asked"]), bool(details["differentiates"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
-    guard.differentiates = differentiates
+    guard.asked, guard.differentiates = asked, differentiates
 
 
 def incomplete(error: Exception) -> StateError:

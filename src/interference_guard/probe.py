@@ -160,7 +160,9 @@ def join(parts: Sequence[Completions]) -> Completions:
 
     The temperature is that of the last batch: a policy that has moved on is best known by its latest rows.
     """
-    length = max(part.input_ids.shape[1] for part in parts)
+    length, device = max(part.input_ids.shape[1] for part in parts), parts[-1].input_ids.device
+    # An engine that offloads its model may have been on the CPU when the first of them were kept.
+    parts = [part.to(device) for part in parts]
 
     def pad(tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))

@@ -37,7 +37,7 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
 
     Args:
         guard: The guard it is for.
-        parts: Of all ranks that kept completions, in their order.
+        parts: Of all ranks, in their order.
         place: Which share of the completions this rank takes, and of how many; without a reduction all ranks see
             all rows, and each keeps them all.
 
@@ -49,8 +49,9 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
     """
     cutters = _cutters(guard, parts)
     place = place if guard.ranks.reduce is not None else (0, 1)
-    keepers = len(parts) if parts[0][0]["dealt"] else 1
-    names = list(parts[0][0]["domains"])
+    keepers = _keepers([details for details, _ in parts])
+    # Rows of a domain that no step was announced of may have come to some ranks alone.
+    names = [name for name in parts[0][0]["domains"] if all(name in details["domains"] for details, _ in parts)]
     tensors: dict[str, Tensor] = {}
     domains: dict[str, Any] = {}
     for number, name in enumerate(names):
@@ -61,11 +62,13 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
         for key in ("count", "radius", "subspace", "gradient/count", "noise"):
             if (tensor := getters[0](key)) is not None:
                 found.setdefault(key, tensor)
+        prefix = _prefix(parts[0], name)
         for key, tensor in parts[0][1].items():
-            if key.startswith((f"{number}/half_set/", f"{number}/protected_set/")):
-                found[key.removeprefix(f"{number}/")] = tensor
-        domains[name] = _details(saved[:keepers], place)
-        domains[name]["pending"] = _deal(saved[:keepers], getters[:keepers], place, found)
+            if key.startswith((f"{prefix}half_set/", f"{prefix}protected_set/")):
+                found[key.removeprefix(prefix)] = tensor
+        kept = [saved[index] for index in keepers]
+        domains[name] = _details(kept, place)
+        domains[name]["pending"] = _deal(kept, [getters[index] for index in keepers], place, found)
         tensors |= {f"{number}/{key}": tensor for key, tensor in found.items()}
     shards = guard.view.shards
     return {**parts[0][0], "domains": domains, "shards": [shards.rank, shards.world]}, tensors
@@ -106,8 +109,14 @@ def _cutters(guard: Guard, parts: Sequence[Part]) -> list[tuple[int, list[tuple[
             f"steps {sorted(steps)}, rank {missing or 'none'} is missing. Put the files of every rank of one "
             "checkpoint there, or resume with as many ranks as before."
         )
-    if any(set(item["domains"]) != set(details[0]["domains"]) for item in details):
-        raise StateError("The guard's files know different domains, so they are not of one run.")
+    trained = [
+        {name for name, of in item["domains"].items() if of["own_steps"] or of["anchored"]} for item in details
+    ]
+    if any(names != trained[0] for names in trained):
+        raise StateError(
+            f"The guard's files know different domains, {sorted(map(sorted, trained))}, so they are not of one "
+            "run. Put the files of every rank of one checkpoint there."
+        )
     views = guard.view.layout.views
     cuts = {name: (view.shape, details[0]["cuts"].get(name)) for name, view in views.items()}
     found = []
@@ -122,9 +131,20 @@ def _cutters(guard: Guard, parts: Sequence[Part]) -> list[tuple[int, list[tuple[
     return found
 
 
+def _keepers(details: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Which parts hold completions of their own: one of those that kept the same."""
+    if not details[0]["dealt"]:
+        return [0]
+    places = [index if item["place"] is None else tuple(item["place"]) for index, item in enumerate(details)]
+    return [places.index(place) for place in dict.fromkeys(places)]
+
+
+def _prefix(part: Part, name: str) -> str:
+    return f"{list(part[0]['domains']).index(name)}/"
+
+
 def _getter(part: Part, name: str) -> Get:
-    details, tensors = part
-    prefix = f"{list(details['domains']).index(name)}/"
+    tensors, prefix = part[1], _prefix(part, name)
     return lambda key: tensors.get(prefix + key)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from verl.utils import tensordict_utils as tu
 
-from interference_guard import GuardError
+from interference_guard import GuardError, StateError
 from interference_guard.errors import HostError, MissingDomainError, UnsupportedError
 from interference_guard.files import HISTORY
 from interference_guard.history import History, read_history
@@ -156,6 +156,63 @@ def test_resuming_without_a_guards_state_is_an_error(model, tmp_path):
         second.load_checkpoint(str(tmp_path), del_local_after_load=False)
 
 
+def test_a_state_that_cannot_be_written_is_an_error_after_the_hosts_checkpoint(model, tmp_path, monkeypatch):
+    """Critic, data and the number of the last checkpoint are written by veRL's trainer after the engine's."""
+    made = host.worker(model, host.SMALL)
+    host.train(made, PLAN[:2])
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("interference_guard.checkpoint.save_file", full)
+        with pytest.warns(UserWarning, match="without the guard's state"):
+            made.save_checkpoint(str(tmp_path), global_step=2)
+    assert any(tmp_path.glob("model_world_size_1_rank_0.pt"))
+    with pytest.raises(StateError, match="No space left on device"):
+        host.train(made, PLAN[2:3], start=2)
+    # Once: who caught it goes on.
+    host.train(made, PLAN[2:3], start=2)
+    assert made.engine.interference.guard.steps == 3
+
+
+def test_without_a_path_nothing_is_saved_or_read(model):
+    made = host.worker(model, host.SMALL)
+    made.engine.load_checkpoint(None)
+    made.engine.save_checkpoint(None)
+
+
+def test_a_step_that_is_skipped_after_a_resume_measures_nothing_again(model, tmp_path):
+    first, second = host.worker(model, host.SMALL), host.worker(model, host.SMALL)
+    host.train(first, PLAN[:5])
+    first.save_checkpoint(str(tmp_path), global_step=5)
+    second.load_checkpoint(str(tmp_path), del_local_after_load=False)
+    found = []
+    for made in (first, second):
+        made.train_mini_batch(not_finite(host.batch(5, ("code",))))
+        found.append(made.engine.interference.guard.domains["math"].region.state())
+    assert found[0] == found[1]
+
+
+def not_finite(data):
+    values = data["advantages"]
+    data["advantages"] = (
+        torch.nested.nested_tensor_from_jagged(values.values() * torch.nan, offsets=values.offsets())
+        if values.is_nested
+        else values * torch.nan
+    )
+    return data
+
+
+def test_rows_of_several_temperatures_are_refused(model):
+    made = host.worker(model, host.SMALL)
+    data = host.batch(0, ("math",))
+    tu.assign_non_tensor(data, temperature=torch.linspace(0.5, 1.5, 16))
+    made.engine.interference.expect(data)
+    with pytest.raises(HostError, match=r"temperatures from 0\.5 to 1\.5"):
+        made.engine.interference.begin(data)
+
+
 def test_accumulated_gradients_equal_one_pass(model):
     whole = host.worker(model, host.SMALL, micro=16)
     parts = host.worker(model, host.SMALL, micro=4)
@@ -184,14 +241,28 @@ def test_rows_are_told_apart_by_their_number_alone():
     assert fresh.take([1, None, None]) == [0, 1, 2]
 
 
-def test_a_mini_batch_of_padding_alone_is_a_step_of_the_domain_before(model):
+@pytest.mark.parametrize("first", [False, True])
+def test_a_mini_batch_of_padding_alone_is_a_step_of_its_updates_domain(model, first):
     made = host.worker(model, host.SMALL)
-    uids = [f"0_{row // host.COMPLETIONS}" for row in range(8)] + ["padabc"] * 8
-    made.train_mini_batch(host.batch(0, ("math",), mini=8, uid=uids))
     guard = made.engine.interference.guard
-    assert guard.steps == 2
-    assert list(guard.domains) == ["math"]
+    host.train(made, ["code"] * 2)
+    real, padding = [f"0_{row // host.COMPLETIONS}" for row in range(8)], ["padabc"] * 8
+    uids = padding + real if first else real + padding
+    made.train_mini_batch(host.batch(2, ("math",), mini=8, uid=uids))
+    assert guard.steps == 4
+    assert {name: state.own_steps for name, state in guard.domains.items()} == {"code": 0, "math": 2}
+    assert guard.domains["code"].anchored
     assert sum(map(len, guard.domains["math"].pending)) == 8
+
+
+def test_the_history_shows_the_settings_as_they_were_given(model, tmp_path):
+    made = host.worker(model, host.SMALL)
+    session = made.engine.interference
+    # As with two ranks.
+    session.guard.config = dataclasses.replace(session.guard.config, retain=host.SMALL["retain"] // 2)
+    session.settings = dataclasses.replace(session.settings, folder=str(tmp_path))
+    host.train(made, ["math"])
+    assert read_history(tmp_path / HISTORY).settings["retain"] == host.SMALL["retain"]
 
 
 def test_rows_are_numbered_for_a_guarded_engine_alone(guarded):
@@ -288,14 +359,7 @@ def test_a_skipped_step_is_no_step(model):
     made = host.worker(model, host.SMALL)
     host.train(made, PLAN[:4])
     guard, before = made.engine.interference.guard, host.weights(made)
-    bad = host.batch(4, ("code",))
-    values = bad["advantages"]
-    bad["advantages"] = (
-        torch.nested.nested_tensor_from_jagged(values.values() * torch.nan, offsets=values.offsets())
-        if values.is_nested
-        else values * torch.nan
-    )
-    made.train_mini_batch(bad)
+    made.train_mini_batch(not_finite(host.batch(4, ("code",))))
     assert guard.steps == 4
     assert all(torch.equal(tensor, before[name]) for name, tensor in host.weights(made).items())
 
@@ -326,7 +390,7 @@ def test_flat_parameters_are_refused_before_anything_is_built(model):
 def test_a_row_without_a_domain_is_named(model):
     made = host.worker(model, host.SMALL)
     names = ["math"] * 15 + [""]
-    with pytest.raises(MissingDomainError, match=r"Row 15 of the mini-batch \(uid 0_3\)"):
+    with pytest.raises(MissingDomainError, match=r"Row 15 of the batch \(uid 0_3\)"):
         made.train_mini_batch(host.batch(0, ("math",), data_source=names))
 
 

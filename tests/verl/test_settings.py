@@ -96,6 +96,25 @@ def test_tested_releases_and_the_installed_one_are_allowed(version):
     compat.check_version(version)
 
 
+def test_a_release_that_nothing_tells_is_refused(monkeypatch):
+    monkeypatch.setattr(compat.importlib.metadata, "version", not_installed)
+    with pytest.raises(HostError, match="not installed as a package"):
+        compat.check_version()
+
+
+def not_installed(name):
+    raise compat.importlib.metadata.PackageNotFoundError(name)
+
+
+def test_a_folder_called_trl_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "trl").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    monkeypatch.setattr(compat.importlib.metadata, "version", not_installed)
+    assert compat.hide_trl()
+    assert sys.modules["trl"] is None
+
+
 def test_workers_without_engines_are_refused(monkeypatch):
     compat.check_workers()
     monkeypatch.setitem(sys.modules, "verl.workers.fsdp_workers", object())

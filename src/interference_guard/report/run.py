@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 # More changes of domain than this are an interleaved run: shading them would be a blur.
 PHASE_LIMIT = 60
+# Folders of the states of other ranks than the first.
+LATER = re.compile(r"_rank[1-9]\d*$")
 # What a domain's metrics are called after "guard/<domain>/".
 OWN = frozenset(name.rpartition("/")[2] for name in METRICS if name.startswith("guard/<domain>/"))
 Series = list[tuple[float, float]]
@@ -165,10 +168,14 @@ def read_run(run: Path) -> Run:
 
 
 def find_state(run: Path) -> Path | None:
-    """The newest folder at or under a run that holds a guard's state, or None."""
+    """The newest folder at or under a run that holds a guard's state, the first rank's; None without any."""
     folder = run if run.is_dir() else run.parent
-    found = [path.parent for path in (folder / DETAILS, *folder.glob(f"*/{DETAILS}")) if path.is_file()]
-    return max(found, key=lambda path: (path / DETAILS).stat().st_mtime, default=None)
+    # TRL's checkpoints lie right in a run's folder, veRL's in folders by rank below one for each model.
+    places = ("", "*/", "actor/*/", "global_step_*/actor/*/")
+    found = [
+        path for place in places for path in folder.glob(place + DETAILS) if not LATER.search(path.parent.name)
+    ]
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
 def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Places]], str | None]:

@@ -38,6 +38,19 @@ def test_a_history_without_a_step_does_not_hide_the_state(capsys, toy_run, tmp_p
     assert "No history: " in capsys.readouterr().out
 
 
+def test_states_of_ranks_lie_where_their_trainers_put_them(capsys, toy_run, tmp_path):
+    verl = tmp_path / "run/global_step_7/actor"
+    for rank in (1, 0):
+        shutil.copytree(toy_run[0] / "phase-3", verl / f"interference_guard_rank{rank}")
+    trl = tmp_path / "trl/checkpoint-7"
+    shutil.copytree(toy_run[0] / "phase-3", trl)
+    shutil.copytree(toy_run[0] / "phase-2", trl / "interference_guard_rank1")
+    first = verl / "interference_guard_rank0"
+    for folder, found in ((verl.parent, first), (tmp_path / "run", first), (verl, first), (trl, trl)):
+        assert main(["inspect", str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["state"] == str(found)
+
+
 def test_names_cannot_move_the_cursor(capsys, tmp_path):
     History(tmp_path / HISTORY).report(1, ["\x1b[31mred"], {"guard/\x1b[31mred/reward": 0.5})
     assert main(["inspect", str(tmp_path)]) == 0
