@@ -158,7 +158,7 @@ class Guard(GuardState):
                 "In TRL the callback announces them: keep it among the trainer's callbacks, or call its detach() "
                 "to go on unguarded. Elsewhere call guard.begin() before each step."
             )
-        self._place()
+        stepping.follow(self)
         stepping.open_step(self)
         if self.view.zero is None:
             with exact_products(self.device):
@@ -187,12 +187,6 @@ class Guard(GuardState):
         if states or self.observation is not None:
             with exact_products(self.device):
                 stepping.hold(self, states)
-
-    def _place(self) -> None:
-        """Follow the model to another device, for instance back from the CPU of an engine that offloads it."""
-        self.view.place()
-        if any(state.device not in (None, self.device) for state in self._domains.values()):
-            self.load_state_dict(self.state_dict())
 
     # Measurement
 

@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 
+def follow(guard: Guard) -> None:
+    """Follow the model to another device, for instance back from the CPU of an engine that offloads it."""
+    guard.view.place()
+    states = guard.domains.values()
+    if all(state.device in (None, guard.device) for state in states):
+        return
+    # No part of a state: the rows of the step that begins may be in them.
+    means, announced = [(state.rewards, state.lengths) for state in states], set(guard.announced)
+    guard.load_state_dict(guard.state_dict())
+    for state, (rewards, lengths) in zip(guard.domains.values(), means, strict=True):
+        state.rewards, state.lengths = rewards, lengths
+    guard.announced |= announced
+
+
 def open_step(guard: Guard) -> None:
     """Anchor the domains that stop being trained, at weights that are still unchanged."""
     active, spread = guard.active, guard.view.spread
