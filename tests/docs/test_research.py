@@ -128,9 +128,19 @@ def test_the_table_of_another_processor_is_the_result():
     assert markdown(found["summary"]) in PAGE
     rows = {row["method"]: row for row in found["summary"]["rows"]}
     assert {row["runs"] for row in rows.values()} == {6}
-    ewc, guard = rows["EWC"], rows["guard"]
+    ewc, osft, guard = rows["EWC"], rows["OSFT-like"], rows["guard"]
     text = f"{ewc['guard_beyond']:.3f} below the guard with a standard error of {ewc['guard_beyond_error']:.3f}"
     assert f"{text}, and forgets {ewc['forgetting']:.3f}" in PAGE
+    # A-GEM is of the other machine: both are compared with the guard beside them.
+    assert ewc["guard_beyond"] == pytest.approx(tuned("gym")["A-GEM"]["guard_beyond"], abs=0.01)
+    assert osft["forgetting"] <= guard["forgetting"] + 0.001
+    assert f"{osft['forgetting']:.3f}, and ends {osft['guard_beyond']:.3f} below it" in PAGE
+    assert f"reach {osft['own']:.3f} in their own phases, the guard's {guard['own']:.3f}" in PAGE
+    below = {name: row["guard_beyond"] for name, row in rows.items()}
+    text = f"Random subspaces end {below['random subspace']:.3f} below the guard, KL {below['KL']:.3f}"
+    assert text in PAGE
+    plain = max(row["average"] for row in FOUND["gym"]["summary"]["rows"] if row["method"] == "plain")
+    assert all(below[name] > tuned("gym")["guard"]["average"] - plain for name in ("random subspace", "KL"))
     assert f"The guard ends at {guard['average']:.3f} and forgets {guard['forgetting']:.3f} here" in PAGE
 
 
