@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interference_guard.batching import in_batches
 from interference_guard.errors import HostError
+from interference_guard.evaluating import evaluating
 from interference_guard.probe import Completions, Policy, model_policy
 
 # Keys of a batch that hold what a text model does not read.
@@ -115,13 +116,7 @@ def trainer_policy(trainer: Any) -> Policy:
     def policy(rows: Completions) -> Tensor:
         if rows.temperature != sampling_temperature(trainer):
             return model_policy(trainer.model, batch_size=1)(rows)
-        modes = [(module, module.training) for module in trainer.model.modules()]
-        trainer.model.eval()
-        try:
-            with torch.no_grad():
-                return in_batches(rows, size, score)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(trainer.model), torch.no_grad():
+            return in_batches(rows, size, score)
 
     return policy

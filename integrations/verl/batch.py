@@ -10,6 +10,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from interference_guard.errors import HostError, MissingDomainError
+from interference_guard.evaluating import evaluating
 from interference_guard.probe import Completions
 
 # Rows that veRL adds so that a batch splits evenly carry a uid of this kind and a mask of zeros.
@@ -209,13 +210,8 @@ def scores(engine: Any, rows: Completions) -> Tensor:
             "max_token_len_per_gpu": config.infer_max_token_len_per_gpu or config.max_token_len_per_gpu,
         },
     )
-    modes = [(module, module.training) for module in engine.module.modules()]
-    engine.module.eval()
-    try:
+    with evaluating(engine.module):
         output = engine.infer_batch(data, loss_function=None)
-    finally:
-        for module, training in modes:
-            module.training = training
     found = list(output["model_output"]["log_probs"].unbind())[: len(rows)]
     result = torch.zeros(rows.input_ids.shape, dtype=torch.float32, device=rows.input_ids.device)
     for row, values in enumerate(found):

@@ -221,11 +221,10 @@ class DomainCurvature:
         """
         energies = self.energies() if energies is None else energies
         # All of them, none, or those that were left when an error ended the call before.
-        waiting = [index for index, sums in enumerate(self.sums) if sums.sketch is not None]
-        sketches = [sketch for sums in self.sums if (sketch := sums.sketch) is not None]
-        if self.spread is not None and sketches:
-            sketches = self.spread.whole_across(sketches)
-        for index, sketch in zip(waiting, sketches, strict=True):
+        waiting = {index: sketch for index, sums in enumerate(self.sums) if (sketch := sums.sketch) is not None}
+        if self.spread is not None and waiting:
+            waiting = dict(zip(waiting, self.spread.whole_across([*waiting.values()]), strict=True))
+        for index, sketch in waiting.items():
             sums, rank = self.sums[index], None if ranks is None else ranks[index]
             basis, eigenvalues = nystrom(sketch, self.omegas[index])
             # Copies, so that the columns that are let go take no memory.
@@ -305,8 +304,8 @@ def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues = torch.where(eigenvalues > noise, eigenvalues, 0.0)
     U = torch.where((eigenvalues > 0).unsqueeze(-2), U, 0.0)
     # A state that was saved and loaded is contiguous; another layout would round differently.
-    found = U.float().contiguous(), (eigenvalues * norm.squeeze(-1)).float()
-    return found[0].to(sketch.device), found[1].to(sketch.device)
+    basis, values = U.float().contiguous(), (eigenvalues * norm.squeeze(-1)).float()
+    return basis.to(sketch.device), values.to(sketch.device)
 
 
 def truncate(basis: Tensor, eigenvalues: Tensor, trace: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

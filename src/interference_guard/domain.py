@@ -23,6 +23,10 @@ POOL = 4
 SETTLED, OUTLYING = 128, 3.0
 
 
+# Means that go on where a state is read.
+MEANS = ("rollouts", "rewards", "lengths")
+
+
 @dataclass
 class RunningMean:
     """Mean since the last `take`."""

@@ -61,11 +61,10 @@ def collect(guard: Guard) -> dict[str, float]:
 
     Over several ranks all of them call it.
     """
-    table: dict[str, float | None] = {}
     states = list(guard.domains.values())
-    seen, rollouts = guard.interference(), _rollouts(guard)
+    seen, table = guard.interference(), _rollouts(guard)
     for state in states:
-        values = rollouts.get(state.name, {}) | _domain(state, seen.get(state.name, Raw(0.0, 0.0)))
+        values = _domain(state, seen.get(state.name, Raw(0.0, 0.0)))
         table |= {f"guard/{state.name}/{key}": value for key, value in values.items()}
     for index, a in enumerate(states):
         for b in states[index + 1 :]:
@@ -87,19 +86,19 @@ def collect(guard: Guard) -> dict[str, float]:
     return {name: value for name, value in table.items() if value is not None and math.isfinite(value)}
 
 
-def _rollouts(guard: Guard) -> dict[str, dict[str, float | None]]:
+def _rollouts(guard: Guard) -> dict[str, float | None]:
     """Mean reward and length of each domain's rows since the last report, of all ranks."""
     # Rows of a domain whose steps are still to come may lie on some ranks alone: they wait.
     names = sorted(guard.domains if guard.ranks.reduce is None else guard.announced)
-    means = [mean for name in names for mean in (guard.domains[name].rewards, guard.domains[name].lengths)]
-    sums = guard.ranks.totals([value for mean in means for value in mean.sums()], guard.device) if means else []
-    found = []
-    for mean, total, count in zip(means, sums[::2], sums[1::2], strict=True):
+    means = {f"guard/{name}/reward": guard.domains[name].rewards for name in names}
+    means |= {f"guard/{name}/length": guard.domains[name].lengths for name in names}
+    if not means:
+        return {}
+    sums = guard.ranks.totals([value for mean in means.values() for value in mean.sums()], guard.device)
+    for mean in means.values():
         mean.take()
-        found.append(total / count if count else None)
-    return {
-        name: {"reward": found[2 * place], "length": found[2 * place + 1]} for place, name in enumerate(names)
-    }
+    totals = zip(sums[::2], sums[1::2], strict=True)
+    return {key: total / count if count else None for key, (total, count) in zip(means, totals, strict=True)}
 
 
 def _domain(state: DomainState, raw: Raw) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import difference
 from .curvature import BlockSums
-from .domain import DomainState
+from .domain import MEANS, DomainState
 from .errors import StateError, StateVersionError
 from .first_order import GradientMean
 from .local_block import LocalBlock
@@ -84,6 +84,7 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
         "followed": guard.followed,
         "unfollowed": sorted(guard.unfollowed),
         "asked": guard.asked,
+        "announced": sorted(guard.announced),
         "trained": list(guard.trained),
         "differentiates": guard.differentiates,
         "settings": {name: getattr(guard.config, name) for name in BINDING},
@@ -118,13 +119,13 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         schedule = RecoverySchedule(**details["recovery"])
         followed = int(details["followed"])
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
-        trained = tuple(details["trained"])
+        trained, announced = tuple(details["trained"]), {*details["announced"]}
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
-    guard.asked, guard.differentiates = asked, differentiates
+    guard.asked, guard.announced, guard.differentiates = asked, announced, differentiates
 
 
 def incomplete(error: Exception) -> StateError:
@@ -193,7 +194,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
 
     details: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
     details["region"] = state.region.state()
-    details["rollouts"] = list(state.rollouts.sums())
+    details |= {name: list(getattr(state, name).sums()) for name in MEANS}
     details["measurement"] = None if state.measurement is None else asdict(state.measurement)
     put("count", state.curvature.count)
     for index, sums in enumerate(state.curvature.sums):
@@ -248,7 +249,8 @@ def _unpack_domain(
     state = guard.new_state(name)
     for key in PLAIN:
         setattr(state, key, details[key])
-    state.rollouts.add(*details["rollouts"])
+    for key in MEANS:
+        getattr(state, key).add(*details[key])
     region = dict(details["region"])
     region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}
     state.region = TrustRegion(**region)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .batching import in_batches
 from .errors import ShapeError
+from .evaluating import evaluating
 from .exact import doubled
 
 TRUNCATION = 3.0
@@ -197,14 +198,8 @@ def model_policy(model: nn.Module, batch_size: int = 64) -> Policy:
     """
 
     def policy(completions: Completions) -> Tensor:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return in_batches(completions, batch_size, partial(_scores, model))
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(model), torch.no_grad():
+            return in_batches(completions, batch_size, partial(_scores, model))
 
     return policy
 

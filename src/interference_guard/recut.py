@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import block_shape
+from .domain import MEANS
 from .errors import StateError
 from .local_block import LocalBlock
 from .local_model import LocalModel
@@ -343,5 +344,8 @@ def _details(saved: Sequence[Mapping[str, Any]], place: tuple[int, int]) -> dict
         "low": min(lows, default=math.nan),
         "high": max(highs, default=math.nan),
         "recent": recent,
-        "rollouts": [sum(values) / world for values in zip(*(item["rollouts"] for item in saved), strict=True)],
+        **{
+            name: [sum(values) / world for values in zip(*(item[name] for item in saved), strict=True)]
+            for name in MEANS
+        },
     }

@@ -17,6 +17,7 @@ from .anchoring import set_anchor
 from .batching import extent
 from .curvature import DomainCurvature
 from .errors import ConfigError, ShapeError, UnsupportedError
+from .evaluating import evaluating
 from .exact import exact_products
 from .probe import Completions
 
@@ -90,13 +91,11 @@ def add_softened(
     """The same on this rank alone, which may have rows of its own."""
     generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
     scale = torch.tensor(LOSS_SCALE, device=guard.device)
-    modes = [(module, module.training) for module in guard.model.modules()]
-    guard.model.eval()
-    for module in guard.model.modules():
-        # transformers' layers save memory in training alone; what is random lies in modules below them.
-        if _checkpoints(module):
-            module.training = True
-    try:
+    with evaluating(guard.model):
+        for module in guard.model.modules():
+            # transformers' layers save memory in training alone; what is random lies in modules below them.
+            if _checkpoints(module):
+                module.training = True
         for number in range(passes):
             chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
             batch = rows.rows(chosen[: len(rows)] % len(rows))
@@ -106,9 +105,6 @@ def add_softened(
             found = _gradients(guard.model, batch, generator)
             with exact_products(guard.device):
                 curvature.observe(guard.view.arrange(found, scale))
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def merge_ranks(guard: Guard, curvature: DomainCurvature) -> None:

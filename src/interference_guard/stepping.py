@@ -26,15 +26,8 @@ if TYPE_CHECKING:
 def follow(guard: Guard) -> None:
     """Follow the model to another device, for instance back from the CPU of an engine that offloads it."""
     guard.view.place()
-    states = guard.domains.values()
-    if all(state.device in (None, guard.device) for state in states):
-        return
-    # No part of a state: the rows of the step that begins may be in them.
-    means, announced = [(state.rewards, state.lengths) for state in states], set(guard.announced)
-    guard.load_state_dict(guard.state_dict())
-    for state, (rewards, lengths) in zip(guard.domains.values(), means, strict=True):
-        state.rewards, state.lengths = rewards, lengths
-    guard.announced |= announced
+    if any(state.device not in (None, guard.device) for state in guard.domains.values()):
+        guard.load_state_dict(guard.state_dict())
 
 
 def open_step(guard: Guard) -> None:

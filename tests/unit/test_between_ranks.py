@@ -121,3 +121,22 @@ def test_what_was_probed_is_not_probed_again_after_a_resume(tmp_path):
     # A host asks again after a step that was skipped.
     other.begin({"code": 1.0})
     assert other.probe() == {}
+
+
+def test_means_go_on_where_a_run_is_resumed_between_two_reports(tmp_path):
+    models = [Toy(), Toy()]
+
+    def rank(number, reduce):
+        guard = trained(number, reduce, models[number])
+        guard.save(folder_of(tmp_path)(number), folders=2, place=(number, 2))
+        return guard.metrics()
+
+    reported, _ = two_ranks(rank)
+    resumed = Guard(models[0], CONFIG)
+    load_own(resumed, folder_of(tmp_path), 0, 1)
+    found = resumed.metrics()
+    for name in ("reward", "length"):
+        for domain in ("math", "code"):
+            key = f"guard/{domain}/{name}"
+            assert found[key] == pytest.approx(reported[key])
+    assert resumed.announced == {"math", "code"}

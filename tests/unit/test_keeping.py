@@ -29,4 +29,4 @@ def test_the_state_follows_weights_that_an_engine_brings_back_from_the_cpu():
     assert {device.type for device in found} == {"meta"}
     assert (guard.steps, list(guard.domains)) == (steps, names)
     assert guard.domains["code"].rewards.sums() == rewards != (0, 0)
-    assert guard.announced == {"code"}
+    assert guard.announced == {"math", "code"}
