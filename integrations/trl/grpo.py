@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError
+from interference_guard.rehearsal import check_active_share
 
 from .callback import InterferenceGuardCallback
 from .order import ORDERS, order_by_domain, prompts_per_generation
@@ -82,6 +83,8 @@ class DomainArguments:
         domains (`list[DomainSettings]`): In the order of training.
         order (`str`, *optional*, defaults to `"sequential"`): ``"sequential"``, ``"round_robin"`` or
             ``"weights"``.
+        rehearsal (`float`, *optional*, defaults to `0.0`): With ``"sequential"``, the share of each batch that is
+            of domains trained before; ``guard_active_share`` must be above it.
         live (`bool`, *optional*, defaults to `False`): Show the guard's metrics in the terminal while training.
     """
 
@@ -90,6 +93,9 @@ class DomainArguments:
         metadata={"help": "Domains, in the order of training: name, path, rewards, batches."},
     )
     order: str = field(default="sequential", metadata={"help": "'sequential', 'round_robin' or 'weights'."})
+    rehearsal: float = field(
+        default=0.0, metadata={"help": "Share of each batch that is of domains trained before."}
+    )
     live: bool = field(default=False, metadata={"help": "Show the guard's metrics in the terminal at every log."})
 
     def __post_init__(self) -> None:
@@ -166,16 +172,27 @@ def arrange(rows: Any, arguments: DomainArguments, training: Any, column: str) -
         name: batches if batches is not None else max(1, rows[column][:].count(name) // prompts)
         for name, batches in given.items()
     }
-    if arguments.order == "weights":
-        weights = {domain.name: domain.weight for domain in arguments.domains}
-        total = sum(counts.values())
-        return order_by_domain(rows, prompts, weights, column=column, batches=total, seed=training.seed)
-    return order_by_domain(rows, prompts, arguments.order, column=column, batches=counts, seed=training.seed)
+    order: Any = arguments.order
+    batches: Any = counts
+    if order == "weights":
+        order = {domain.name: domain.weight for domain in arguments.domains}
+        batches = sum(counts.values())
+    return order_by_domain(
+        rows,
+        prompts,
+        order,
+        column=column,
+        batches=batches,
+        rehearsal=arguments.rehearsal,
+        seed=training.seed,
+    )
 
 
 def build(arguments: DomainArguments, guard: GuardConfig, training: Any, model: Any) -> Any:
     """The guarded trainer of a run; returns it with its callback."""
     column = guard.domain_column
+    if guard.enabled:
+        check_active_share(arguments.rehearsal, guard.active_share)
     rows = arrange(load_rows(arguments.domains, column), arguments, training, column)
     # The rows are in order, and one pass over them is the run.
     training.shuffle_dataset = False

@@ -1,4 +1,4 @@
-"""Orders of rows in which every generation batch holds one domain."""
+"""Orders of rows in which every generation batch trains one domain."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from interference_guard.errors import ConfigError
+from interference_guard.rehearsal import batch_domains, check_rehearsal
 
 from .rows import DomainTable, check_dataset
 
@@ -72,6 +73,7 @@ def order_by_domain(
     *,
     column: str = "domain",
     batches: int | Mapping[str, int] | None = None,
+    rehearsal: float = 0.0,
     seed: int = 0,
 ) -> Any:
     """Reorder a dataset so that each generation batch is of one domain; use it with ``shuffle_dataset=False``.
@@ -87,13 +89,16 @@ def order_by_domain(
         column (`str`, *optional*, defaults to `"domain"`): The domain's column.
         batches (`int` or `dict[str, int]`, *optional*): Generation batches of each domain; by default as many
             full ones as it has rows for. With weights, an integer is the number of all batches.
+        rehearsal (`float`, *optional*, defaults to `0.0`): With ``"sequential"``, the share of each batch's
+            prompts that are of domains trained before, in equal parts. Give the guard an `active_share` above it,
+            0.5 for instance: otherwise it does not protect what is rehearsed.
         seed (`int`, *optional*, defaults to `0`): Of the shuffling and the draws.
 
     Returns:
         `datasets.Dataset`: A view of the same rows, ``batches * prompts`` of them.
 
     Raises:
-        ConfigError: If the order, a weight or a number of batches cannot be served.
+        ConfigError: If the order, a weight, a number of batches or the rehearsal cannot be served.
         MissingDomainError: If a row has no domain.
     """
     if not isinstance(prompts, int) or prompts < 1:
@@ -102,6 +107,12 @@ def order_by_domain(
         raise ConfigError(
             f"A {type(dataset).__name__} cannot be put in another order. Give a datasets.Dataset, or arrange the "
             "stream's rows yourself so that each generation batch is of one domain."
+        )
+    check_rehearsal(rehearsal, prompts)
+    if rehearsal and order != "sequential":
+        raise ConfigError(
+            f"rehearsal={rehearsal!r} goes with order='sequential' alone, where domains are finished one after "
+            f"the other; order is {order!r}, which takes them up again by itself."
         )
     check_dataset(dataset, DomainTable(column))
     rows: dict[str, list[int]] = {}
@@ -122,7 +133,12 @@ def order_by_domain(
             f"order={order!r} is not allowed: it must be one of {list(ORDERS)} or weights by domain."
         )
     streams = {name: _stream(indices, generator) for name, indices in rows.items()}
-    return dataset.select([next(streams[name]) for name in sequence for _ in range(prompts)])
+    names = list(rows)
+    chosen = []
+    for number, present in enumerate(sequence):
+        earlier = names[: names.index(present)] if rehearsal else []
+        chosen += [next(streams[name]) for name in batch_domains(present, earlier, number, prompts, rehearsal)]
+    return dataset.select(chosen)
 
 
 def _counts(

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from interference_guard.errors import ConfigError, HostError, MissingDomainError
+from interference_guard.rehearsal import check_active_share
 
 from .coordinator import Link, launch
 from .drawing import check_drawing
@@ -25,7 +26,8 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         +data.domain_order=[math,code] +data.domain_batches=100
 
     With ``+guard.recovery=true`` a domain that must recover takes the place of the planned one, from the batch
-    after the step that asked for it.
+    after the step that asked for it. With ``+data.domain_rehearsal=0.25 +guard.active_share=0.5`` a quarter of
+    each batch is of domains that were trained before, which stay protected.
 
     Raises:
         ConfigError: If the data is shuffled or read by other processes, if a step of the run is not one batch of
@@ -53,6 +55,7 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         whole = config._get_root()
         run = RunSettings.of(whole) if "actor_rollout_ref" in whole else None
         order = _plain(config.get("domain_order", "sequential"))
+        rehearsal = config.get("domain_rehearsal", 0.0)
         column = DOMAIN_COLUMN if run is None else run.guard.domain_column
         self.order = DomainOrder(
             self._domains(column),
@@ -60,7 +63,10 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
             order,
             _plain(config.get("domain_batches")),
             int(config.get("seed") or 0),
+            rehearsal,
         )
+        if run is not None and run.guard.enabled:
+            check_active_share(rehearsal, run.guard.active_share, "data.domain_rehearsal")
         check_drawing(whole, order, len(self.order.plan))
         if run is not None and run.guard.enabled and run.guard.recovery:
             self._link = launch(list(self.order.rows))

@@ -1,4 +1,4 @@
-"""Which row comes next, so that every batch holds one domain and a recovery phase begins with the next batch."""
+"""Which row comes next, so that every batch trains one domain and a recovery phase begins with the next batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from interference_guard.errors import ConfigError
+from interference_guard.rehearsal import batch_domains, check_rehearsal
 
 ORDERS = ("sequential", "round_robin")
 
@@ -25,6 +26,8 @@ class DomainOrder:
         batches: Batches of each domain, one number for all or one by name; by default as many full ones as it
             has rows for.
         seed: Of the shuffling.
+        rehearsal: Share of each planned batch that is of domains planned before it, in equal parts; not with
+            ``"round_robin"``, and not in the batches of a recovery.
 
     Raises:
         ConfigError: If the order or the numbers cannot be served.
@@ -41,8 +44,15 @@ class DomainOrder:
         order: str | Sequence[str] = "sequential",
         batches: int | Mapping[str, int] | None = None,
         seed: int = 0,
+        rehearsal: float = 0.0,
     ) -> None:
-        self.prompts, self.seed = prompts, seed
+        check_rehearsal(rehearsal, prompts, "data.domain_rehearsal")
+        if rehearsal and order == "round_robin":
+            raise ConfigError(
+                f"data.domain_rehearsal={rehearsal!r} is not allowed with data.domain_order=round_robin, which "
+                "takes domains up again by itself. Take sequential, or a list of domains."
+            )
+        self.prompts, self.seed, self.rehearsal = prompts, seed, rehearsal
         self.rows: dict[str, list[int]] = {}
         for index, name in enumerate(domains):
             self.rows.setdefault(name, []).append(index)
@@ -73,7 +83,7 @@ class DomainOrder:
                     f"{sorted(self.rows)}. Add its rows: domain_order keeps them out of the planned batches."
                 )
             self.present = self.plan[number] if wanted is None else wanted
-        name = self.present
+        name = self._names(number)[offset]
         passes, index = divmod(self._used[name], len(self.rows[name]))
         if self._shuffled.get(name, (-1, []))[0] != passes:
             generator = torch.Generator().manual_seed(
@@ -100,6 +110,13 @@ class DomainOrder:
                 f"{sorted(self.rows)}. Resume with the same data."
             )
         self._used, self.present = dict(state["used"]), state["present"]
+
+    def _names(self, number: int) -> list[str]:
+        """The domain of each row of a batch; a recovery's is whole."""
+        earlier = []
+        if self.rehearsal and self.present == self.plan[number]:
+            earlier = [name for name in dict.fromkeys(self.plan[:number]) if name != self.present]
+        return batch_domains(self.present, earlier, number, self.prompts, self.rehearsal)
 
     def _planned(self, order: str | Sequence[str], batches: int | Mapping[str, int] | None) -> list[str]:
         named = isinstance(order, str)

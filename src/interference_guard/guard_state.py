@@ -227,7 +227,8 @@ class GuardState:
                 "protection later. Train one domain a step. In TRL, "
                 "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin') and "
                 "shuffle_dataset=False do it (of an SFTTrainer train_sampling_strategy='sequential'); in veRL, "
-                "the guard's DomainDataset. Other mixtures are not reported.",
+                "the guard's DomainDataset. Earlier domains that are only rehearsed beside the present one stay "
+                "protected where active_share is above their share. Other mixtures are not reported.",
                 stacklevel=6,
             )
 

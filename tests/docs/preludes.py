@@ -66,6 +66,14 @@ def trl(folder: Path) -> dict[str, Any]:
     }
 
 
+def larger_batches(folder: Path) -> dict[str, Any]:
+    """The same with four prompts in a batch, through all rows."""
+    given = trl(folder)
+    given["args"].per_device_train_batch_size = given["args"].generation_batch_size = 8
+    given["args"].max_steps = 4
+    return given
+
+
 def sft(folder: Path) -> dict[str, Any]:
     """`model` (a folder), `args` and `dataset`, whose rows carry a completion and a domain."""
     from datasets import Dataset
@@ -170,6 +178,7 @@ PRELUDES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "empty": empty,
     "torch": torch_loop,
     "trl": trl,
+    "larger batches": larger_batches,
     "sft": sft,
     "second run": second_run,
     "checkpoints": checkpoints,

@@ -116,6 +116,13 @@ def rows_stay_in_order(names, trainings):
     assert guard.domains["words"].own_steps == 3
 
 
+def what_is_rehearsed_is_held(names, trainings):
+    guard = names["trainer"].callback_handler.callbacks[-1].guard
+    assert names["rehearsed"]["domain"][8:].count("math") == 2
+    assert guard.protected == ("math",)
+    assert (guard.domains["math"].foreign_steps, guard.domains["words"].own_steps) == (2, 2)
+
+
 def the_history_names_what_was_trained(names, trainings):
     found = read_history(Path("outputs/run") / HISTORY)
     assert [line["active"] for line in found.steps] == [["math"]] * 3 + [["code"]] * 3
@@ -137,6 +144,7 @@ def a_part_was_rolled_back(names, trainings):
 CHECKS = {
     "docs/trl.md:trl": phases_go_on,
     "docs/trl.md:second run": the_second_run_protects_the_first,
+    "docs/concepts/rehearsal.md:larger batches": what_is_rehearsed_is_held,
     "docs/trl.md:sft": rows_stay_in_order,
     "docs/cli.md:torch": the_history_names_what_was_trained,
     "docs/analysis.md:checkpoints": a_part_was_rolled_back,

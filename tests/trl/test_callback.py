@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from interference_guard import (
     ShapeError,
     UnsupportedError,
 )
-from interference_guard.integrations.trl import InterferenceGuardCallback
+from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
 from interference_guard.metrics import expand
 from tests.trl.host import (
     CONFIG,
@@ -140,6 +141,31 @@ def test_mixed_batches_count_rows(tmp_path):
     trainer.train()
     assert seen == [{"math": 2, "code": 2}] * 6
     assert callback.guard.protected == ()
+
+
+def test_what_is_rehearsed_stays_protected(tmp_path):
+    dataset = order_by_domain(rows([("math", 24), ("code", 24)]), 8, batches=3, rehearsal=0.25)
+    trainer = online("grpo", tmp_path, dataset, per_device_train_batch_size=16)
+    callback = guarded(trainer, replace(CONFIG, active_share=0.5))
+    anchors = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            math = callback.guard.domains["math"]
+            anchors.append((callback.guard.trained, math.anchored, math.foreign_steps, math.retained))
+
+    trainer.add_callback(Watch())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*together")
+        trainer.train()
+    assert [trained for trained, *_ in anchors] == [("math",)] * 3 + [("code",)] * 3
+    assert [steps for _, _, steps, _ in anchors[3:]] == [1, 2, 3]
+    # It is measured on what it had at its anchor, whatever was sampled of it since.
+    assert all(anchored and kept is anchors[3][3] for _, anchored, _, kept in anchors[3:])
+    state = callback.guard.domains["math"]
+    assert callback.guard.interference()["math"].inside <= state.radius.item() * (1 + 1e-3)
+    assert state.measurement is not None
+    assert callback.guard.domains["code"].curvature.count > 2
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])

@@ -20,6 +20,8 @@ def brief(completions, **columns):
     return [-0.01 * len(text) for text in completions]
 """
 
+REHEARSED = {"rehearsal": 0.25, "guard_active_share": 0.5, "per_device_train_batch_size": 12}
+
 
 @pytest.fixture
 def settings(tmp_path):
@@ -68,9 +70,22 @@ def test_orders(tmp_path, settings, order):
     assert names == expected
 
 
+def test_earlier_domains_are_rehearsed_and_stay_protected(tmp_path, settings):
+    trainer = grpo.main(written(tmp_path, settings | REHEARSED))
+    names = trainer.train_dataset["domain"][:]
+    assert names[:12] == ["math"] * 12
+    assert [sorted(names[start : start + 6]) for start in (12, 18)] == [["code"] * 4 + ["math"] * 2] * 2
+    last = trainer.state.log_history[3]
+    assert last["guard/math/predicted"] >= 0
+    assert {"guard/math/reward", "guard/code/reward"} <= set(last)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rehearsal": 0.5}, "rehearsal=0.5"),
+        ({"rehearsal": 0.25}, "active_share=0.05 is not allowed"),
+        ({"rehearsal": 0.3, "order": "weights", "guard_active_share": 0.5}, "order='sequential' alone"),
         ({"order": "random"}, "order='random' is not allowed"),
         ({"domains": [{"name": "math"}]}, r"lacks \['path', 'rewards'\]"),
         ({"domains": [{"name": "a", "path": "b", "rewards": [], "steps": 3}]}, r"unknown fields \['steps'\]"),

@@ -49,9 +49,25 @@ def test_seeds(data):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_rehearsal(data):
+    ordered = order_by_domain(data, 4, rehearsal=0.25)
+    names = ordered["domain"][:]
+    batches = [sorted(names[start : start + 4]) for start in range(0, len(names), 4)]
+    assert batches[:4] == [["math"] * 4] * 4
+    assert batches[4:8] == [["code"] * 3 + ["math"]] * 4
+    assert sorted(batches[8:]) == [["code", "qa", "qa", "qa"], ["math", "qa", "qa", "qa"]]
+    # Rows of a domain go on where they stood, and start anew once they have run out.
+    of_math = [index for index, name in zip(ordered["index"][:], names, strict=True) if name == "math"]
+    assert sorted(of_math[:16]) == sorted(index for index in data["index"][:] if index % 5 in (0, 2))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rehearsal": 0.5}, "rehearsal=0.5 is not allowed"),
+        ({"rehearsal": 0.1}, "less than one of a batch of 4 prompts"),
+        ({"rehearsal": 0.25, "order": "round_robin"}, "goes with order='sequential' alone"),
+        ({"rehearsal": 0.25, "order": {"math": 1.0}}, "goes with order='sequential' alone"),
         ({"prompts": 0}, "prompts=0 is not allowed"),
         ({"prompts": 9}, "'qa' has 8 rows, fewer than the 9 prompts"),
         ({"order": "random"}, "order='random' is not allowed"),

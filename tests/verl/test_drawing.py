@@ -68,16 +68,38 @@ def test_what_keeps_batches_apart_is_not_told(order, overrides):
         check_drawing(composed(*overrides), order, 10)
 
 
-def test_one_file_for_training_and_validation_is_refused(tmp_path):
-    assets.write_rows(tmp_path / "rows.parquet", ("products", "gcd"), 4, seed=0)
+def data(tmp_path, *overrides):
+    """The settings of a run's data over a file of rows, and the file."""
     path = str(tmp_path / "rows.parquet")
-    config = composed(
+    assets.write_rows(tmp_path / "rows.parquet", ("products", "gcd"), 8, seed=0)
+    whole = composed(
         f"data.train_files=[{path}]",
-        f"data.val_files={path}",
+        "data.train_batch_size=4",
         "data.shuffle=false",
         "data.dataloader_num_workers=0",
         "data.filter_overlong_prompts=false",
         f"+data.cache_dir={tmp_path}",
-    ).data
+        *overrides,
+    )
+    return whole.data, path
+
+
+def test_one_file_for_training_and_validation_is_refused(tmp_path):
+    config, path = data(tmp_path, f"data.val_files={tmp_path}/rows.parquet")
     with pytest.raises(ConfigError, match=r"data\.val_files are data\.train_files"):
+        DomainDataset([path], SimpleNamespace(), config)
+
+
+def test_rehearsed_rows_come_with_the_later_domain(tmp_path):
+    config, path = data(tmp_path, "+data.domain_rehearsal=0.25", "+guard.active_share=0.5")
+    found = DomainDataset([path], SimpleNamespace(), config)
+    names = [found.dataframe["data_source"][found.order.row(place)] for place in range(len(found))]
+    assert [sorted(names[start : start + 4]) for start in (0, 4, 8, 12)] == [["products"] * 4] * 2 + [
+        ["gcd"] * 3 + ["products"]
+    ] * 2
+
+
+def test_a_rehearsal_that_would_end_the_protection_is_refused(tmp_path):
+    config, path = data(tmp_path, "+data.domain_rehearsal=0.25")
+    with pytest.raises(ConfigError, match=r"data\.domain_rehearsal=0\.25 with active_share=0\.05"):
         DomainDataset([path], SimpleNamespace(), config)

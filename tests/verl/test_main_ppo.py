@@ -133,6 +133,16 @@ def test_the_older_trainer_is_guarded_too(folder):
         assert math.isfinite(steps[2][f"actor/guard/{FIRST}/{name}"])
 
 
+def test_what_is_rehearsed_stays_protected(folder):
+    guard = ["guard.recovery=false", "guard.project=true", "+guard.active_share=0.5"]
+    steps = run.start(settings(folder, *guard, "+data.domain_rehearsal=0.25", steps=4), folder, "rehearsed")
+    assert [trained(step) for step in steps] == [[FIRST], [FIRST], [FIRST, SECOND], [FIRST, SECOND]]
+    for step in steps[2:]:
+        for name in ("predicted", "measured", "kl", "radius"):
+            assert math.isfinite(step[f"actor/guard/{FIRST}/{name}"])
+    assert "trained the domains" not in (folder / "rehearsed.out").read_text()
+
+
 def test_two_ranks_go_through_a_whole_run_together(folder):
     steps = 5
     made = settings(

@@ -52,6 +52,43 @@ def test_recovery_takes_the_next_batch_and_only_whole_ones():
     assert domains(found) == ["code"] * 2 + ["math"] * 4 + ["code"] * 2
 
 
+def test_earlier_domains_are_rehearsed():
+    order = DomainOrder(NAMES, prompts=4, order=["code", "math"], batches=2, rehearsal=0.25)
+    found = domains(taken(order, range(16)))
+    assert found[:8] == ["code"] * 8
+    assert [sorted(found[start : start + 4]) for start in (8, 12)] == [["code"] + ["math"] * 3] * 2
+    # A domain that comes twice does not rehearse itself.
+    again = DomainOrder(NAMES, prompts=4, order=["code", "math", "code"], batches=1, rehearsal=0.25)
+    assert sorted(domains(taken(again, range(12)))[8:]) == ["code"] * 3 + ["math"]
+
+
+def test_a_recovery_rehearses_nothing():
+    order = DomainOrder(NAMES, prompts=4, order=["code", "math"], batches=2, rehearsal=0.25)
+    found = domains([order.row(place, lambda place=place: "code" if place == 8 else None) for place in range(16)])
+    assert found[8:12] == ["code"] * 4
+    assert sorted(found[12:]) == ["code"] + ["math"] * 3
+
+
+@pytest.mark.parametrize("recovery", [None, "code", "math"])
+def test_a_rehearsal_is_resumed_within_a_batch(recovery):
+    made = [DomainOrder(NAMES, prompts=4, order=["code", "math"], batches=2, rehearsal=0.25) for _ in range(2)]
+    taken(made[0], range(10), lambda: recovery)
+    made[1].load_state_dict(made[0].state_dict())
+    assert taken(made[1], range(10, 16)) == taken(made[0], range(10, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rehearsal": 0.7}, r"data\.domain_rehearsal=0\.7 is not allowed"),
+        ({"rehearsal": 0.25, "order": "round_robin"}, "not allowed with data.domain_order=round_robin"),
+    ],
+)
+def test_rehearsals_that_cannot_be_served(options, message):
+    with pytest.raises(ConfigError, match=message):
+        DomainOrder(NAMES, prompts=4, batches=1, **options)
+
+
 def test_a_resumed_order_goes_on_with_the_same_rows():
     first = DomainOrder(NAMES, prompts=2, order="round_robin", batches=4)
     taken(first, range(6), lambda: "math")
