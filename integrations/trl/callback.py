@@ -28,8 +28,8 @@ from .completions import trainer_policy
 from .engines import check_engine, guarded_model, steps_in_backward
 from .evaluation import EvaluationRounds
 from .live import LiveDisplay
-from .order import in_order, warn_repeated
 from .passing import PassingRows
+from .plan import look_ahead
 from .recovery import RecoveryRows
 from .reference import read
 from .rows import DomainTable, check_dataset
@@ -75,6 +75,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         live: bool = False,
     ) -> None:
         self.config = config if config is not None else GuardConfig()
+        if not isinstance(self.config, GuardConfig):
+            raise ConfigError(f"config is of type {type(config).__name__}; give a GuardConfig(budget=0.02).")
         self.guard: Guard | None = None
         self.recovery_datasets = recovery_datasets
         self.reference = reference
@@ -291,8 +293,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if not self.config.enabled:
             return
         self._passing().take_counts()
-        if in_order(args):
-            warn_repeated(self._trainer.train_dataset, self.config.domain_column, state.num_train_epochs)
+        config = self.config
+        look_ahead(
+            self._trainer.train_dataset, config.domain_column, args, state.num_train_epochs, config.active_share
+        )
         if self._recovery is not None:
             self._training, self._trainer._buffered_inputs = None, None
             if self._guard().recovery not in (None, *self._recovery.domains):
@@ -322,7 +326,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._begin_step()
 
     def _begin_step(self) -> None:
-        counts: dict[str, float] = dict(self._passing().take_counts())
+        counts = self._passing().take_counts()
         accelerator = self._trainer.accelerator
         if accelerator.num_processes > 1:
             table = torch.tensor(

@@ -84,7 +84,8 @@ class DomainArguments:
         order (`str`, *optional*, defaults to `"sequential"`): ``"sequential"``, ``"round_robin"`` or
             ``"weights"``.
         rehearsal (`float`, *optional*, defaults to `0.0`): With ``"sequential"``, the share of each batch that is
-            of domains trained before; ``guard_active_share`` must be above it.
+            of domains trained before, in this run or, with ``batches: 0``, in others; ``guard_active_share`` must
+            be above it.
         live (`bool`, *optional*, defaults to `False`): Show the guard's metrics in the terminal while training.
     """
 
@@ -93,7 +94,7 @@ class DomainArguments:
         metadata={"help": "Domains, in the order of training: name, path, rewards, batches."},
     )
     order: str = field(default="sequential", metadata={"help": "'sequential', 'round_robin' or 'weights'."})
-    rehearsal: float = field(
+    rehearsal: float | None = field(
         default=0.0, metadata={"help": "Share of each batch that is of domains trained before."}
     )
     live: bool = field(default=False, metadata={"help": "Show the guard's metrics in the terminal at every log."})
@@ -192,7 +193,8 @@ def build(arguments: DomainArguments, guard: GuardConfig, training: Any, model: 
     """The guarded trainer of a run; returns it with its callback."""
     column = guard.domain_column
     if guard.enabled:
-        check_active_share(arguments.rehearsal, guard.active_share)
+        prompts = prompts_per_generation(training)
+        check_active_share(arguments.rehearsal, prompts, guard.active_share)
     rows = arrange(load_rows(arguments.domains, column), arguments, training, column)
     # The rows are in order, and one pass over them is the run.
     training.shuffle_dataset = False

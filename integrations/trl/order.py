@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from interference_guard.errors import ConfigError
-from interference_guard.rehearsal import batch_domains, check_rehearsal
+from interference_guard.rehearsal import batch_domains, checked_share
 
 from .rows import DomainTable, check_dataset
 
@@ -38,34 +36,6 @@ def prompts_per_generation(args: Any) -> int:
     return prompts * (math.lcm(lasts, int(args.gradient_accumulation_steps)) // lasts)
 
 
-def in_order(args: Any) -> bool:
-    """Whether a trainer with these settings takes the rows in their order."""
-    if hasattr(args, "generation_batch_size"):
-        return not args.shuffle_dataset
-    return str(getattr(args, "train_sampling_strategy", "random")) == "sequential"
-
-
-def warn_repeated(dataset: Any, column: str, epochs: float) -> None:
-    """Warn where a run goes through domains again that it has finished, one after the other.
-
-    Args:
-        dataset: The rows in the order of training; a stream cannot be looked through.
-        column: The domain's column.
-        epochs: How often the run goes through them.
-    """
-    if epochs <= 1 or not hasattr(dataset, "select"):
-        return
-    names = [name for name, _ in groupby(dataset[column])]
-    if len(names) > 1 and len(set(names)) == len(names):
-        warnings.warn(
-            f"The rows hold the domains {names} one after the other, and the run goes through all of them "
-            f"{math.ceil(epochs)} times: each is taken up again after the last. Set num_train_epochs=1 (with "
-            "max_steps no more than the rows are enough for), and give order_by_domain() more batches for longer "
-            "phases.",
-            stacklevel=2,
-        )
-
-
 def order_by_domain(
     dataset: Any,
     prompts: int,
@@ -73,7 +43,7 @@ def order_by_domain(
     *,
     column: str = "domain",
     batches: int | Mapping[str, int] | None = None,
-    rehearsal: float = 0.0,
+    rehearsal: float | None = 0.0,
     seed: int = 0,
 ) -> Any:
     """Reorder a dataset so that each generation batch is of one domain; use it with ``shuffle_dataset=False``.
@@ -88,7 +58,8 @@ def order_by_domain(
             or weights by domain: batches drawn at random in these proportions.
         column (`str`, *optional*, defaults to `"domain"`): The domain's column.
         batches (`int` or `dict[str, int]`, *optional*): Generation batches of each domain; by default as many
-            full ones as it has rows for. With weights, an integer is the number of all batches.
+            full ones as it has rows for. With weights, an integer is the number of all batches; with `rehearsal`,
+            a domain with 0 is one that was trained before this run.
         rehearsal (`float`, *optional*, defaults to `0.0`): With ``"sequential"``, the share of each batch's
             prompts that are of domains trained before, in equal parts. Give the guard an `active_share` above it,
             0.5 for instance: otherwise it does not protect what is rehearsed.
@@ -102,13 +73,17 @@ def order_by_domain(
         MissingDomainError: If a row has no domain.
     """
     if not isinstance(prompts, int) or prompts < 1:
-        raise ConfigError(f"prompts={prompts!r} is not allowed: it must be an integer of at least 1.")
+        found = repr(prompts) if isinstance(prompts, int | float | str) else f"a {type(prompts).__name__}"
+        raise ConfigError(
+            f"prompts={found} is not allowed: it must be an integer of at least 1. For a GRPOTrainer give "
+            "prompts_per_generation(args)."
+        )
     if not hasattr(dataset, "select"):
         raise ConfigError(
-            f"A {type(dataset).__name__} cannot be put in another order. Give a datasets.Dataset, or arrange the "
-            "stream's rows yourself so that each generation batch is of one domain."
+            f"A {type(dataset).__name__} cannot be put in another order. Give a datasets.Dataset (one split of "
+            "several), or arrange a stream's rows yourself so that each generation batch is of one domain."
         )
-    check_rehearsal(rehearsal, prompts)
+    rehearsal = checked_share(rehearsal, prompts)
     if rehearsal and order != "sequential":
         raise ConfigError(
             f"rehearsal={rehearsal!r} goes with order='sequential' alone, where domains are finished one after "
@@ -118,10 +93,15 @@ def order_by_domain(
     rows: dict[str, list[int]] = {}
     for index, name in enumerate(dataset[column]):
         rows.setdefault(name, []).append(index)
-    counts = _counts(rows, prompts, batches if not isinstance(order, Mapping) else None)
+    least = 0 if rehearsal else 1
+    counts = _counts(rows, prompts, None if isinstance(order, Mapping) else batches, least)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(order, Mapping):
-        total = batches if isinstance(batches, int) else sum(counts.values())
+        if batches is not None and (not isinstance(batches, int) or batches < 1):
+            raise ConfigError(
+                f"batches={batches!r} is not allowed: with weights it is the number of all batches, at least 1."
+            )
+        total = batches if batches is not None else sum(counts.values())
         sequence = _draw(order, rows, total, generator)
     elif order == "sequential":
         sequence = [name for name in rows for _ in range(counts[name])]
@@ -133,16 +113,22 @@ def order_by_domain(
             f"order={order!r} is not allowed: it must be one of {list(ORDERS)} or weights by domain."
         )
     streams = {name: _stream(indices, generator) for name, indices in rows.items()}
-    names = list(rows)
+    before = [name for name in rows if not counts[name]] if rehearsal else []
+    if rehearsal and (not sequence or {sequence[-1]} == {*sequence, *before}):
+        raise ConfigError(
+            f"rehearsal={rehearsal!r} has no domain to rehearse: the rows are of {list(rows)}, and only one is "
+            "trained. Add rows of domains that were trained before, with 0 batches each."
+        )
     chosen = []
     for number, present in enumerate(sequence):
-        earlier = names[: names.index(present)] if rehearsal else []
-        chosen += [next(streams[name]) for name in batch_domains(present, earlier, number, prompts, rehearsal)]
+        earlier = dict.fromkeys(before + sequence[:number]) if rehearsal else {}
+        others = [name for name in earlier if name != present]
+        chosen += [next(streams[name]) for name in batch_domains(present, others, number, prompts, rehearsal)]
     return dataset.select(chosen)
 
 
 def _counts(
-    rows: Mapping[str, list[int]], prompts: int, batches: int | Mapping[str, int] | None
+    rows: Mapping[str, list[int]], prompts: int, batches: int | Mapping[str, int] | None, least: int
 ) -> dict[str, int]:
     if batches is None:
         counts = {name: len(indices) // prompts for name, indices in rows.items()}
@@ -154,9 +140,13 @@ def _counts(
             )
         return counts
     counts = dict(batches) if isinstance(batches, Mapping) else dict.fromkeys(rows, batches)
-    if set(counts) != set(rows) or min(counts.values()) < 1:
+    wrong = [number for number in counts.values() if isinstance(number, bool) or not isinstance(number, int)]
+    if wrong:
+        raise ConfigError(f"batches={batches!r} is not allowed: {wrong[0]!r} is no integer.")
+    if set(counts) != set(rows) or min(counts.values()) < least:
         raise ConfigError(
-            f"batches={batches!r} is not allowed: it must be at least 1 for each of the domains {list(rows)}."
+            f"batches={batches!r} is not allowed: it must be at least {least} for each of the domains "
+            f"{list(rows)}."
         )
     return counts
 

@@ -32,7 +32,7 @@ class PassingRows:
         self.trainer, self.generates = seams.trainer, seams.generates
         self.guard, self.domains, self.rounds = guard, domains, rounds
         self._rewards: Tensor | None = None
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
         self._added = False
         seams.wrap("_prepare_inputs", self._prepare_inputs)
         seams.wrap("_set_signature_columns_if_needed", self._keep_column)
@@ -46,8 +46,12 @@ class PassingRows:
             strip = self.trainer.args.remove_unused_columns
             seams.wrap("data_collator", lambda collator: NamingCollator(collator, domains.column, width, strip))
 
-    def take_counts(self) -> dict[str, int]:
-        """Rows of each domain that training steps took on this rank since the last call."""
+    def take_counts(self) -> dict[str, float]:
+        """Rows of each domain that training steps took on this rank since the last call.
+
+        Each row of a generation counts as all of it on average: its steps take rows of it at random, and which
+        domain a step trains must not depend on the draw.
+        """
         found, self._counts = self._counts, {}
         return found
 
@@ -89,7 +93,10 @@ class PassingRows:
                 self._retain(output, rewards, numbers)
             elif rewards is not None and self.rounds.open:
                 self._note_evaluation(rewards, numbers)
-            return {**output, DOMAIN_ID: numbers}
+            if not training:
+                return output
+            whole = torch.bincount(numbers, minlength=len(self.domains.names)).double() / len(numbers)
+            return {**output, DOMAIN_ID: whole.expand(len(numbers), -1)}
 
         return generate
 
@@ -102,14 +109,22 @@ class PassingRows:
             inputs = dict(inputs)
             found = inputs.pop(DOMAIN_ID)
             if self.trainer.model.training:
-                numbers = found.cpu() if self.generates else self._arrived(inputs, unpack(found))
-                for name, count in self.domains.counts(numbers).items():
-                    self._counts[name] = self._counts.get(name, 0) + count
-                if not self.generates:
-                    self._retain_labelled(inputs, numbers)
+                self._count(inputs, found)
             return inputs
 
         return prepare
+
+    def _count(self, inputs: Mapping[str, Any], found: Tensor) -> None:
+        if self.generates:
+            # A stream may have shown further domains since this generation.
+            rows = dict(zip(self.domains.names, found.sum(0).tolist(), strict=False))
+        else:
+            numbers = self._arrived(inputs, unpack(found))
+            rows = dict(self.domains.counts(numbers))
+            self._retain_labelled(inputs, numbers)
+        for name, count in rows.items():
+            if count:
+                self._counts[name] = self._counts.get(name, 0.0) + count
 
     def _arrived(self, batch: Mapping[str, Any], names: list[str]) -> Tensor:
         column = self.domains.column

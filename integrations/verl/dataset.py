@@ -66,7 +66,7 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
             rehearsal,
         )
         if run is not None and run.guard.enabled:
-            check_active_share(rehearsal, run.guard.active_share, "data.domain_rehearsal")
+            check_active_share(rehearsal, self.order.prompts, run.guard.active_share, "data.domain_rehearsal")
         check_drawing(whole, order, len(self.order.plan))
         if run is not None and run.guard.enabled and run.guard.recovery:
             self._link = launch(list(self.order.rows))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from interference_guard.errors import ConfigError
-from interference_guard.rehearsal import batch_domains, check_rehearsal
+from interference_guard.rehearsal import batch_domains, checked_share
 
 ORDERS = ("sequential", "round_robin")
 
@@ -26,8 +26,8 @@ class DomainOrder:
         batches: Batches of each domain, one number for all or one by name; by default as many full ones as it
             has rows for.
         seed: Of the shuffling.
-        rehearsal: Share of each planned batch that is of domains planned before it, in equal parts; not with
-            ``"round_robin"``, and not in the batches of a recovery.
+        rehearsal: Share of each planned batch that is of domains planned before it or not at all, in equal parts;
+            not with ``"round_robin"``, and not in the batches of a recovery.
 
     Raises:
         ConfigError: If the order or the numbers cannot be served.
@@ -44,9 +44,9 @@ class DomainOrder:
         order: str | Sequence[str] = "sequential",
         batches: int | Mapping[str, int] | None = None,
         seed: int = 0,
-        rehearsal: float = 0.0,
+        rehearsal: float | None = 0.0,
     ) -> None:
-        check_rehearsal(rehearsal, prompts, "data.domain_rehearsal")
+        rehearsal = checked_share(rehearsal, prompts, "data.domain_rehearsal")
         if rehearsal and order == "round_robin":
             raise ConfigError(
                 f"data.domain_rehearsal={rehearsal!r} is not allowed with data.domain_order=round_robin, which "
@@ -57,7 +57,14 @@ class DomainOrder:
         for index, name in enumerate(domains):
             self.rows.setdefault(name, []).append(index)
         self.plan = self._planned(order, batches)
+        if rehearsal and {self.plan[-1]} == {*self.rows}:
+            raise ConfigError(
+                f"data.domain_rehearsal={rehearsal!r} has no domain to rehearse: data.train_files holds rows of "
+                f"{self.plan[-1]!r} alone. Add rows of domains that were trained before, and leave them out of "
+                "data.domain_order."
+            )
         self.present = ""
+        self._recovers = False
         self._used = dict.fromkeys(self.rows, 0)
         self._shuffled: dict[str, tuple[int, list[int]]] = {}
 
@@ -83,6 +90,7 @@ class DomainOrder:
                     f"{sorted(self.rows)}. Add its rows: domain_order keeps them out of the planned batches."
                 )
             self.present = self.plan[number] if wanted is None else wanted
+            self._recovers = wanted is not None
         name = self._names(number)[offset]
         passes, index = divmod(self._used[name], len(self.rows[name]))
         if self._shuffled.get(name, (-1, []))[0] != passes:
@@ -96,7 +104,7 @@ class DomainOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """How many rows of each domain were used, and the present batch's domain."""
-        return {"used": dict(self._used), "present": self.present}
+        return {"used": dict(self._used), "present": self.present, "recovers": self._recovers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -110,12 +118,14 @@ class DomainOrder:
                 f"{sorted(self.rows)}. Resume with the same data."
             )
         self._used, self.present = dict(state["used"]), state["present"]
+        self._recovers = state.get("recovers", False)
 
     def _names(self, number: int) -> list[str]:
         """The domain of each row of a batch; a recovery's is whole."""
         earlier = []
-        if self.rehearsal and self.present == self.plan[number]:
-            earlier = [name for name in dict.fromkeys(self.plan[:number]) if name != self.present]
+        if self.rehearsal and not self._recovers:
+            known = [name for name in self.rows if name not in self.plan]
+            earlier = [name for name in dict.fromkeys(known + self.plan[:number]) if name != self.present]
         return batch_domains(self.present, earlier, number, self.prompts, self.rehearsal)
 
     def _planned(self, order: str | Sequence[str], batches: int | Mapping[str, int] | None) -> list[str]:

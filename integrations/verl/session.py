@@ -50,8 +50,8 @@ class Session:
         self.rank = dist.get_rank(self.group)
         self.temperature = math.nan
         self.fresh = batch.FreshRows()
-        # Rows of this rank in the present update, by domain.
-        self._update: dict[str, int] = {}
+        # Rows of all ranks in the present update, by domain.
+        self._update: dict[str, float] = {}
         self._failed: GuardError | None = None
         # Steps before this process's first one: later lines of a history are of a run that was cut off.
         self._start = 0
@@ -74,7 +74,7 @@ class Session:
     def expect(self, data: Any) -> None:
         """Look at the rows of an update before it is cut into mini-batches, and number them in place."""
         batch.number_rows(data)
-        self._update = _counts(self._labels(data))
+        self._update = self._shares(_counts(self._labels(data)))
 
     def begin(self, data: Any) -> None:
         """Tell the guard what the coming step trains, and keep the rows that are new.
@@ -90,8 +90,9 @@ class Session:
         self.temperature = self.temperature if temperature is None else temperature
         names = self._labels(data)
         new = self._new_rows(data, names)
-        # A mini-batch may be padding alone: its gradient is zero, so it adds nothing to the update's domains.
-        shares = self._shares(_counts(names)) or self._shares(self._update)
+        # A mini-batch trains what its update does, whichever of the rows it holds: veRL sorts them by length or
+        # arrival, and some mini-batches are padding alone.
+        shares = self._update or self._shares(_counts(names))
         self.guard.begin(shares or dict.fromkeys(self.guard.trained, 1.0))
         limit = self.guard.config.retain
         kept = {

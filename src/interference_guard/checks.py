@@ -46,7 +46,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise UnsupportedError(
             f"{type(model).__name__} has no trainable parameter, so there is nothing to protect. "
-            "Set requires_grad on the weights you train before building the guard."
+            "Set requires_grad on the weights you train before building the guard; a PEFT adapter is loaded for "
+            "training with is_trainable=True."
         )
     devices = {parameter.device for parameter in found.values()}
     if len(devices) > 1:

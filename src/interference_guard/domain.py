@@ -66,7 +66,7 @@ class DomainState:
         renewed_at: The foreign steps at which the region was last moved; 0 where it stands at the anchor.
         renewals: How often that was, since the first anchor.
         pending: Retained rows by step, newest last.
-        kept_at: The own steps since the anchor at the latest of them; -1 where there are none.
+        kept_at: The guard's steps at the latest of them; -1 where there are none.
         retained: The completions the probe is made of.
         measurable: Whether any rank retained completions for a probe.
         temperature: Of their sampling; the same on all ranks.
@@ -172,17 +172,29 @@ class DomainState:
         self.rollouts.add(total, count)
         self.recent = [*self.recent[1 - RECENT :], [total, float(count)]]
 
-    def keep(self, completions: Completions, limit: int) -> None:
-        """Keep copies of rows for the next anchor, of which `latest` will choose at most `limit`."""
+    def keep(self, completions: Completions, limit: int, step: int) -> None:
+        """Keep copies of rows for the next anchor, of which `latest` will choose at most `limit`.
+
+        Args:
+            completions: The rows.
+            limit: Most of them that a probe is made of.
+            step: The guard's steps so far: rows of one step belong together.
+        """
         rows = completions.spread(limit).detached()
-        if self.kept_at == self.own_steps and self.pending:
+        if self.kept_at == step and self.pending:
             # Of one step, whose batch comes in parts.
             rows = join([self.pending.pop(), rows]).spread(limit)
         self.pending.append(rows)
-        self.kept_at = self.own_steps
+        self.kept_at = step
         # Where steps are small it takes more of them, and none that are not needed: the policy was another one.
         while len(self.pending) > POOL and sum(map(len, self.pending[1:])) >= limit:
             self.pending.pop(0)
+
+    def discard(self, step: int) -> None:
+        """Let go of the rows of a step that proved to be none of the domain's own."""
+        if self.kept_at == step and self.pending:
+            self.pending.pop()
+            self.kept_at = -1
 
     def latest(self, limit: int) -> Completions | None:
         """At most `limit` retained rows, spread over the latest steps; earlier ones of the probe fill up."""

@@ -162,8 +162,9 @@ class GuardState:
         least = self.config.active_share
         chosen = tuple(name for name, share in self._shares.items() if share >= least)
         if self._shares and not chosen:
-            # Many tiny shares: the step still belongs to someone.
-            chosen = tuple(self._shares)
+            # The step still belongs to someone: to those that nothing holds yet, where there are any.
+            anchored = {name for name, state in self._domains.items() if state.anchored}
+            chosen = tuple(name for name in self._shares if name not in anchored) or tuple(self._shares)
         return chosen
 
     @property
@@ -220,15 +221,24 @@ class GuardState:
         """Say once that a step of several domains adds to no domain's curvature; shuffled rows mix all ways."""
         first = not any(len(others) > 1 for others in self._warned)
         self._warned.add(names)
-        if first:
+        *_, second, most = sorted(self._shares[name] for name in names)
+        if first and most > 0.5:
+            warnings.warn(
+                f"A step trained {most:.0%} of one domain beside others, {sorted(names)}. Each of them has at "
+                f"least active_share={self.config.active_share} of its rows, so none is protected, and the "
+                "gradient is added to no domain's curvature. If the others are rehearsed, set active_share above "
+                f"{second:.2g}, to 0.5 for instance: they stay protected then. Otherwise train one domain a "
+                "step (order_by_domain in TRL, DomainDataset in veRL). Other mixtures are not reported.",
+                stacklevel=6,
+            )
+        elif first:
             warnings.warn(
                 f"A step trained the domains {sorted(names)} together. Its gradient cannot be told apart by "
                 "domain, so it is added to no domain's curvature: a domain that is only trained so gets no "
                 "protection later. Train one domain a step. In TRL, "
                 "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin') and "
                 "shuffle_dataset=False do it (of an SFTTrainer train_sampling_strategy='sequential'); in veRL, "
-                "the guard's DomainDataset. Earlier domains that are only rehearsed beside the present one stay "
-                "protected where active_share is above their share. Other mixtures are not reported.",
+                "the guard's DomainDataset. Other mixtures are not reported.",
                 stacklevel=6,
             )
 

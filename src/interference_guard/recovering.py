@@ -37,6 +37,8 @@ def follow(guard: Guard, found: Mapping[str, Measurement], policy: Policy | None
             _go_on(guard, state, limits, policy, took)
         else:
             guard.schedule = guard.schedule.passed_over(guard.steps, limits)
+            # Rows of it that such a step rehearsed are none of the phase's either.
+            state.rollouts.take()
             _close(guard, state, policy)
         return
     guard.schedule = guard.schedule.step(False, guard.steps, limits, took)

@@ -60,7 +60,7 @@ def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_siz
             f"The {passes} backward passes on reference domain {domain!r} gave no finite gradient that is not "
             "zero, so nothing says what to protect. Check that the trainable parameters reach the model's logits."
         )
-    state.keep(rows, guard.config.retain)
+    state.keep(rows, guard.config.retain, guard.steps)
     state.own_steps = state.since_refresh = passes
     state.reference = True
     with torch.no_grad():

@@ -35,6 +35,9 @@ def open_step(guard: Guard) -> None:
     active, spread = guard.active, guard.view.spread
     guard.trained = active
     started = perf_counter()
+    for name in guard.protected:
+        # Rehearsed: sampled while it is held, and by its next anchor of a policy of long ago.
+        guard.domains[name].discard(guard.steps)
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
     for name in sorted(guard.domains):
         if name not in active and guard.domains[name].own_steps and name != guard.recovery:

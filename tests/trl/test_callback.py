@@ -143,29 +143,50 @@ def test_mixed_batches_count_rows(tmp_path):
     assert callback.guard.protected == ()
 
 
-def test_what_is_rehearsed_stays_protected(tmp_path):
-    dataset = order_by_domain(rows([("math", 24), ("code", 24)]), 8, batches=3, rehearsal=0.25)
-    trainer = online("grpo", tmp_path, dataset, per_device_train_batch_size=16)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_what_is_rehearsed_stays_protected(steps, tmp_path):
+    # The trainer shuffles a generation before it cuts it into steps: some hold few rows of the present domain.
+    dataset = order_by_domain(rows([("math", 32), ("code", 32)]), 8, batches=3, rehearsal=0.4)
+    trainer = online(
+        "grpo",
+        tmp_path,
+        dataset,
+        per_device_train_batch_size=16 // steps,
+        steps_per_generation=steps,
+        max_steps=6 * steps,
+    )
     callback = guarded(trainer, replace(CONFIG, active_share=0.5))
-    anchors = []
+    seen = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             math = callback.guard.domains["math"]
-            anchors.append((callback.guard.trained, math.anchored, math.foreign_steps, math.retained))
+            seen.append(
+                (callback.guard.trained, math.anchored, math.foreign_steps, math.retained, len(math.pending))
+            )
 
     trainer.add_callback(Watch())
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*together")
+        warnings.filterwarnings("error", message=".*beside others|.*together")
         trainer.train()
-    assert [trained for trained, *_ in anchors] == [("math",)] * 3 + [("code",)] * 3
-    assert [steps for _, _, steps, _ in anchors[3:]] == [1, 2, 3]
-    # It is measured on what it had at its anchor, whatever was sampled of it since.
-    assert all(anchored and kept is anchors[3][3] for _, anchored, _, kept in anchors[3:])
+    assert [trained for trained, *_ in seen] == [("math",)] * 3 * steps + [("code",)] * 3 * steps
+    assert [foreign for _, _, foreign, *_ in seen[3 * steps :]] == list(range(1, 3 * steps + 1))
+    # It is measured on what it had at its anchor, and nothing that was sampled of it since is kept.
+    first = seen[3 * steps][3]
+    assert all(anchored and kept is first and not new for _, anchored, _, kept, new in seen[3 * steps :])
     state = callback.guard.domains["math"]
     assert callback.guard.interference()["math"].inside <= state.radius.item() * (1 + 1e-3)
     assert state.measurement is not None
     assert callback.guard.domains["code"].curvature.count > 2
+
+
+def test_a_rehearsal_that_ends_the_protection_is_told(tmp_path):
+    dataset = order_by_domain(rows([("math", 8), ("code", 8)]), 4, batches=2, rehearsal=0.25)
+    trainer = online("grpo", tmp_path, dataset, per_device_train_batch_size=8, max_steps=4)
+    callback = guarded(trainer)
+    with pytest.warns(UserWarning, match=r"75% of one domain beside .* set active_share above 0\.25, to 0\.5"):
+        trainer.train()
+    assert callback.guard.protected == ()
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])

@@ -84,8 +84,9 @@ def test_earlier_domains_are_rehearsed_and_stay_protected(tmp_path, settings):
     ("change", "message"),
     [
         ({"rehearsal": 0.5}, "rehearsal=0.5"),
-        ({"rehearsal": 0.25}, "active_share=0.05 is not allowed"),
-        ({"rehearsal": 0.3, "order": "weights", "guard_active_share": 0.5}, "order='sequential' alone"),
+        ({"rehearsal": 0.25}, "is 0 of a batch of 2 prompts"),
+        (REHEARSED | {"guard_active_share": 0.05}, "active_share=0.05 is not allowed"),
+        (REHEARSED | {"order": "weights"}, "order='sequential' alone"),
         ({"order": "random"}, "order='random' is not allowed"),
         ({"domains": [{"name": "math"}]}, r"lacks \['path', 'rewards'\]"),
         ({"domains": [{"name": "a", "path": "b", "rewards": [], "steps": 3}]}, r"unknown fields \['steps'\]"),

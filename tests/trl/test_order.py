@@ -61,11 +61,21 @@ def test_rehearsal(data):
     assert sorted(of_math[:16]) == sorted(index for index in data["index"][:] if index % 5 in (0, 2))
 
 
+def test_domains_of_former_runs_are_rehearsed(data):
+    batches = {"math": 0, "code": 3, "qa": 0}
+    names = order_by_domain(data, 8, batches=batches, rehearsal=0.25)["domain"][:]
+    assert [sorted(names[start : start + 8]) for start in (0, 8, 16)] == [["code"] * 6 + ["math", "qa"]] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"batches": 1.5}, "batches=1.5 is not allowed: 1.5 is no integer"),
+        ({"order": {"math": 1.0, "code": 1.0, "qa": 1.0}, "batches": 0}, "number of all batches, at least 1"),
         ({"rehearsal": 0.5}, "rehearsal=0.5 is not allowed"),
-        ({"rehearsal": 0.1}, "less than one of a batch of 4 prompts"),
+        ({"rehearsal": 0.1}, "is 0 of a batch of 4 prompts"),
+        ({"rehearsal": 0.4}, "is 2 of a batch of 4 prompts"),
+        ({"rehearsal": 0.25, "batches": {"math": 0, "code": 0, "qa": 0}}, "has no domain to rehearse"),
         ({"rehearsal": 0.25, "order": "round_robin"}, "goes with order='sequential' alone"),
         ({"rehearsal": 0.25, "order": {"math": 1.0}}, "goes with order='sequential' alone"),
         ({"prompts": 0}, "prompts=0 is not allowed"),

@@ -25,7 +25,7 @@ def state():
 
 def keep(domain, rows):
     """The rows of one step."""
-    domain.keep(rows, LIMIT)
+    domain.keep(rows, LIMIT, domain.own_steps)
     domain.own_steps += 1
 
 
@@ -56,9 +56,20 @@ def test_a_step_that_comes_in_parts_is_one():
     for step in range(9):
         keep(whole, rollouts(step))
         for start in range(0, LIMIT, 4):
-            parts.keep(rollouts(step).rows(slice(start, start + 4)), LIMIT)
+            parts.keep(rollouts(step).rows(slice(start, start + 4)), LIMIT, step)
         parts.own_steps += 1
     assert kept(parts) == kept(whole)
+
+
+def test_rows_of_a_step_are_let_go_of_alone():
+    domain = state()
+    keep(domain, rollouts(0))
+    domain.keep(rollouts(1), LIMIT, 7)
+    domain.discard(6)
+    assert len(domain.pending) == 2
+    domain.discard(7)
+    domain.discard(7)
+    assert set(kept(domain)) == {float(prompt) for prompt in range(PROMPTS)}
 
 
 def test_small_steps_reach_no_further_back_than_they_must():

@@ -122,6 +122,10 @@ def test_small_shares_stay_protected():
     many = Guard(Toy(), GuardConfig(active_share=0.5))
     many.begin({"a": 1, "b": 1, "c": 1})
     assert many.active == ("a", "b", "c")
+    # Where no share is enough, the step is of those that nothing holds yet.
+    many.domains["a"].anchored = many.domains["c"].anchored = True
+    assert many.active == ("b",)
+    assert many.protected == ("a", "c")
 
 
 def test_a_step_without_usable_gradients_leaves_no_anchor():

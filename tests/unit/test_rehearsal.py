@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from interference_guard import ConfigError
-from interference_guard.rehearsal import batch_domains, check_active_share, check_rehearsal
+from interference_guard.rehearsal import batch_domains, check_active_share, checked_share
 
 
 def test_parts_of_a_batch_have_the_same_share():
@@ -33,22 +33,36 @@ def test_the_first_domain_has_batches_of_its_own():
     assert batch_domains("b", ["a"], number=5, prompts=4, share=0.0) == ["b"] * 4
 
 
-@pytest.mark.parametrize("share", [-0.1, 0.5, 1, float("nan"), "0.25", True, None])
+@pytest.mark.parametrize("share", [-0.1, 0.5, 1, float("nan"), "0.25", True])
 def test_shares_that_are_none(share):
     with pytest.raises(ConfigError, match=r"rehearsal=.* from 0 to below 0\.5"):
-        check_rehearsal(share, 8)
+        checked_share(share, 8)
 
 
-def test_less_than_a_prompt_is_refused():
-    with pytest.raises(ConfigError, match=r"one of a batch of 4 prompts\. Take 0\.25 or more"):
-        check_rehearsal(0.1, 4)
-    check_rehearsal(0.25, 4)
-    check_rehearsal(0, 1)
+@pytest.mark.parametrize(
+    ("share", "prompts", "message"),
+    [
+        (0.1, 4, r"is 0 of a batch of 4 prompts\. .* Allowed here: from 0\.25 to 0\.25"),
+        # Two of four: both would be in training, and nothing would be held.
+        (0.4, 4, r"is 2 of a batch of 4 prompts\. .* less than half"),
+        (0.3, 2, r"is 1 of a batch of 2 prompts\. .* none; take batches of 3 or more"),
+    ],
+)
+def test_shares_that_whole_prompts_do_not_allow(share, prompts, message):
+    with pytest.raises(ConfigError, match=message):
+        checked_share(share, prompts)
 
 
-@pytest.mark.parametrize("active_share", [0.05, 0.25, 0.8])
+@pytest.mark.parametrize(
+    ("share", "prompts", "part"), [(0.25, 4, 0.25), (0.25, 6, 1 / 3), (0, 8, 0), (None, 1, 0)]
+)
+def test_the_share_of_whole_prompts(share, prompts, part):
+    assert checked_share(share, prompts) == part
+
+
+@pytest.mark.parametrize("active_share", [0.05, 0.3, 0.7])
 def test_what_is_rehearsed_must_stay_protected(active_share):
-    with pytest.raises(ConfigError, match=r"above 0\.25 and at most 0\.75"):
-        check_active_share(0.25, active_share)
-    check_active_share(0.25, 0.5)
-    check_active_share(0.0, active_share)
+    with pytest.raises(ConfigError, match=r"above 0\.333 and at most 0\.667; 0\.5 is always right"):
+        check_active_share(0.25, 6, active_share)
+    check_active_share(0.25, 6, 0.5)
+    check_active_share(0.0, 6, active_share)

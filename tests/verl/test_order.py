@@ -62,11 +62,24 @@ def test_earlier_domains_are_rehearsed():
     assert sorted(domains(taken(again, range(12)))[8:]) == ["code"] * 3 + ["math"]
 
 
+def test_rows_that_are_not_in_the_order_are_of_former_runs():
+    order = DomainOrder(NAMES, prompts=4, order=["code"], batches=2, rehearsal=0.25)
+    assert sorted(domains(taken(order, range(4)))) == ["code"] * 3 + ["math"]
+    with pytest.raises(ConfigError, match="has no domain to rehearse"):
+        DomainOrder(["code"] * 4, prompts=4, batches=2, rehearsal=0.25)
+
+
 def test_a_recovery_rehearses_nothing():
     order = DomainOrder(NAMES, prompts=4, order=["code", "math"], batches=2, rehearsal=0.25)
     found = domains([order.row(place, lambda place=place: "code" if place == 8 else None) for place in range(16)])
     assert found[8:12] == ["code"] * 4
     assert sorted(found[12:]) == ["code"] + ["math"] * 3
+
+
+def test_a_recovery_of_the_planned_domain_is_whole():
+    order = DomainOrder(NAMES, prompts=4, order=["code", "math"], batches=2, rehearsal=0.25)
+    found = domains([order.row(place, lambda place=place: "math" if place == 8 else None) for place in range(12)])
+    assert found[8:] == ["math"] * 4
 
 
 @pytest.mark.parametrize("recovery", [None, "code", "math"])

@@ -1,0 +1,76 @@
+"""What a run will make of its rows, seen before it begins."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from itertools import groupby
+from typing import Any
+
+from .order import prompts_per_generation
+
+
+def look_ahead(dataset: Any, column: str, args: Any, epochs: float, active_share: float) -> None:
+    """Warn where steps will mix domains, and where the run goes through finished domains again.
+
+    Args:
+        dataset: The rows; a stream cannot be looked through.
+        column: The domain's column.
+        args: The trainer's settings.
+        epochs: How often the run goes through the rows.
+        active_share: From which share of a batch's rows a domain counts as in training.
+    """
+    rows = dataset[column][:] if hasattr(dataset, "select") else []
+    names = sorted(set(rows))
+    if len(names) < 2:
+        return
+    if not in_order(args):
+        setting = "shuffle_dataset=False" if _generates(args) else "train_sampling_strategy='sequential'"
+        warnings.warn(
+            f"The trainer draws rows of the domains {names} at random, so that its steps mix them: the guard "
+            f"learns of none then and protects none. Set {setting}, and arrange the rows with order_by_domain().",
+            stacklevel=3,
+        )
+        return
+    size = _batch(args)
+    batches = [Counter(rows[start : start + size]) for start in range(0, len(rows), size)]
+    for number, counts in enumerate(batches):
+        active = [name for name, count in counts.items() if count >= active_share * counts.total()]
+        if len(active) > 1:
+            warnings.warn(
+                f"Rows {number * size} to {number * size + counts.total() - 1} are one batch and hold "
+                f"{dict(counts)}. {len(active)} domains have at least active_share={active_share} of it, so the "
+                f"guard learns of none and protects none of them. order_by_domain(dataset, {size}) keeps domains "
+                "apart; where rows are only rehearsed, set active_share above their share.",
+                stacklevel=3,
+            )
+            return
+    # Beside the domain in training a batch may hold others that are rehearsed.
+    phases = [name for name, _ in groupby(counts.most_common(1)[0][0] for counts in batches)]
+    if epochs > 1 and len(phases) > 1 and len(set(phases)) == len(phases):
+        warnings.warn(
+            f"The rows hold the domains {phases} one after the other, and the run goes through all of them "
+            f"{math.ceil(epochs)} times: each is taken up again after the last. Set num_train_epochs=1 (with "
+            "max_steps no more than the rows are enough for), and give order_by_domain() more batches for longer "
+            "phases.",
+            stacklevel=3,
+        )
+
+
+def in_order(args: Any) -> bool:
+    """Whether a trainer with these settings takes the rows in their order."""
+    if _generates(args):
+        return not args.shuffle_dataset
+    return str(getattr(args, "train_sampling_strategy", "random")) == "sequential"
+
+
+def _generates(args: Any) -> bool:
+    return hasattr(args, "generation_batch_size")
+
+
+def _batch(args: Any) -> int:
+    """Rows of the data set that are trained together."""
+    if _generates(args):
+        return prompts_per_generation(args)
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)

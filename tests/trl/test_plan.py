@@ -1,0 +1,50 @@
+"""What the callback says of the order of the rows before training begins."""
+
+import warnings
+
+import pytest
+
+from interference_guard import ConfigError
+from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
+from interference_guard.integrations.trl.plan import look_ahead
+from tests.trl.host import TWO_PHASES, online, rows, supervised
+
+
+def begin(trainer, active_share=0.05, epochs=1):
+    look_ahead(trainer.train_dataset, "domain", trainer.args, epochs, active_share)
+
+
+def test_rows_drawn_at_random_are_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"\['code', 'math'\] at random.* Set shuffle_dataset=False"):
+        begin(online("grpo", tmp_path, rows(TWO_PHASES), shuffle_dataset=True))
+    with pytest.warns(UserWarning, match="Set train_sampling_strategy='sequential'"):
+        begin(supervised(tmp_path, rows(TWO_PHASES).rename_column("answer", "completion")))
+
+
+def test_the_first_mixed_batch_is_named(tmp_path):
+    # Blocks of three prompts, where a batch has two.
+    data = order_by_domain(rows(TWO_PHASES), 3, "round_robin")
+    with pytest.warns(UserWarning, match=r"Rows 2 to 3 .*'math': 1.*order_by_domain\(dataset, 2\)"):
+        begin(online("grpo", tmp_path, data))
+
+
+def test_rehearsed_rows_are_in_order_where_they_stay_protected(tmp_path):
+    data = order_by_domain(rows([("math", 8), ("code", 8)]), 4, batches=2, rehearsal=0.25)
+    trainer = online("grpo", tmp_path, data, per_device_train_batch_size=8)
+    with pytest.warns(UserWarning, match=r"Rows 8 to 11 .* set active_share above their share"):
+        begin(trainer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        begin(trainer, 0.5)
+
+
+def test_rehearsed_rows_do_not_hide_a_second_epoch(tmp_path):
+    data = order_by_domain(rows([("math", 8), ("code", 8)]), 4, batches=2, rehearsal=0.25)
+    trainer = online("grpo", tmp_path, data, per_device_train_batch_size=8)
+    with pytest.warns(UserWarning, match=r"domains \['math', 'code'\] one after the other, .* 2 times"):
+        begin(trainer, 0.5, 2)
+
+
+def test_settings_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"config is of type dict; give a GuardConfig"):
+        InterferenceGuardCallback(config={"budget": 0.02})
