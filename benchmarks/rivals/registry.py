@@ -67,6 +67,14 @@ RIVALS: dict[str, Rival] = {
     ),
     "guard, recovery alone": Rival("recovery phases, by their budget", GUARD, (0.05, 0.1), _alone, True),
     "guard, both": Rival("a projection by its budget, and recovery", GUARD, (0.05, 0.1), _both, True),
+    "guard, replay": Rival(
+        "a projection beside a share of rows of earlier domains",
+        "rivals.replay:GuardedReplay",
+        (0.25, 0.4),
+        # No earlier domain alone has half of a batch: all of them stay protected while they are replayed.
+        lambda share: {"active_share": 0.5},
+        rehearses=True,
+    ),
     "mixed": Rival(
         "rows of all domains, or a domain a step", "bed.method:Mixed", ("rows", "batches"), rehearses=True
     ),

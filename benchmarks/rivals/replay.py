@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from datasets import Dataset
 
-from ..bed.method import Method, Rows
+from ..bed.method import Guarded, Method, Rows
 
 
 class Replay(Method):
@@ -26,3 +26,7 @@ class Replay(Method):
             for _ in range(self.run.steps):
                 chosen += draw((name,), self.bed.prompts - old) + draw(self.run.order[: max(phase, 1)], old)
         return [Dataset.from_list(chosen)]
+
+
+class GuardedReplay(Replay, Guarded):
+    """The same rows with the guard beside them, which protects earlier domains also while they are replayed."""

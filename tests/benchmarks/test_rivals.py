@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from benchmarks.rivals.agem import AGEM, turn
 from benchmarks.rivals.ewc import EWC
 from benchmarks.rivals.kl import PhaseKL
 from benchmarks.rivals.osf import OSF
-from benchmarks.rivals.replay import Replay
+from benchmarks.rivals.registry import RIVALS
+from benchmarks.rivals.replay import GuardedReplay, Replay
 from benchmarks.rivals.separate import Separate
 from benchmarks.rivals.subspaces import OSFTLike, RandomSubspace
 from benchmarks.rivals.turns import Turns
@@ -193,6 +195,18 @@ def test_replay_mixes_in_its_share_of_earlier_domains_alone():
         names = data["domain"][phase * size : (phase + 1) * size]
         assert names.count(name) == (size if not phase else 0.75 * size)
         assert set(names) <= set(ORDER[: phase + 1])
+
+
+def test_the_guard_protects_what_is_replayed():
+    settings = RIVALS["guard, replay"].settings(0.25)
+    method = GuardedReplay(replace(run(0.25), guard=settings))
+    (data,), (alone,) = method.plan(rows()), Replay(run(0.25)).plan(rows())
+    assert data["domain"][:] == alone["domain"][:]
+    train(method.run, every=STEPS, method=method)
+    states = method.callback.guard.domains
+    # Each was trained in its own phase alone, and held in all later ones, which replayed it.
+    assert [states[name].foreign_steps for name in ORDER] == [2 * STEPS, STEPS, 0]
+    assert [states[name].anchored for name in ORDER] == [True, True, False]
 
 
 def test_a_mixed_batch_holds_one_domain_where_it_is_asked_to():
