@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError
 from interference_guard.guard import Guard
-from interference_guard.handover import compare, lengths
+from interference_guard.handover import compare, compare_saved, lengths
 from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
@@ -150,6 +150,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if self._checkpoints is None:
                 raise HostError("The callback has no trainer. Call attach(trainer) before load().")
             self._checkpoints.load(directory)
+            compare_saved(Path(directory), self._guard().view)
 
     def _wire(self, trainer: Any) -> None:
         if not self.config.enabled:

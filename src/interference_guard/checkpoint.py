@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import StateError
 from .files import DETAILS, TENSORS
+from .handover import fingerprints
 from .packing import check, incomplete, pack, shards_of, unpack
 from .recut import Part, recut
 
@@ -56,6 +57,7 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         details = dict(packed["details"])
         details["tensor_bytes"] = temporary[0].stat().st_size
         details["tensor_sha256"] = _digest(temporary[0])
+        details["weights"] = fingerprints(guard.view)
         temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
         _move(directory, temporary, names)
     except (OSError, SafetensorError) as error:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from interference_guard import (
@@ -241,6 +241,28 @@ def test_one_trainer_a_phase_with_saved_state(tmp_path):
     again.guard.load(tmp_path / "phase")
     second.train()
     assert again.guard.domains["math"].foreign_steps == 3
+
+
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)])
+def test_a_state_beside_other_weights_is_told(peft, tmp_path):
+    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=3, peft=peft)
+    callback = guarded(first)
+    first.train()
+    first.save_model(str(tmp_path / "phase"))
+    callback.save(tmp_path / "phase")
+    # Without a checkpoint of its own the second trainer begins anew.
+    fresh = guarded(online("grpo", tmp_path, rows([("code", 6)]), max_steps=3, peft=peft))
+    with pytest.warns(UserWarning, match=r"not those that the state in .* was saved beside: .* for instance"):
+        fresh.load(tmp_path / "phase")
+    model, _ = model_and_words(tmp_path / "model")
+    if peft is None:
+        model = str(tmp_path / "phase")
+    else:
+        model = PeftModel.from_pretrained(model, tmp_path / "phase", is_trainable=True)
+    second = guarded(online("grpo", tmp_path, rows([("code", 6)]), model=model, max_steps=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        second.load(tmp_path / "phase")
 
 
 @pytest.mark.parametrize("by_name", [False, True])
