@@ -83,6 +83,11 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
         raise HostError("The trainer has no train_dataset. Build the trainer with one, then attach the guard.")
     columns = getattr(dataset, "column_names", None)
     if columns is not None and table.column not in columns:
+        if "seq_lengths" in columns:
+            raise HostError(
+                f"packing=True joins rows, so the training dataset has no column {table.column!r} left: it has "
+                f"{sorted(columns)}. Set packing=False."
+            )
         raise HostError(
             f"The training dataset has no column {table.column!r}; it has {sorted(columns)}. Add it (one domain "
             "name a row), or name another one with GuardConfig(domain_column=...)."

@@ -55,7 +55,9 @@ def fingerprints(view: ModelView) -> dict[str, list[object]] | None:
     """
     if view.shards.sharded:
         return None
-    return {name: _fingerprint(parameter.detach()) for name, parameter in view.parameters.items()}
+    tensors = {name: view.shards.local(name, parameter.detach()) for name, parameter in view.parameters.items()}
+    # Before training an engine may have put the weights away.
+    return {name: _fingerprint(tensor) for name, tensor in tensors.items() if tensor.device.type != "meta"}
 
 
 def compare_saved(directory: Path, view: ModelView) -> None:

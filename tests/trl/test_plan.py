@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from interference_guard import ConfigError
+from interference_guard import ConfigError, HostError
 from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
 from interference_guard.integrations.trl.plan import look_ahead
 from tests.trl.host import TWO_PHASES, online, rows, supervised
@@ -48,3 +48,10 @@ def test_rehearsed_rows_do_not_hide_a_second_epoch(tmp_path):
 def test_settings_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"config is of type dict; give a GuardConfig"):
         InterferenceGuardCallback(config={"budget": 0.02})
+
+
+def test_packing_is_named_as_what_took_the_column(tmp_path):
+    data = rows(TWO_PHASES).rename_column("answer", "completion")
+    trainer = supervised(tmp_path, data, packing=True, max_length=16, padding_free=False)
+    with pytest.raises(HostError, match=r"packing=True joins rows.* Set packing=False"):
+        InterferenceGuardCallback(trainer)

@@ -1,5 +1,7 @@
 """The actor that carries recovery requests, in a Ray of its own."""
 
+import time
+
 import pytest
 import ray
 
@@ -38,5 +40,12 @@ def test_another_runs_actor_is_not_taken(monkeypatch):
 def test_an_actor_that_died_is_missed():
     link = coordinator.launch(["math"])
     ray.kill(coordinator._own)
+
+    def asked_again():
+        # Ray kills it a little later.
+        for _ in range(200):
+            link.wanted()
+            time.sleep(0.05)
+
     with pytest.raises(HostError, match="is gone"):
-        link.wanted()
+        asked_again()

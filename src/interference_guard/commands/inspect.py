@@ -40,7 +40,8 @@ def inspect(
         )
     found: dict[str, Any] = {"run": str(run)}
     if history is not None:
-        found |= {"steps": history.last, "skipped_lines": history.recorded.skipped, "domains": _domains(history)}
+        steps = int(history.last)
+        found |= {"steps": steps, "skipped_lines": history.recorded.skipped, "domains": _domains(history)}
     if state is not None:
         found["state"] = str(state)
         try:
