@@ -22,8 +22,9 @@ def look_ahead(dataset: Any, column: str, args: Any, epochs: float, active_share
         active_share: From which share of a batch's rows a domain counts as in training.
     """
     rows = dataset[column][:] if hasattr(dataset, "select") else []
+    rows = [str(name) for name in rows]
     names = sorted(set(rows))
-    if len(names) < 2:
+    if len(names) < 2 or _batch(args) == 1:
         return
     if not in_order(args):
         setting = "shuffle_dataset=False" if _generates(args) else "train_sampling_strategy='sequential'"

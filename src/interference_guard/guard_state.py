@@ -159,7 +159,8 @@ class GuardState:
     @property
     def active(self) -> tuple[str, ...]:
         """Domains the present step trains."""
-        least = self.config.active_share
+        # Shares are sums of parts of batches.
+        least = self.config.active_share * (1 - 1e-9)
         chosen = tuple(name for name, share in self._shares.items() if share >= least)
         if self._shares and not chosen:
             # The step still belongs to someone: to those that nothing holds yet, where there are any.

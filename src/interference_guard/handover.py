@@ -51,9 +51,9 @@ def compare(before: Mapping[str, Tensor] | None, view: ModelView) -> None:
 def fingerprints(view: ModelView) -> dict[str, list[object]] | None:
     """Number format, size and checksum of each trainable parameter, the same to the bit on any machine.
 
-    None of a sharded model.
+    None of a sharded model, and under DeepSpeed, whose fp32 weights are not those that it saves.
     """
-    if view.shards.sharded:
+    if view.shards.sharded or view.zero is not None:
         return None
     tensors = {name: view.shards.local(name, parameter.detach()) for name, parameter in view.parameters.items()}
     # Before training an engine may have put the weights away.

@@ -36,8 +36,10 @@ def open_step(guard: Guard) -> None:
     guard.trained = active
     started = perf_counter()
     for name in guard.protected:
-        # Rehearsed: sampled while it is held, and by its next anchor of a policy of long ago.
-        guard.domains[name].discard(guard.steps)
+        # Rehearsed: sampled while it is held, and by its next anchor of a policy of long ago. After the own steps
+        # of a recovery they are its own.
+        if not guard.domains[name].own_steps:
+            guard.domains[name].discard(guard.steps)
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
     for name in sorted(guard.domains):
         if name not in active and guard.domains[name].own_steps and name != guard.recovery:
