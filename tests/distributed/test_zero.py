@@ -58,6 +58,13 @@ SGD = {"hidden": 15, "make": torch.optim.SGD, "rate": 0.3}
 PHASES = ["math"] * 3 + ["code"] * 3 + ["qa"] * 4
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_process_saves_and_reads_its_state(stage, tmp_path):
+    from tests.distributed import zero_jobs
+
+    assert run_ranks(1, zero_jobs.saved_and_read, stage, tmp_path / "state", folder=tmp_path / "one") == [True]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What two ranks found, by job: they are started once, which takes longer than any of the jobs."""

@@ -262,3 +262,16 @@ def refusal(kind):
             engine.optimizer.single_partition_of_fp32_groups[0].add_(1)
         attempt = lambda: Guard(engine)  # noqa: E731
     return answer(attempt)
+
+
+def saved_and_read(stage, folder):
+    """Whether a guard in one process goes on from its own files with the same sums."""
+    engine, guard, _ = guarded(stage)
+    train(engine, guard, ["math"] * 2 + ["code"])
+    guard.save(folder)
+    engine, again, _ = guarded(stage)
+    again.load(folder)
+    pairs = zip(
+        guard.domains["math"].curvature.energies(), again.domains["math"].curvature.energies(), strict=True
+    )
+    return again.steps == guard.steps and all(torch.equal(a, b) for a, b in pairs)

@@ -21,6 +21,13 @@ def test_rows_drawn_at_random_are_told(tmp_path):
         begin(supervised(tmp_path, rows(TWO_PHASES).rename_column("answer", "completion")))
 
 
+def test_batches_of_one_row_cannot_mix(tmp_path):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), shuffle_dataset=True, per_device_train_batch_size=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        begin(trainer)
+
+
 def test_the_first_mixed_batch_is_named(tmp_path):
     # Blocks of three prompts, where a batch has two.
     data = order_by_domain(rows(TWO_PHASES), 3, "round_robin")

@@ -1,8 +1,9 @@
 """Which completions a domain keeps for its probe."""
 
+import pytest
 import torch
 
-from interference_guard import GuardConfig
+from interference_guard import GuardConfig, stepping
 from interference_guard.domain import POOL
 from interference_guard.probe import Completions, spread
 from tests.unit.helpers import guarded, train
@@ -70,6 +71,23 @@ def test_rows_of_a_step_are_let_go_of_alone():
     domain.discard(7)
     domain.discard(7)
     assert set(kept(domain)) == {float(prompt) for prompt in range(PROMPTS)}
+
+
+@pytest.mark.parametrize("own_steps", [0, 2])
+def test_rows_of_a_held_domain_are_kept_after_own_steps_alone(own_steps):
+    model, guard, optimizer = guarded(config=GuardConfig(retain=LIMIT, rank=2, sketch=4))
+    train(model, guard, optimizer, ["math"] * 2 + ["code"])
+    math = guard.domains["math"]
+    assert math.anchored
+    math.forget_pending()
+    # After the own steps of a recovery, by a host that keeps rows once a step is made.
+    math.own_steps = own_steps
+    newest = rollouts(9)
+    guard.retain("math", newest)
+    guard.begin({"code": 1.0})
+    stepping.open_step(guard)
+    assert not math.pending
+    assert set(newest.rewards.tolist()).issubset(math.retained.rewards.tolist()) == bool(own_steps)
 
 
 def test_small_steps_reach_no_further_back_than_they_must():
