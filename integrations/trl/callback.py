@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from interference_guard.checkpoint import weights_beside
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError
 from interference_guard.guard import Guard
-from interference_guard.handover import compare, compare_saved, lengths
+from interference_guard.handover import checksums, compare
 from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
@@ -92,7 +93,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._checkpoints: Checkpoints | None = None
         self._training: str | None = None
         # Of the weights that the last run ended with.
-        self._left: dict[str, Tensor] | None = None
+        self._left: dict[str, str] | None = None
         for name, value in (("recovery_datasets", recovery_datasets), ("reference", reference)):
             if value is not None and not isinstance(value, Mapping):
                 raise ConfigError(
@@ -150,7 +151,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if self._checkpoints is None:
                 raise HostError("The callback has no trainer. Call attach(trainer) before load().")
             self._checkpoints.load(directory)
-            compare_saved(Path(directory), self._guard().view)
+            compare(weights_beside(Path(directory)), self._guard().view, f"saved in {directory}")
 
     def _wire(self, trainer: Any) -> None:
         if not self.config.enabled:
@@ -193,7 +194,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.guard.ranks.reduce = partial(_reduce, accelerator) if several else None
         self.detach()
         self._seams, self._recovery = seams, recovery
-        compare(self._left, self.guard.view)
+        compare(self._left, self.guard.view, "the run before ended with")
         self._left = None
         if recovery is not None:
             self.domains.add(sorted(recovery.domains))
@@ -352,7 +353,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         """Remove the step hooks, and end the history with the sums by layer and module."""
         self._unhook()
         if self.config.enabled:
-            self._left = lengths(self._guard().view)
+            self._left = checksums(self._guard().view)
             try:
                 # All ranks: energies of a sharded model are sums over them.
                 places = self._guard().places()

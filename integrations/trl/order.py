@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from interference_guard.errors import ConfigError
-from interference_guard.rehearsal import batch_domains, checked_share
+from interference_guard.rehearsal import Rehearsal
 
 from .rows import DomainTable, check_dataset
 
@@ -83,7 +83,6 @@ def order_by_domain(
             f"A {type(dataset).__name__} cannot be put in another order. Give a datasets.Dataset (one split of "
             "several), or arrange a stream's rows yourself so that each generation batch is of one domain."
         )
-    rehearsal = checked_share(rehearsal, prompts)
     if rehearsal and order != "sequential":
         raise ConfigError(
             f"rehearsal={rehearsal!r} goes with order='sequential' alone, where domains are finished one after "
@@ -113,18 +112,8 @@ def order_by_domain(
             f"order={order!r} is not allowed: it must be one of {list(ORDERS)} or weights by domain."
         )
     streams = {name: _stream(indices, generator) for name, indices in rows.items()}
-    before = [name for name in rows if not counts[name]] if rehearsal else []
-    if rehearsal and (not sequence or {sequence[-1]} == {*sequence, *before}):
-        raise ConfigError(
-            f"rehearsal={rehearsal!r} has no domain to rehearse: the rows are of {list(rows)}, and only one is "
-            "trained. Add rows of domains that were trained before, with 0 batches each."
-        )
-    chosen = []
-    for number, present in enumerate(sequence):
-        earlier = dict.fromkeys(before + sequence[:number]) if rehearsal else {}
-        others = [name for name in earlier if name != present]
-        chosen += [next(streams[name]) for name in batch_domains(present, others, number, prompts, rehearsal)]
-    return dataset.select(chosen)
+    batch = Rehearsal(sequence, rows, prompts, rehearsal).batch
+    return dataset.select([next(streams[name]) for number in range(len(sequence)) for name in batch(number)])
 
 
 def _counts(

@@ -21,26 +21,27 @@ def look_ahead(dataset: Any, column: str, args: Any, epochs: float, active_share
         epochs: How often the run goes through the rows.
         active_share: From which share of a batch's rows a domain counts as in training.
     """
-    rows = dataset[column][:] if hasattr(dataset, "select") else []
-    rows = [str(name) for name in rows]
-    names = sorted(set(rows))
-    if len(names) < 2 or _batch(args) == 1:
+    rows = [str(name) for name in dataset[column][:]] if hasattr(dataset, "select") else []
+    names, size = sorted(set(rows)), _batch(args)
+    if len(names) < 2:
         return
     if not in_order(args):
         setting = "shuffle_dataset=False" if _generates(args) else "train_sampling_strategy='sequential'"
-        warnings.warn(
-            f"The trainer draws rows of the domains {names} at random, so that its steps mix them: the guard "
-            f"learns of none then and protects none. Set {setting}, and arrange the rows with order_by_domain().",
-            stacklevel=3,
-        )
+        if size > 1:
+            warnings.warn(
+                f"The trainer draws rows of the domains {names} at random, so that its steps may mix them: of a "
+                "step that does the guard learns nothing, and it protects none of its domains. Set "
+                f"{setting}, and arrange the rows with order_by_domain().",
+                stacklevel=3,
+            )
         return
-    size = _batch(args)
-    batches = [Counter(rows[start : start + size]) for start in range(0, len(rows), size)]
+    # A last batch that is not full is dropped, or is no phase of its own.
+    batches = [Counter(rows[start : start + size]) for start in range(0, len(rows) - size + 1, size)]
     for number, counts in enumerate(batches):
-        active = [name for name, count in counts.items() if count >= active_share * counts.total()]
+        active = [name for name, count in counts.items() if count >= active_share * size]
         if len(active) > 1:
             warnings.warn(
-                f"Rows {number * size} to {number * size + counts.total() - 1} are one batch and hold "
+                f"Rows {number * size} to {number * size + size - 1} are one batch and hold "
                 f"{dict(counts)}. {len(active)} domains have at least active_share={active_share} of it, so the "
                 f"guard learns of none and protects none of them. order_by_domain(dataset, {size}) keeps domains "
                 "apart; where rows are only rehearsed, set active_share above their share.",

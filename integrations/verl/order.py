@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from interference_guard.errors import ConfigError
-from interference_guard.rehearsal import batch_domains, checked_share
+from interference_guard.rehearsal import Rehearsal
 
 ORDERS = ("sequential", "round_robin")
 
@@ -46,23 +46,17 @@ class DomainOrder:
         seed: int = 0,
         rehearsal: float | None = 0.0,
     ) -> None:
-        rehearsal = checked_share(rehearsal, prompts, "data.domain_rehearsal")
         if rehearsal and order == "round_robin":
             raise ConfigError(
                 f"data.domain_rehearsal={rehearsal!r} is not allowed with data.domain_order=round_robin, which "
                 "takes domains up again by itself. Take sequential, or a list of domains."
             )
-        self.prompts, self.seed, self.rehearsal = prompts, seed, rehearsal
+        self.prompts, self.seed = prompts, seed
         self.rows: dict[str, list[int]] = {}
         for index, name in enumerate(domains):
             self.rows.setdefault(name, []).append(index)
         self.plan = self._planned(order, batches)
-        if rehearsal and {self.plan[-1]} == {*self.rows}:
-            raise ConfigError(
-                f"data.domain_rehearsal={rehearsal!r} has no domain to rehearse: data.train_files holds rows of "
-                f"{self.plan[-1]!r} alone. Add rows of domains that were trained before, and leave them out of "
-                "data.domain_order."
-            )
+        self._rehearsal = Rehearsal(self.plan, self.rows, prompts, rehearsal, "data.domain_rehearsal")
         self.present = ""
         self._recovers = False
         self._used = dict.fromkeys(self.rows, 0)
@@ -91,7 +85,8 @@ class DomainOrder:
                 )
             self.present = self.plan[number] if wanted is None else wanted
             self._recovers = wanted is not None
-        name = self._names(number)[offset]
+        # A recovery has its batches whole.
+        name = self.present if self._recovers else self._rehearsal.batch(number)[offset]
         passes, index = divmod(self._used[name], len(self.rows[name]))
         if self._shuffled.get(name, (-1, []))[0] != passes:
             generator = torch.Generator().manual_seed(
@@ -119,14 +114,6 @@ class DomainOrder:
             )
         self._used, self.present = dict(state["used"]), state["present"]
         self._recovers = state.get("recovers", False)
-
-    def _names(self, number: int) -> list[str]:
-        """The domain of each row of a batch; a recovery's is whole."""
-        earlier = []
-        if self.rehearsal and not self._recovers:
-            known = [name for name in self.rows if name not in self.plan]
-            earlier = [name for name in dict.fromkeys(known + self.plan[:number]) if name != self.present]
-        return batch_domains(self.present, earlier, number, self.prompts, self.rehearsal)
 
     def _planned(self, order: str | Sequence[str], batches: int | Mapping[str, int] | None) -> list[str]:
         named = isinstance(order, str)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import StateError
 from .files import DETAILS, TENSORS
-from .handover import fingerprints
+from .handover import checksums
 from .packing import check, incomplete, pack, shards_of, unpack
 from .recut import Part, recut
 
@@ -57,7 +57,7 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         details = dict(packed["details"])
         details["tensor_bytes"] = temporary[0].stat().st_size
         details["tensor_sha256"] = _digest(temporary[0])
-        details["weights"] = fingerprints(guard.view)
+        details["weights"] = checksums(guard.view)
         temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
         _move(directory, temporary, names)
     except (OSError, SafetensorError) as error:
@@ -168,6 +168,15 @@ def load_own(
     place = place or (rank, world)
     alone = saved == world and _is_part_of(guard, own, place)
     load(guard, own, None if alone else [folder_of(item) for item in range(saved)], place)
+
+
+def weights_beside(directory: Path) -> dict[str, str] | None:
+    """The `checksums` of the weights that a state was saved beside; None where it holds none."""
+    path = directory / DETAILS
+    if not path.is_file():
+        return None
+    found: dict[str, str] | None = json.loads(path.read_text(encoding="utf-8")).get("weights")
+    return found
 
 
 def _is_part_of(guard: Guard, directory: Path, place: tuple[int, int]) -> bool:

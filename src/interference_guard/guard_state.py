@@ -96,6 +96,7 @@ class GuardState:
         # Domains that steps were announced of, in rows enough or not; the same on all ranks.
         self.announced: set[str] = set()
         self._shares: dict[str, float] = {}
+        self._active: tuple[str, ...] = ()
         # Whether the step they are of is over, where a host announces every step.
         self._over = False
         self._domains: dict[str, DomainState] = {}
@@ -109,7 +110,7 @@ class GuardState:
         try:
             yield self
         finally:
-            self._shares = {}
+            self._shares, self._active = {}, ()
 
     def begin(self, shares: Mapping[str, float]) -> None:
         """Say what the coming step trains.
@@ -147,6 +148,18 @@ class GuardState:
             self.announced.update(self._shares)
             for name in self._shares:
                 self.state_of(name)
+        # Once: the step itself changes which domains have an anchor.
+        self._active = self._trained()
+
+    def _trained(self) -> tuple[str, ...]:
+        # Shares are sums of parts of batches.
+        least = self.config.active_share * (1 - 1e-9)
+        chosen = tuple(name for name, share in self._shares.items() if share >= least)
+        if not chosen:
+            # The step still belongs to someone: to those that nothing holds yet, where there are any.
+            anchored = {name for name, state in self._domains.items() if state.anchored}
+            chosen = tuple(name for name in self._shares if name not in anchored) or tuple(self._shares)
+        return chosen
 
     def end(self) -> None:
         """The step that `begin` announced is over, and the next one must be announced too.
@@ -159,14 +172,7 @@ class GuardState:
     @property
     def active(self) -> tuple[str, ...]:
         """Domains the present step trains."""
-        # Shares are sums of parts of batches.
-        least = self.config.active_share * (1 - 1e-9)
-        chosen = tuple(name for name, share in self._shares.items() if share >= least)
-        if self._shares and not chosen:
-            # The step still belongs to someone: to those that nothing holds yet, where there are any.
-            anchored = {name for name, state in self._domains.items() if state.anchored}
-            chosen = tuple(name for name in self._shares if name not in anchored) or tuple(self._shares)
-        return chosen
+        return self._active
 
     @property
     def protected(self) -> tuple[str, ...]:
@@ -222,24 +228,14 @@ class GuardState:
         """Say once that a step of several domains adds to no domain's curvature; shuffled rows mix all ways."""
         first = not any(len(others) > 1 for others in self._warned)
         self._warned.add(names)
-        *_, second, most = sorted(self._shares[name] for name in names)
-        if first and most > 0.5:
+        if first:
             warnings.warn(
-                f"A step trained {most:.0%} of one domain beside others, {sorted(names)}. Each of them has at "
-                f"least active_share={self.config.active_share} of its rows, so none is protected, and the "
-                "gradient is added to no domain's curvature. If the others are rehearsed, set active_share above "
-                f"{second:.2g}, to 0.5 for instance: they stay protected then. Otherwise train one domain a "
-                "step (order_by_domain in TRL, DomainDataset in veRL). Other mixtures are not reported.",
-                stacklevel=6,
-            )
-        elif first:
-            warnings.warn(
-                f"A step trained the domains {sorted(names)} together. Its gradient cannot be told apart by "
-                "domain, so it is added to no domain's curvature: a domain that is only trained so gets no "
-                "protection later. Train one domain a step. In TRL, "
-                "interference_guard.integrations.trl.order_by_domain(dataset, prompts, 'round_robin') and "
-                "shuffle_dataset=False do it (of an SFTTrainer train_sampling_strategy='sequential'); in veRL, "
-                "the guard's DomainDataset. Other mixtures are not reported.",
+                f"A step trained the domains {sorted(names)} together: each has at least "
+                f"active_share={self.config.active_share} of its rows. Its gradient cannot be told apart by "
+                "domain, so it is added to no domain's curvature, and none of them is protected meanwhile: a "
+                "domain that is only trained so gets no protection later. Train one domain a step "
+                "(order_by_domain in TRL, DomainDataset in veRL). Where rows of earlier domains are only "
+                "rehearsed, set active_share above their share. Other mixtures are not reported.",
                 stacklevel=6,
             )
 

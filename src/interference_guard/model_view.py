@@ -112,7 +112,7 @@ class ModelView:
 
     def _lay_out(self) -> None:
         config = self._config
-        self.blocks = make_blocks(self.layout, self._pieces(), self.shards)
+        self.blocks = make_blocks(self.layout, self.pieces(), self.shards)
         self.omegas = sketch_matrices(self.blocks, config.sketch, config.seed)
         """Test matrices of the curvature per block, ``(width, sketch)`` fp32; shared by blocks of one width."""
         self.residuals = residual_matrices(self.blocks, config.residual, config.seed)
@@ -122,7 +122,8 @@ class ModelView:
         self.ranks = [rank_of(block, config.rank) for block in self.blocks]
         """Most directions kept of a matrix per block."""
 
-    def _pieces(self) -> dict[str, Tensor]:
+    def pieces(self) -> dict[str, Tensor]:
+        """What of each trainable parameter lies on this rank, sharing its memory."""
         return {name: self.shards.local(name, parameter) for name, parameter in self._parameters.items()}
 
     def place(self) -> None:
@@ -147,7 +148,7 @@ class ModelView:
 
         Take them afresh at every use: blocks may share memory with the parameters, and engines swap it.
         """
-        return Blocks(self.blocks, self._pieces())
+        return Blocks(self.blocks, self.pieces())
 
     def gradients(self, scale: Tensor | None = None) -> Blocks:
         """The parameters' gradients, laid out as `weights`, divided by a loss scale that is still in them."""
@@ -168,7 +169,7 @@ class ModelView:
             step: Of the guard. With the seed it says how bf16 weights are rounded, so that ranks that hold the
                 same weights round alike, and a resumed run as an uninterrupted one.
         """
-        tensors = self._pieces()
+        tensors = self.pieces()
         generator = None
         if self._config.stochastic_rounding and any(item.dtype == torch.bfloat16 for item in tensors.values()):
             seed = (SEEDS * self._config.seed + step) % 2**63

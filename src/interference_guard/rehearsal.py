@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .errors import ConfigError
 
 
-def batch_domains(present: str, earlier: Sequence[str], number: int, prompts: int, share: float) -> list[str]:
-    """The domain of each prompt of a batch.
+class Rehearsal:
+    """Which domain each prompt of each batch of a plan is of.
 
-    Rows of earlier domains are spread evenly over the batch, and over batches evenly over the domains.
-
-    Args:
-        present: The domain in training.
-        earlier: Those trained before it.
-        number: Of the batch, from 0.
-        prompts: Of the batch.
-        share: Part of them that is of earlier domains, rounded to whole prompts.
-
-    Returns:
-        ``prompts`` names.
-
-    >>> batch_domains("code", ["math", "qa"], number=0, prompts=8, share=0.25)
-    ['code', 'code', 'math', 'code', 'code', 'code', 'qa', 'code']
-    """
-    names = [present] * prompts
-    count = round(share * prompts) if earlier else 0
-    for index in range(count):
-        names[(2 * index + 1) * prompts // (2 * count)] = earlier[(number * count + index) % len(earlier)]
-    return names
-
-
-def checked_share(share: float | None, prompts: int, setting: str = "rehearsal") -> float:
-    """Check the share of rows of earlier domains.
+    Earlier domains have equal parts of a batch's share, in turn, spread evenly over it. Those that have rows and
+    are not in the plan were trained before it.
 
     Args:
-        share: The share; None is 0.
+        plan: The domain in training, by batch.
+        domains: Those that have rows.
         prompts: Of a batch.
-        setting: What the host calls it.
+        share: Part of them that is of earlier domains, rounded to whole prompts; None is 0.
+        setting: What the host calls the share.
 
-    Returns:
-        Which part of a batch is of earlier domains, in whole prompts.
+    Raises:
+        ConfigError: If the share is none, or no domain comes before another.
+
+    >>> Rehearsal(["math", "code"], ["math", "code"], prompts=8, share=0.25).batch(1)
+    ['code', 'code', 'math', 'code', 'code', 'code', 'math', 'code']
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[str],
+        domains: Iterable[str],
+        prompts: int,
+        share: float | None = 0.0,
+        setting: str = "rehearsal",
+    ) -> None:
+        self.plan, self.prompts, self.count = plan, prompts, rehearsed_prompts(share, prompts, setting)
+        planned = set(plan)
+        self._first = {name: -1 for name in domains if name not in planned}
+        for number, name in enumerate(plan):
+            self._first.setdefault(name, number)
+        if self.count and (not plan or len(self._first) < 2):
+            raise ConfigError(
+                f"{setting}={share!r} has no domain to rehearse: there are rows of {list(self._first)}, and the "
+                f"plan trains {sorted(planned)}. Add rows of domains that were trained before, and plan no "
+                "batches of them."
+            )
+
+    def batch(self, number: int) -> list[str]:
+        """The domain of each prompt of a batch, ``prompts`` names."""
+        present = self.plan[number]
+        names = [present] * self.prompts
+        earlier = [name for name, first in self._first.items() if first < number and name != present]
+        for index in range(self.count if earlier else 0):
+            place = (2 * index + 1) * self.prompts // (2 * self.count)
+            names[place] = earlier[(number * self.count + index) % len(earlier)]
+        return names
+
+
+def rehearsed_prompts(share: float | None, prompts: int, setting: str = "rehearsal") -> int:
+    """How many of a batch's prompts a share of earlier domains is; None is 0.
 
     Raises:
         ConfigError: If it is not from 0 to below a half, in whole prompts too, or is less than one prompt.
@@ -60,7 +78,7 @@ def checked_share(share: float | None, prompts: int, setting: str = "rehearsal")
             f"{setting}={share!r} is {count} of a batch of {prompts} prompts. It must be at least one of them "
             f"and less than half. Allowed here: {allowed}."
         )
-    return count / prompts
+    return count
 
 
 def check_active_share(
@@ -75,9 +93,9 @@ def check_active_share(
         setting: What the host calls `share`.
 
     Raises:
-        ConfigError: If not, or for a share that `checked_share` refuses.
+        ConfigError: If not, or for a share that `rehearsed_prompts` refuses.
     """
-    part = checked_share(share, prompts, setting)
+    part = rehearsed_prompts(share, prompts, setting) / prompts
     if part and not part < active_share <= 1 - part:
         raise ConfigError(
             f"{setting}={share!r} with active_share={active_share!r} is not allowed: one earlier domain can have "

@@ -1,9 +1,6 @@
-import warnings
-from dataclasses import replace
-
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from interference_guard import (
@@ -14,7 +11,7 @@ from interference_guard import (
     ShapeError,
     UnsupportedError,
 )
-from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
+from interference_guard.integrations.trl import InterferenceGuardCallback
 from interference_guard.metrics import expand
 from tests.trl.host import (
     CONFIG,
@@ -143,52 +140,6 @@ def test_mixed_batches_count_rows(tmp_path):
     assert callback.guard.protected == ()
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_what_is_rehearsed_stays_protected(steps, tmp_path):
-    # The trainer shuffles a generation before it cuts it into steps: some hold few rows of the present domain.
-    dataset = order_by_domain(rows([("math", 32), ("code", 32)]), 8, batches=3, rehearsal=0.4)
-    trainer = online(
-        "grpo",
-        tmp_path,
-        dataset,
-        per_device_train_batch_size=16 // steps,
-        steps_per_generation=steps,
-        max_steps=6 * steps,
-    )
-    callback = guarded(trainer, replace(CONFIG, active_share=0.5))
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            math = callback.guard.domains["math"]
-            seen.append(
-                (callback.guard.trained, math.anchored, math.foreign_steps, math.retained, len(math.pending))
-            )
-
-    trainer.add_callback(Watch())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*beside others|.*together")
-        trainer.train()
-    assert [trained for trained, *_ in seen] == [("math",)] * 3 * steps + [("code",)] * 3 * steps
-    assert [foreign for _, _, foreign, *_ in seen[3 * steps :]] == list(range(1, 3 * steps + 1))
-    # It is measured on what it had at its anchor, and nothing that was sampled of it since is kept.
-    first = seen[3 * steps][3]
-    assert all(anchored and kept is first and not new for _, anchored, _, kept, new in seen[3 * steps :])
-    state = callback.guard.domains["math"]
-    assert callback.guard.interference()["math"].inside <= state.radius.item() * (1 + 1e-3)
-    assert state.measurement is not None
-    assert callback.guard.domains["code"].curvature.count > 2
-
-
-def test_a_rehearsal_that_ends_the_protection_is_told(tmp_path):
-    dataset = order_by_domain(rows([("math", 8), ("code", 8)]), 4, batches=2, rehearsal=0.25)
-    trainer = online("grpo", tmp_path, dataset, per_device_train_batch_size=8, max_steps=4)
-    callback = guarded(trainer)
-    with pytest.warns(UserWarning, match=r"75% of one domain beside .* set active_share above 0\.25, to 0\.5"):
-        trainer.train()
-    assert callback.guard.protected == ()
-
-
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_lora(kind, tmp_path):
     trainer = online(kind, tmp_path, rows(TWO_PHASES), peft=LoraConfig(r=4, target_modules="all-linear"))
@@ -212,73 +163,6 @@ def test_supervised_training_uses_its_labels(tmp_path):
     inside = callback.guard.interference()["math"].inside
     assert inside <= state.radius.item() * (1 + 1e-3)
     callback.detach()
-
-
-def test_one_trainer_a_phase(tmp_path):
-    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=3)
-    callback = InterferenceGuardCallback(config=CONFIG)
-    assert callback.attach(first) is callback
-    first.train()
-    assert not callback.guard.domains["math"].anchored
-    second = online("grpo", tmp_path, rows([("code", 6)]), model=first.model, max_steps=3)
-    callback.attach(second)
-    second.train()
-    assert callback.guard.steps == 6
-    assert callback.guard.domains["math"].foreign_steps == 3
-    # The first trainer is as it was.
-    assert not any(name in vars(first) for name in ("log", "_prepare_inputs", "_calculate_rewards"))
-    assert not any(isinstance(item, InterferenceGuardCallback) for item in first.callback_handler.callbacks)
-
-
-def test_one_trainer_a_phase_with_saved_state(tmp_path):
-    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=3)
-    callback = guarded(first)
-    first.train()
-    first.save_model(str(tmp_path / "phase"))
-    callback.guard.save(tmp_path / "phase")
-    second = online("grpo", tmp_path, rows([("code", 6)]), model=str(tmp_path / "phase"), max_steps=3)
-    again = guarded(second)
-    again.guard.load(tmp_path / "phase")
-    second.train()
-    assert again.guard.domains["math"].foreign_steps == 3
-
-
-@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)])
-def test_a_state_beside_other_weights_is_told(peft, tmp_path):
-    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=3, peft=peft)
-    callback = guarded(first)
-    first.train()
-    first.save_model(str(tmp_path / "phase"))
-    callback.save(tmp_path / "phase")
-    # Without a checkpoint of its own the second trainer begins anew.
-    fresh = guarded(online("grpo", tmp_path, rows([("code", 6)]), max_steps=3, peft=peft))
-    with pytest.warns(UserWarning, match=r"not those that the state in .* was saved beside: .* for instance"):
-        fresh.load(tmp_path / "phase")
-    model, _ = model_and_words(tmp_path / "model")
-    if peft is None:
-        model = str(tmp_path / "phase")
-    else:
-        model = PeftModel.from_pretrained(model, tmp_path / "phase", is_trainable=True)
-    second = guarded(online("grpo", tmp_path, rows([("code", 6)]), model=model, max_steps=3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        second.load(tmp_path / "phase")
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_a_next_phase_that_begins_with_other_weights(by_name, tmp_path):
-    first = online("grpo", tmp_path, rows([("math", 6)]), max_steps=2)
-    callback = InterferenceGuardCallback(config=CONFIG)
-    callback.attach(first)
-    first.train()
-    model = str(tmp_path / "model") if by_name else first.model
-    second = online("grpo", tmp_path, rows([("code", 6)]), model=model, max_steps=2)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        callback.attach(second)
-    text = [str(item.message) for item in found if "not those the run before ended with" in str(item.message)]
-    assert len(text) == by_name
-    assert not by_name or "give each of them the same model object" in text[0]
 
 
 def test_evaluations_reach_the_guard_by_domain(tmp_path):

@@ -127,6 +127,7 @@ def test_small_shares_stay_protected():
     assert many.active == ("a", "b", "c")
     # Where no share is enough, the step is of those that nothing holds yet.
     many.domains["a"].anchored = many.domains["c"].anchored = True
+    many.begin({"a": 1, "b": 1, "c": 1})
     assert many.active == ("b",)
     assert many.protected == ("a", "c")
 
