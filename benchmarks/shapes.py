@@ -3,9 +3,9 @@
     python -m benchmarks.overhead --model qwen3-4b [--layers 4] [--device cuda] [--threads 2]
 
 Observe, predict, project and probe for one to four protected domains, against one streaming read of the same
-weights and against a forward and backward pass over 1,024 tokens. As many layers are built as fit; the cost of a
-layer is the difference between two depths, and the whole model's is scaled up by its number of layers. Writes
-`benchmarks/results/overhead_<model>.json`.
+weights and against a forward and backward pass over 1,024 tokens. Beside them stand the matrix products that the
+method cannot do without, made by torch alone: what the guard takes beyond those is its own. Ratios are those of
+the layers that are built. Writes `benchmarks/results/overhead_<model>.json`.
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         row["predict_and_project"] = min(both)
     found["probe"] = timed(lambda: guard.measure(domains[0]), device, 1)
     found["read"] = timed(read, device, READS)
+    for row in found["by_domains"]:
+        row["products"] = products(weights, row["protected"], device)
     found["memory"] = memory(guard, domains[0])
     return found
 
@@ -147,6 +149,36 @@ def _move(weights: list[Tensor], seed: int) -> None:
     torch.manual_seed(seed)
     for weight in weights:
         weight.add_(torch.empty_like(weight).uniform_(-2e-4, 2e-4))
+
+
+def products(weights: list[Tensor], protected: int, device: torch.device) -> dict[str, float]:
+    """Seconds of the products alone: a gradient's two with its sketch; displacements into directions and back.
+
+    Args:
+        weights: What they are made with; matrices count, and they change by rounding at most.
+        protected: Domains with directions.
+        device: Where the weights are.
+    """
+    config = GuardConfig()
+    matrices = [weight for weight in weights if weight.ndim == 2]
+    torch.manual_seed(0)
+    columns = (config.sketch, config.rank * protected)
+    sizes = sorted({(weight.shape[1], number) for weight in matrices for number in columns})
+    factors = {size: torch.randn(size, device=device) / size[0] for size in sizes}
+
+    def observe() -> None:
+        for weight in matrices:
+            weight.mT @ (weight @ factors[weight.shape[1], config.sketch])
+
+    def predict_and_project() -> None:
+        for weight in matrices:
+            directions = factors[weight.shape[1], config.rank * protected]
+            weight.addmm_(weight @ directions, directions.mT, alpha=-1e-9)
+
+    return {
+        "observe": timed(observe, device),
+        "predict_and_project": timed(predict_and_project, device),
+    }
 
 
 def memory(guard: Guard, domain: str) -> dict[str, int]:
@@ -172,7 +204,14 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
     for row in found["by_domains"]:
         parts = {key: row[key] / found["read"] for key in ("observe", "predict", "predict_and_project")}
         total = row["observe"] + row["predict_and_project"]
-        table.append({"protected": row["protected"], "over_read": parts, "over_forward_backward": total / step})
+        table.append(
+            {
+                "protected": row["protected"],
+                "over_read": parts,
+                "products_over_read": {key: value / found["read"] for key, value in row["products"].items()},
+                "over_forward_backward": total / step,
+            }
+        )
     return {
         "by_domains": table,
         "anchors_of_four_over_read": found["anchors"] / found["read"],
@@ -195,15 +234,25 @@ def rates(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-HEAD = ("protected", "observe", "predict", "predict and project", "of a forward and backward pass")
+HEAD = (
+    "protected",
+    "observe",
+    "its products alone",
+    "predict",
+    "predict and project",
+    "their products alone",
+    "of a forward and backward pass",
+)
 
 
 def cells(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table of `ratios`, under `HEAD`."""
     rows = []
     for row in found["by_domains"]:
-        parts = [f"{row['over_read'][key]:.1f}" for key in ("observe", "predict", "predict_and_project")]
-        rows.append((str(row["protected"]), *parts, f"{row['over_forward_backward']:.0%}"))
+        over, alone = row["over_read"], row["products_over_read"]
+        parts = (over["observe"], alone["observe"], over["predict"], over["predict_and_project"])
+        ratios = [f"{value:.1f}" for value in (*parts, alone["predict_and_project"])]
+        rows.append((str(row["protected"]), *ratios, f"{row['over_forward_backward']:.0%}"))
     return rows
 
 
