@@ -72,27 +72,34 @@ def _show(found: dict[str, Any]) -> None:
     keys = ("reward", "lost", "predicted", "measured", "radius", "protected_share")
     forms = (".3f", ".3f", ".4f", ".4f", ".2e", ".0%")
     rows = [
-        [name, *(output.number(values.get(key), form) for key, form in zip(keys, forms, strict=True))]
+        [
+            name,
+            *(output.number(values.get(key), form) for key, form in zip(keys, forms, strict=True)),
+            values["unit"] or "-",
+        ]
         for name, values in found["domains"].items()
     ]
-    output.table(f"{found['run']}: {found['steps']:g} steps", ["domain", *keys], rows)
+    output.table(f"{found['run']}: {found['steps']:g} steps", ["domain", *keys, "unit"], rows)
     if found["skipped_lines"]:
         output.line(f"{found['skipped_lines']} damaged lines of the history were skipped.")
 
 
-def _domains(run: Run) -> dict[str, dict[str, float]]:
+def _domains(run: Run) -> dict[str, dict[str, Any]]:
     rates, _ = run.rates()
     lost = losses(run)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in run.domains:
         keys = ("radius", "protected_share")
-        values = {key: points[-1][1] for key in keys if (points := run.metric(name, key))}
+        values: dict[str, Any] = {key: points[-1][1] for key in keys if (points := run.metric(name, key))}
         now = {key: run.current(name, key) for key in ("predicted", "measured")}
         values |= {key: value for key, value in now.items() if value is not None}
         if rates.get(name):
             values["reward"] = rates[name][-1][1]
         if name in lost:
             values["lost"] = lost[name]
+        # Of the prediction and the measurement; before the first one there is none.
+        measured = run.metric(name, "measured")
+        values["unit"] = None if not measured else "nats" if run.in_nats(name) else "reward"
         found[name] = values
     return found
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from interference_guard.errors import ConfigError
 
 from . import output
+
+if TYPE_CHECKING:
+    from interference_guard.analysis import Checkpoint, RollbackPlan
+
+# Part of the edit's predicted interference from which BASE counts as another point than the domain's anchor.
+ASTRAY = 0.1
 
 
 def rollback(
@@ -67,6 +73,7 @@ def rollback(
         plan = plan_rollback(record, before, after, mode, advance)
     if out is not None and not dry_run:
         plan.check(share, strength)
+    trouble = _elsewhere(plan, base, before)
     # Before anything is written: folders that cannot be run must not cost a written checkpoint.
     measured = {
         name: {"before": nats_per_token(base, lines, checkpoint), "after": nats_per_token(checkpoint, lines)}
@@ -81,8 +88,11 @@ def rollback(
         measured[name]["rolled back"] = nats_per_token(Path(str(out)), lines, checkpoint)
     if json:
         table = {"domain": domain, "mode": mode, "out": None if dry_run else str(out), "rollback": rows}
+        table |= {"trouble": trouble} if trouble is not None else {}
         output.as_json(table | ({"nats_per_token": measured} if measured else {}))
         return
+    if trouble is not None:
+        output.line(trouble)
     cells = [
         [
             f"{row['share']:.0%}",
@@ -99,6 +109,24 @@ def rollback(
         output.table("Measured, nats per token", ["domain", "before", "after", "rolled back"], cells)
     if out is not None and not dry_run:
         output.line(f"Written to {out}")
+
+
+def _elsewhere(plan: RollbackPlan, base: Path, before: Checkpoint) -> str | None:
+    """What to say where BASE is not where the domain was anchored, or None."""
+    from interference_guard.analysis import predict_damage
+
+    record = plan.record
+    # A region that was moved lies elsewhere, and says nothing of where the domain's phase ended.
+    if record.details["renewals"] or not plan.whole_damage:
+        return None
+    with output.progress("placing BASE", len(record.state.views)) as advance:
+        share = predict_damage(record, before, advance=advance).raw / plan.whole_damage
+    if share <= ASTRAY:
+        return None
+    return (
+        f"{base} is not where {record.name!r} was anchored: there the domain is predicted to have lost "
+        f"{share:.0%} as much as the edit takes from it. Give the checkpoint from where its own phase ended."
+    )
 
 
 def _files(data: list[str]) -> dict[str, Path]:

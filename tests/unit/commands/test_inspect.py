@@ -57,3 +57,17 @@ def test_names_cannot_move_the_cursor(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "[31mred" in out
+
+
+def test_what_interference_is_measured_in_is_said(capsys, tmp_path):
+    history = History(tmp_path / HISTORY)
+    values = {"measured": 0.01, "predicted": 0.01}
+    table = {f"guard/{name}/{key}": value for name in ("math", "chat") for key, value in values.items()}
+    history.report(1, ["new"], table | {"guard/math/nats": 0.0, "guard/chat/nats": 1.0, "guard/new/reward": 0.5})
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["domains"]
+    assert {name: found[name]["unit"] for name in found} == {"math": "reward", "chat": "nats", "new": None}
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("math" in line and "reward" in line for line in lines)
+    assert any("chat" in line and "nats" in line for line in lines)

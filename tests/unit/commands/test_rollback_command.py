@@ -1,7 +1,9 @@
+import json
 import shutil
 
 import pytest
 
+from interference_guard.checkpoint import DETAILS
 from interference_guard.cli import main
 
 
@@ -63,3 +65,22 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(capsys, run,
         code, _, err = rollback(capsys, *words, "-o", run / "out", "--share", "0.002")
         assert "less than one" in err
     assert code == 2
+
+
+@pytest.mark.parametrize(("domain", "base", "told"), [("math", 1, False), ("math", 2, True), ("code", 1, True)])
+def test_another_base_than_the_domains_anchor_is_told(capsys, run, domain, base, told):
+    words = [run / f"run/phase-{base}", run / "final", "--domain", domain, "--dry-run"]
+    code, out, _ = rollback(capsys, *words, "--json")
+    trouble = json.loads(out).get("trouble")
+    assert (code, trouble is not None) == (0, told)
+    code, out, _ = rollback(capsys, *words)
+    assert (f"phase-{base} is not where '{domain}' was anchored" in " ".join(out.split())) == told
+
+
+def test_a_region_that_has_moved_says_nothing_of_base(capsys, run):
+    path = run / "final" / DETAILS
+    details = json.loads(path.read_text())
+    details["domains"]["math"]["renewals"] = 1
+    path.write_text(json.dumps(details))
+    words = [run / "run/phase-2", run / "final", "--domain", "math", "--dry-run", "--json"]
+    assert "trouble" not in json.loads(rollback(capsys, *words)[1])
