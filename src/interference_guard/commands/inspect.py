@@ -79,7 +79,8 @@ def _show(found: dict[str, Any]) -> None:
         ]
         for name, values in found["domains"].items()
     ]
-    output.table(f"{found['run']}: {found['steps']:g} steps", ["domain", *keys, "unit"], rows)
+    columns = ["domain", *keys[:-1], "covered", "unit"]
+    output.table(f"{found['run']}: {found['steps']:g} steps", columns, rows)
     if found["skipped_lines"]:
         output.line(f"{found['skipped_lines']} damaged lines of the history were skipped.")
 
