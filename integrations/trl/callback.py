@@ -296,9 +296,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._passing().take_counts()
         config = self.config
-        look_ahead(
-            self._trainer.train_dataset, config.domain_column, args, state.num_train_epochs, config.active_share
-        )
+        look_ahead(self._trainer.train_dataset, config.domain_column, args, state, config.active_share)
         if self._recovery is not None:
             self._training, self._trainer._buffered_inputs = None, None
             if self._guard().recovery not in (None, *self._recovery.domains):

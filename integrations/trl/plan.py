@@ -11,14 +11,14 @@ from typing import Any
 from .order import prompts_per_generation
 
 
-def look_ahead(dataset: Any, column: str, args: Any, epochs: float, active_share: float) -> None:
-    """Warn where steps will mix domains, and where the run goes through finished domains again.
+def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: float) -> None:
+    """Warn where steps will mix domains, leave some out, or go through finished ones again.
 
     Args:
         dataset: The rows; a stream cannot be looked through.
         column: The domain's column.
         args: The trainer's settings.
-        epochs: How often the run goes through the rows.
+        state: The trainer's, of which only the length of the run is read.
         active_share: From which share of a batch's rows a domain counts as in training.
     """
     rows = [str(name) for name in dataset[column][:]] if hasattr(dataset, "select") else []
@@ -37,6 +37,16 @@ def look_ahead(dataset: Any, column: str, args: Any, epochs: float, active_share
         return
     # A last batch that is not full is dropped, or is no phase of its own.
     batches = [Counter(rows[start : start + size]) for start in range(0, len(rows) - size + 1, size)]
+    epochs = state.num_train_epochs
+    if epochs <= 1:
+        batches = batches[: math.ceil(state.max_steps / _steps_of_a_batch(args))]
+        if missed := [name for name in names if not any(name in counts for counts in batches)]:
+            warnings.warn(
+                f"The run ends after max_steps={state.max_steps} steps, which take {len(batches) * size} of the "
+                f"{len(rows)} rows: none of the domains {missed} are among them. Raise max_steps, or give "
+                "order_by_domain() fewer batches of a domain.",
+                stacklevel=3,
+            )
     for number, counts in enumerate(batches):
         active = [name for name, count in counts.items() if count >= active_share * size]
         if len(active) > 1:
@@ -76,3 +86,12 @@ def _batch(args: Any) -> int:
     if _generates(args):
         return prompts_per_generation(args)
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _steps_of_a_batch(args: Any) -> float:
+    """Optimizer steps that are made of these rows."""
+    if not _generates(args):
+        return 1.0
+    prompts = int(args.generation_batch_size) // int(args.num_generations)
+    passes = args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
+    return float(passes * _batch(args) / prompts)

@@ -3,15 +3,21 @@
 import warnings
 
 import pytest
+from transformers import TrainerState
 
 from interference_guard import ConfigError, HostError
-from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
+from interference_guard.integrations.trl import (
+    InterferenceGuardCallback,
+    order_by_domain,
+    prompts_per_generation,
+)
 from interference_guard.integrations.trl.plan import look_ahead
 from tests.trl.host import TWO_PHASES, online, rows, supervised
 
 
-def begin(trainer, active_share=0.05, epochs=1):
-    look_ahead(trainer.train_dataset, "domain", trainer.args, epochs, active_share)
+def begin(trainer, active_share=0.05, epochs=1, steps=1000):
+    state = TrainerState(num_train_epochs=epochs, max_steps=steps)
+    look_ahead(trainer.train_dataset, "domain", trainer.args, state, active_share)
 
 
 def test_rows_drawn_at_random_are_told(tmp_path):
@@ -62,3 +68,32 @@ def test_packing_is_named_as_what_took_the_column(tmp_path):
     trainer = supervised(tmp_path, data, packing=True, max_length=16, padding_free=False)
     with pytest.raises(HostError, match=r"packing=True joins rows.* Set packing=False"):
         InterferenceGuardCallback(trainer)
+
+
+# Three generations of a domain; the last takes two of them for a step.
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 3),
+        ({"num_iterations": 2}, 6),
+        ({"per_device_train_batch_size": 2, "steps_per_generation": 2}, 6),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, 3),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 2}, 2),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 1])
+def test_domains_that_max_steps_leaves_out_are_named(options, steps, more, tmp_path):
+    data = rows([("math", 8), ("code", 8)])
+    made = online("grpo", tmp_path / "made", data, **options)
+    prompts = prompts_per_generation(made.args)
+    data = order_by_domain(data, prompts, batches=steps if prompts > 2 else 3)
+    trainer = online("grpo", tmp_path, data, **options | {"max_steps": steps + more})
+    callback = InterferenceGuardCallback(trainer)
+    trainer.add_callback(callback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(item.message) for item in caught if "max_steps=" in str(item.message)]
+    assert len(told) == 1 - more
+    assert all(f"max_steps={steps} steps" in text and "['code'] are among" in text for text in told)
+    assert sorted(callback.guard.domains) == (["code", "math"] if more else ["math"])
