@@ -1,0 +1,162 @@
+"""What runs on the CPU and on the pretended device, each in a process of its own."""
+
+import tempfile
+import warnings
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from interference_guard import Guard, GuardConfig, GuardedOptimizer
+from tests.unit.helpers import Toy, pass_rate, policy_gradient, rollout
+
+from .pretended import Elsewhere, pretended_device
+
+SETTINGS = {"rank": 8, "sketch": 12, "residual": 4, "probe_steps": 5}
+PHASES = ["math"] * 12 + ["code"] * 12 + ["qa"] * 12
+
+
+@contextmanager
+def chosen(pretend):
+    """The device to run on, without what hosts warn of."""
+    torch.set_num_threads(1)
+    with warnings.catch_warnings(), pretended_device() if pretend else nullcontext(torch.device("cpu")) as device:
+        warnings.simplefilter("ignore")
+        yield device
+
+
+def mixes(device):
+    """What each of some operations says that meet a tensor of the CPU."""
+    there, here = torch.ones(3, device=device), torch.ones(3)
+    tries = {
+        "add": lambda: there + here,
+        "in place": lambda: there.add_(here),
+        "product": lambda: there @ here,
+        "stack": lambda: torch.stack([there, here]),
+        "where": lambda: torch.where(there > 0, here, there),
+        "gather": lambda: there.gather(0, torch.zeros(1, dtype=torch.long)),
+        "one number of no element-wise operation": lambda: torch.stack([there.sum(), here.sum()]),
+        "one number": lambda: there + here.sum(),
+        "index": lambda: there[torch.tensor([0, 2])],
+        "copy": lambda: there.copy_(here),
+        "move": lambda: there.cpu() + here,
+    }
+    said = {}
+    for name, work in tries.items():
+        try:
+            found = work()
+            said[name] = str(found.device)
+        except RuntimeError as error:
+            said[name] = "same device" if "same device" in str(error) else str(error)
+    return said
+
+
+def mixed(pretend):
+    with chosen(pretend) as device:
+        return mixes(device)
+
+
+def core(pretend, changes, rows_there=True, dtype=torch.float32, moves=False):
+    """A toy's three domains; its weights, what was measured, and which parts of the guard acted."""
+    with chosen(pretend) as device:
+        model = Toy().to(dtype).to(device)
+        guard = Guard(model, GuardConfig(**SETTINGS | changes))
+        optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
+        recovered = 0
+        for step, domain in enumerate(PHASES):
+            if moves and step in (17, 22):
+                # As engines do that take the weights off the device for a while.
+                model.to("cpu" if step == 17 else device)
+            present = next(model.parameters()).device
+            trained = guard.recovery or domain
+            recovered += guard.recovery is not None
+            rows = rollout(copied(model), trained, seed=1000 + step)
+            with guard.domain(trained):
+                guard.retain(trained, rows.to(device) if rows_there else rows)
+                policy_gradient(model, rows.to(present)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                guard.probe()
+        states = guard.domains
+        return {
+            "device": str(guard.device),
+            "weights": weights(model),
+            "metrics": guard.metrics(),
+            "rates": [pass_rate(copied(model), domain) for domain in ("math", "code", "qa")],
+            "acted": {
+                "projection": any(state.moved is not None for state in states.values()),
+                "renewal": any(state.renewals for state in states.values()),
+                "recovery": recovered > 0,
+            },
+        }
+
+
+def saved(pretend):
+    """A state saved on one device goes on there, and on the CPU."""
+    with chosen(pretend) as device, tempfile.TemporaryDirectory() as folder:
+        model = Toy().to(device)
+        guard = Guard(model, GuardConfig(**SETTINGS))
+        optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
+        go_on(model, guard, optimizer, PHASES[:18], 0)
+        guard.save(folder)
+        kept = weights(model)
+        found = []
+        for target in (device, torch.device("cpu")):
+            model = Toy().to(target)
+            model.load_state_dict({name: value.to(target) for name, value in kept.items()})
+            guard = Guard(model, GuardConfig(**SETTINGS))
+            guard.load(folder)
+            optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
+            go_on(model, guard, optimizer, PHASES[18:], 18)
+            found.append({"device": str(guard.device), "weights": weights(model), "metrics": guard.metrics()})
+        return found
+
+
+def go_on(model, guard, optimizer, domains, start):
+    device = next(model.parameters()).device
+    for step, domain in enumerate(domains, start):
+        rows = rollout(copied(model), domain, seed=1000 + step).to(device)
+        with guard.domain(domain):
+            guard.retain(domain, rows)
+            policy_gradient(model, rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.probe()
+
+
+def copied(model):
+    """The same model on the CPU, for rollouts."""
+    found = Toy().to(next(model.parameters()).dtype)
+    found.load_state_dict(weights(model))
+    return found
+
+
+def weights(model):
+    values = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    assert not any(isinstance(value, Elsewhere) for value in values.values())
+    return {name: value.clone() for name, value in values.items()}
+
+
+def trainer(pretend, kind):
+    """A real trainer's run of two domains: its last metrics, and where guard and model were."""
+    with chosen(pretend) as device, tempfile.TemporaryDirectory() as folder:
+        if pretend:
+            _everywhere(device)
+        from . import trainers
+
+        return getattr(trainers, kind)(Path(folder))
+
+
+def _everywhere(device):
+    """Make it the device that Accelerate and transformers choose."""
+    from accelerate.state import PartialState
+    from transformers import TrainingArguments
+
+    before = TrainingArguments.device.fget
+
+    def chosen_device(arguments):
+        before(arguments)
+        return device
+
+    PartialState.default_device = property(lambda state: device)
+    TrainingArguments.device = property(chosen_device)
