@@ -4,14 +4,15 @@
 
 Observe, predict, project and probe for one to four protected domains, against one streaming read of the same
 weights and against a forward and backward pass over 1,024 tokens. Beside them stand the matrix products that the
-method cannot do without, made by torch alone: what the guard takes beyond those is its own. Ratios are those of
-the layers that are built. Writes `benchmarks/results/overhead_<model>.json`.
+method cannot do without, made by torch alone: what the guard takes beyond those is its own. And the memory that
+each part reads and writes, counted from its operations. Ratios are those of the layers that are built. Writes
+`benchmarks/results/overhead_<model>.json`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from interference_guard import Completions, Guard, GuardConfig
+from interference_guard.domain import DomainState
 from interference_guard.stepping import hold
 
 from .provenance import write
 from .tables import show
+from .traffic import moved
 
 # Configurations of published models; from their config.json.
 MODELS: dict[str, dict[str, Any]] = {
@@ -81,6 +84,7 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
     model = build(name, layers, device)
     weights = [parameter.detach() for parameter in model.parameters()]
     count = sum(weight.numel() for weight in weights)
+    size = 4 * count
 
     def draw(rows: int, length: int, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -111,7 +115,8 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         ones = torch.ones_like(ids)
         guard.retain(domain, Completions(ids, ones, ones, torch.linspace(0, 1, len(ids), device=device)))
         guard.after_step()
-        found["by_domains"].append({"protected": index + 1, "observe": observe})
+        row = {"protected": index + 1, "observe": observe, "moved": {"observe": moved(guard.before_step, size)}}
+        found["by_domains"].append(row)
     guard.begin({"next": 1.0})
     found["anchors"] = timed(guard.before_step, device, 1)
     states = [guard.domains[domain] for domain in domains]
@@ -121,6 +126,7 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         chosen = states[: row["protected"]]
         guard.config = replace(guard.config, project=False)
         row["predict"] = timed(lambda chosen=chosen: hold(guard, chosen), device)
+        row["moved"]["predict"] = moved(lambda chosen=chosen: hold(guard, chosen), size)
         guard.config = replace(guard.config, project=True)
         # Products of the domains' directions are made once for many steps.
         _move(weights, 1)
@@ -136,12 +142,23 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
                 if state.subspace is not None
             ), "the projection must act"
         row["predict_and_project"] = min(both)
+        _move(weights, 2 + REPEATS)
+        row["moved"]["predict_and_project"] = moved(lambda chosen=chosen: hold(guard, chosen), size)
+        _scale_radii(chosen, 2.0)
+        row["moved"]["inside"] = moved(lambda chosen=chosen: hold(guard, chosen), size)
+        _scale_radii(chosen, 0.5)
     found["probe"] = timed(lambda: guard.measure(domains[0]), device, 1)
     found["read"] = timed(read, device, READS)
     for row in found["by_domains"]:
         row["products"] = products(weights, row["protected"], device)
     found["memory"] = memory(guard, domains[0])
     return found
+
+
+def _scale_radii(states: Sequence[DomainState], factor: float) -> None:
+    for state in states:
+        assert state.radius is not None
+        state.radius = state.radius * factor
 
 
 def _move(weights: list[Tensor], seed: int) -> None:
@@ -209,6 +226,7 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
                 "protected": row["protected"],
                 "over_read": parts,
                 "products_over_read": {key: value / found["read"] for key, value in row["products"].items()},
+                "moved": row["moved"],
                 "over_forward_backward": total / step,
             }
         )
@@ -256,6 +274,18 @@ def cells(found: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+MOVED_HEAD = ("protected", "observe", "predict", "predict and project", "nothing to project")
+
+
+def moved_cells(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table of what is moved, in reads of the weights, under `MOVED_HEAD`."""
+    parts = ("observe", "predict", "predict_and_project", "inside")
+    return [
+        (str(row["protected"]), *(f"{row['moved'][part]['reads']:.1f}" for part in parts))
+        for row in found["by_domains"]
+    ]
+
+
 def measure(name: str, layers: int, device: torch.device) -> None:
     """Measure, print and write."""
     from rich.console import Console
@@ -273,5 +303,6 @@ def measure(name: str, layers: int, device: torch.device) -> None:
         },
     )
     show(f"{name} on {device}: times over one read of the weights", HEAD, cells(found))
+    show(f"{name}: memory moved, in reads of the weights", MOVED_HEAD, moved_cells(found))
     Console().print({key: value for key, value in found.items() if key != "by_domains"})
     print(f"written to {path}")

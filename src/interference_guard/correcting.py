@@ -22,7 +22,6 @@ def project(
     displacements: Sequence[Displacement],
     radii: Sequence[Tensor],
     sweeps: int,
-    early: bool,
     grams: Grams | None = None,
     metrics: Sequence[Tensor] | None = None,
 ) -> list[Correction] | None:
@@ -37,33 +36,33 @@ def project(
             was removed for the domain's own sake becomes `taken`.
         radii: 0-d fp32 tensors.
         sweeps: Most passes over the domains.
-        early: Stop as soon as all are inside; reads the device, so only for the CPU.
         grams: Products of the models' directions by their `id`, kept from call to call; filled in place.
         metrics: What a change of each coordinate counts, by domain like `Displacement.flat`, from one metric of
             the units; None counts all alike.
 
     Returns:
-        Per block the change to subtract from the weights (from this rank's part of them), or None when
-        nothing is outside (only with `early`).
+        Per block the change to subtract from the weights (from this rank's part of them), or None when nothing is
+        outside.
     """
     grams = {} if grams is None else grams
+    allowed = torch.stack(list(radii)).tolist()
     for sweep in range(sweeps if len(models) > 1 else 1):
         # A later sweep need only mend what other corrections pushed out noticeably.
         slack = 1.0 if sweep == 0 else SLACK
         still = True
         for i, (seen, radius) in enumerate(zip(displacements, radii, strict=True)):
-            if early and seen.energy().item() <= radius.item() * slack:
+            if seen.energy().item() <= allowed[i] * slack:
                 continue
             still = False
             metric = None if metrics is None else metrics[i]
-            change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, early, metric))
+            change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, metric))
             seen.flat.sub_(change)
             seen.taken = change if seen.taken is None else seen.taken.add_(change)
             parts = seen.split(change)
             for j, other in enumerate(displacements):
                 if j != i:
                     _push(parts, models[i], models[j], other, grams)
-        if early and still:
+        if still:
             break
     moved = [
         (model, seen.split(seen.taken))

@@ -67,9 +67,6 @@ class GuardState:
         self.grams: Grams = {}
         # Jaccard indices of protected sets by sorted names; sets change at anchors alone.
         self.overlaps: dict[tuple[str, str], float] = {}
-        # None: wherever reading the device costs nothing. Tests set it to prove that the path for
-        # accelerators reads nothing back.
-        self.force_read: bool | None = None
         # The step's gradients, where they wait for a sum over ranks.
         self.observation: Observation | None = None
         self.schedule = RecoverySchedule()
@@ -218,11 +215,6 @@ class GuardState:
     def device(self) -> torch.device:
         """Where the guard's own tensors lie."""
         return self.view.device
-
-    @property
-    def reads_back(self) -> bool:
-        """Whether decisions may read the device within a step: on an accelerator that would stall it."""
-        return self.device.type == "cpu" if self.force_read is None else self.force_read
 
     def warn_mixed(self, names: tuple[str, ...]) -> None:
         """Say once that a step of several domains adds to no domain's curvature; shuffled rows mix all ways."""

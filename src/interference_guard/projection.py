@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEWTON_STEPS = 12
-# Relative gap between f(mu) and the radius at which the CPU path stops early.
+NEWTON_STEPS = 48
+# Relative gap between f(mu) and the radius that is scaled off.
 CONVERGED = 1e-4
 
 
@@ -24,17 +24,16 @@ def subspace_energy(z: Tensor, w: Tensor) -> Tensor:
     return torch.dot((w * z).flatten(), z.flatten()) / 2
 
 
-def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False, metric: Tensor | None = None) -> Tensor:
+def shrinkage(z: Tensor, w: Tensor, radius: Tensor, metric: Tensor | None = None) -> Tensor:
     """Factors that move z to the nearest point of the region: the point is ``factors * z``.
 
-    No host synchronisation, unless `early`.
+    The device is read twice an iteration: passes over all coordinates cost more than to wait for a number, and
+    mostly a few of them are enough.
 
     Args:
         z: Coordinates of the displacement, ``(n,)`` fp32.
         w: Weights, ``(n,)`` fp32, not negative.
         radius: 0-d fp32 tensor, above 0.
-        early: Stop as soon as the equation holds to 1e-4 (the rest is scaled off); reads the device, so only
-            for the CPU.
         metric: What a change of each coordinate counts, ``(n,)`` fp32 above 0: the point is the one that is
             nearest by ``sum(metric * change^2)``. None counts all alike.
 
@@ -46,39 +45,21 @@ def shrinkage(z: Tensor, w: Tensor, radius: Tensor, early: bool = False, metric:
     price = w if metric is None else w / metric
     v = price / price.max().clamp(min=torch.finfo(w.dtype).tiny)
     a = _terms(z, w, radius)
-    total = a.sum()
-    if early:
-        if total.item() <= 1:
-            return torch.ones_like(z)
-        factors = _root_read_back(a, v, total.item())
-    else:
-        factors = _root(a, v, total)
+    total = a.sum().item()
+    if total <= 1:
+        return torch.ones_like(z)
+    factors = _root(a, v, total)
     left = (a * factors.square()).sum()
-    # What rounding leaves outside is taken off evenly where it counts, so the result is inside.
-    factors = torch.where(v > 0, factors * left.clamp(min=1).rsqrt(), factors)
-    return factors if early else torch.where(total <= 1, 1.0, factors)
+    # What is left outside is taken off evenly where it counts, so the result is inside.
+    return torch.where(v > 0, factors * left.clamp(min=1).rsqrt(), factors)
 
 
-def _root(a: Tensor, v: Tensor, total: Tensor) -> Tensor:
-    tiny = torch.finfo(v.dtype).tiny
-    # Two bounds from below: every term alone, and all of them at the largest weight.
-    single = ((a.sqrt() - 1).clamp(min=0) / v.clamp(min=tiny)).where(v > 0, 0.0)
-    nu = torch.maximum(single.max(), total.sqrt() - 1).clamp(min=0)
-    for _ in range(NEWTON_STEPS):
-        inverse = 1 / (1 + nu * v)
-        part = a * inverse.square()
-        f = part.sum()
-        slope = torch.dot(part, v * inverse)
-        # Newton on 1/sqrt(f) - 1: d/dnu f = -2 slope.
-        nu = nu + ((f.sqrt() - 1) * f / slope.clamp(min=tiny)).clamp(min=0)
-    return 1 / (1 + nu * v)
-
-
-def _root_read_back(a: Tensor, v: Tensor, total: float) -> Tensor:
-    """`_root` with its scalars on the host and as few passes over the terms as possible."""
+def _root(a: Tensor, v: Tensor, total: float) -> Tensor:
+    """Factors at the root, with as few passes over the terms as possible."""
+    # From below: all terms at the largest weight.
     nu = max(total**0.5 - 1, 0.0)
-    one = torch.ones((), dtype=v.dtype)
-    for _ in range(4 * NEWTON_STEPS):
+    one = torch.ones((), dtype=v.dtype, device=v.device)
+    for _ in range(NEWTON_STEPS):
         divisor = torch.add(one, v, alpha=nu)
         part = a / divisor
         part /= divisor
@@ -89,6 +70,7 @@ def _root_read_back(a: Tensor, v: Tensor, total: float) -> Tensor:
         slope = torch.dot(part, v).item()
         if slope <= 0:
             break
+        # Newton on 1/sqrt(f) - 1: d/dnu f = -2 slope.
         nu += (f**0.5 - 1) * f / slope
     return torch.add(one, v, alpha=nu).reciprocal_()
 

@@ -68,7 +68,7 @@ class Layers(nn.Module):
         )
 
 
-def peaks(dtype, sharded=False, reads=True):
+def peaks(dtype, sharded=False):
     """Most fresh bytes at a time, in parts of the weights here, by call: in own steps and in foreign ones."""
     torch.manual_seed(0)
     model = Layers().to(dtype)
@@ -76,7 +76,6 @@ def peaks(dtype, sharded=False, reads=True):
         fully_shard(model)
     with mock.patch("interference_guard.blocks.STACK_LIMIT", LIMIT):
         guard = Guard(model, CONFIG)
-    guard.force_read = None if reads else False
     blocks = [block.numel for block in guard.view.blocks]
     assert blocks == [NARROW * WIDE] * (2 * LAYERS), "each matrix must be a block of its own"
     pieces = [p.to_local() if sharded else p for p in map(torch.Tensor.detach, model.parameters())]
@@ -115,7 +114,7 @@ def test_a_step_upcasts_one_block_at_a_time(dtype, reads, monkeypatch):
     if not reads:
         # The path of accelerators.
         monkeypatch.setattr("interference_guard.curvature.READS_BACK", ())
-    found = peaks(dtype, reads=reads)
+    found = peaks(dtype)
     assert max(found.values()) < BLOCKS + UNITS, found
 
 

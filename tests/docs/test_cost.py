@@ -30,11 +30,16 @@ def test_the_page_shows_what_was_measured():
     rates = {name: f"{value:.0f}" for name, value in found["billions_a_second"].items()}
     assert f"reads {rates['read']} GB a second and multiplies at {rates['forward_backward']} GFLOP" in PAGE
     assert f"the guard at {rates['observe']} (observe) and {rates['predict_and_project']}" in PAGE
+    assert tables.markdown(shapes.MOVED_HEAD, shapes.moved_cells(found["ratios"])) in PAGE
     three = found["ratios"]["by_domains"][2]
     over, alone = three["over_read"], three["products_over_read"]
     assert f"take {alone['observe']:.1f} and {alone['predict_and_project']:.1f} reads with three domains" in PAGE
     times = [f"{over[part] / alone[part]:.1f}" for part in ("observe", "predict_and_project")]
     assert f"the guard takes {times[0]} and {times[1]} times as long" in PAGE
+    acting = three["moved"]["predict_and_project"]
+    assert f"the rest of the {acting['reads']:.1f} reads" in PAGE
+    assert f"surface {acting['waits']:.0f} times, in {acting['operations']:.0f} operations" in PAGE
+    assert three["moved"]["inside"]["waits"] == 1
     assert f"takes {found['ratios']['probe_of_1024_tokens_over_forward_backward']:.0%} of that pass" in PAGE
 
 

@@ -30,10 +30,8 @@ def record_changes(guard):
 
 
 @pytest.mark.parametrize("coverage", [1.0, 0.6])
-@pytest.mark.parametrize("reads_back", [True, False])
-def test_projected_places_are_what_left_the_weights(coverage, reads_back):
+def test_projected_places_are_what_left_the_weights(coverage):
     model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, coverage=coverage))
-    guard.force_read = reads_back
     expected = record_changes(guard)
     train(model, guard, optimizer, ["math"] * 5 + ["code"] * 20)
     found = guard.places()["projected"]

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,25 +25,23 @@ def energy_of(z, w):
     return float((w.double() * z.double().square()).sum() / 2)
 
 
-@pytest.mark.parametrize("early", [False, True])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(region=regions())
-def test_point_is_inside_and_the_nearest(early, region):
+def test_point_is_inside_and_the_nearest(region):
     z, w, radius = region
-    point = shrinkage(z, w, radius, early) * z
+    point = shrinkage(z, w, radius) * z
     assert energy_of(point, w) <= float(radius) * (1 + 1e-3)
     truth = nearest_in_ellipsoid(z, w, float(radius))
     gap = (point.double() - truth).norm() / max(float(z.double().norm()), 1e-300)
     assert gap < 1e-3
 
 
-@pytest.mark.parametrize("early", [False, True])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(region=regions(), seed=st.integers(0, 2**31))
-def test_point_is_the_nearest_in_a_metric(early, region, seed):
+def test_point_is_the_nearest_in_a_metric(region, seed):
     z, w, radius = region
     metric = torch.rand(len(z), generator=torch.Generator().manual_seed(seed)) * 10 + 0.01
-    point = shrinkage(z, w, radius, early, metric) * z
+    point = shrinkage(z, w, radius, metric) * z
     assert energy_of(point, w) <= float(radius) * (1 + 1e-3)
     # Measured in units in which the metric is the Euclidean one.
     root = metric.double().sqrt()
@@ -94,13 +91,3 @@ def test_weights_of_zero_are_left_alone():
 
 def test_energy_is_the_halved_weighted_square():
     assert subspace_energy(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).item() == 9.5
-
-
-def test_host_and_device_paths_agree():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        z = torch.randn(200, generator=generator)
-        w = torch.rand(200, generator=generator) ** 4
-        radius = subspace_energy(z, w) * torch.rand((), generator=generator)
-        a, b = (shrinkage(z, w, radius, early) for early in (True, False))
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,47 @@
+"""How much memory a piece of work reads and writes, counted from its operations: the same on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Operations that make the host wait for a device.
+READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+# They touch no memory.
+FREE = ("aten::empty", "aten::_unsafe_view")
+
+
+class Traffic(TorchDispatchMode):
+    """Counts while it is entered.
+
+    Attributes:
+        bytes: Of what operations take and give; views and fresh memory count nothing.
+        operations: Their number, on an accelerator about that of its kernels.
+        waits: How often the host reads a number back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation, and count it."""
+        found = func(*args, **(kwargs or {}))
+        if func._schema.name in READS:
+            self.waits += 1
+        elif not func.is_view and not func._schema.name.startswith(FREE):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(item.numel() * item.element_size() for item in tensors)
+            self.operations += 1
+        return found
+
+
+def moved(work: Callable[[], Any], size: int) -> dict[str, float]:
+    """What a piece of work moves, in parts of `size` bytes, in how many operations, waiting how often."""
+    with Traffic() as seen:
+        work()
+    return {"reads": seen.bytes / size, "operations": seen.operations, "waits": seen.waits}
