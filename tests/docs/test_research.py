@@ -132,6 +132,11 @@ def other_machine(bed):
     return rows
 
 
+def assert_recovery_alone(row, digits):
+    text = f"end {row['guard_beyond']:.3f} below the guard, with a standard error of"
+    assert f"{text} {row['guard_beyond_error']:.{digits}f}, and forget {row['forgetting']:.3f}" in PAGE
+
+
 def test_what_earlier_rows_bring_is_the_result():
     rows = other_machine("digits")
     both, beside, guard = rows["guard, both"], rows["guard, replay"], rows["guard"]
@@ -143,6 +148,7 @@ def test_what_earlier_rows_bring_is_the_result():
     )
     assert f"reaches {beside['own']:.3f} in place of {guard['own']:.3f}" in PAGE
     assert f"ends {both['guard_beyond']:.3f} below the guard alone, and forgets {both['forgetting']:.3f}" in PAGE
+    assert_recovery_alone(rows["guard, recovery alone"], 3)
     above = {name: -rows[name]["guard_beyond"] for name in ("replay", "mixed")}
     assert f"is {above['replay']:.3f} above it here, and mixed training {above['mixed']:.3f}" in PAGE
     page = (ROOT / "docs/concepts/rehearsal.md").read_text()
@@ -169,6 +175,7 @@ def test_the_table_of_another_processor_is_the_result():
     assert f"{beside['own']:.3f} in place of {rows['guard']['own']:.3f}" in PAGE
     assert f"ends {rows['replay']['guard_beyond']:.3f} below the guard here, and mixed training" in PAGE
     assert f"control of PEFT's OSF, ends {rows['plain, a trainer each']['guard_beyond']:.3f} below" in PAGE
+    assert_recovery_alone(rows["guard, recovery alone"], 4)
     ewc, osft, guard = rows["EWC"], rows["OSFT-like"], rows["guard"]
     text = f"{ewc['guard_beyond']:.3f} below the guard with a standard error of {ewc['guard_beyond_error']:.3f}"
     assert f"{text}, and forgets {ewc['forgetting']:.3f}" in PAGE
