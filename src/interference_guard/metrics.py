@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
     "guard/recovery/expected": "Steps that phase was expected to need, from the contraction of its first step.",
     "guard/overlap/<a>_<b>": "Jaccard index of the units that carry half of each domain's curvature energy.",
     "guard/update_kept": "What the projection left of the displacement along protected directions, 1 is all.",
-    "guard/seconds": "Seconds the guard took per step since the last report.",
+    "guard/seconds": "Seconds the guard took per step since the last report, waits for the device included.",
 }
 
 
