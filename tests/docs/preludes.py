@@ -53,7 +53,7 @@ def trl(folder: Path) -> dict[str, Any]:
         per_device_train_batch_size=4,
         num_generations=2,
         max_completion_length=4,
-        max_steps=3,
+        max_steps=8,
         shuffle_dataset=False,
         logging_steps=1,
         **QUIET,
