@@ -37,16 +37,11 @@ def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: f
         return
     # A last batch that is not full is dropped, or is no phase of its own.
     batches = [Counter(rows[start : start + size]) for start in range(0, len(rows) - size + 1, size)]
-    epochs = state.num_train_epochs
-    if epochs <= 1:
-        batches = batches[: math.ceil(state.max_steps / _steps_of_a_batch(args))]
-        if missed := [name for name in names if not any(name in counts for counts in batches)]:
-            warnings.warn(
-                f"The run ends after max_steps={state.max_steps} steps, which take {len(batches) * size} of the "
-                f"{len(rows)} rows: none of the domains {missed} are among them. Raise max_steps, or give "
-                "order_by_domain() fewer batches of a domain.",
-                stacklevel=3,
-            )
+    epochs, (each, steps) = state.num_train_epochs, _pace(args)
+    # Beyond one epoch, every row that is not dropped comes up.
+    reach = -(-state.max_steps // steps) * each if epochs <= 1 else len(rows)
+    _tell_left_out(rows, args, reach, state.max_steps)
+    batches = batches[: -(-reach // size)]
     for number, counts in enumerate(batches):
         active = [name for name, count in counts.items() if count >= active_share * size]
         if len(active) > 1:
@@ -70,6 +65,28 @@ def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: f
         )
 
 
+def _tell_left_out(rows: list[str], args: Any, reach: int, max_steps: int) -> None:
+    kept, size = _kept(args, len(rows)), _batch(args)
+    trained = set(rows[: min(kept, reach)])
+    if not (missed := sorted(set(rows) - trained)):
+        return
+    if reach < kept:
+        reason = (
+            f"it ends after max_steps={max_steps} steps. Raise max_steps, or give order_by_domain() fewer "
+            "batches of a domain."
+        )
+    else:
+        reason = (
+            f"the trainer drops the last {len(rows) - kept}, which are no whole batch. Give each domain whole "
+            f"ones, as order_by_domain(dataset, {size}) does."
+        )
+    warnings.warn(
+        f"Of the {len(rows)} rows the run trains {min(kept, reach)}, of which none is of the domains {missed}: "
+        f"{reason}",
+        stacklevel=4,
+    )
+
+
 def in_order(args: Any) -> bool:
     """Whether a trainer with these settings takes the rows in their order."""
     if _generates(args):
@@ -88,10 +105,20 @@ def _batch(args: Any) -> int:
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
-def _steps_of_a_batch(args: Any) -> float:
-    """Optimizer steps that are made of these rows."""
+def _pace(args: Any) -> tuple[int, int]:
+    """Rows that are trained in whole optimizer steps, and in how many."""
     if not _generates(args):
-        return 1.0
-    prompts = int(args.generation_batch_size) // int(args.num_generations)
-    passes = args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
-    return float(passes * _batch(args) / prompts)
+        return _batch(args), 1
+    lasts = args.num_iterations * args.steps_per_generation
+    return _batch(args), math.lcm(lasts, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+def _kept(args: Any, rows: int) -> int:
+    """Rows of an epoch: generations are whole, and a last step may have fewer of them than others."""
+    if _generates(args):
+        prompts = int(args.generation_batch_size) // int(args.num_generations)
+        return rows // prompts * prompts
+    if args.dataloader_drop_last:
+        each = int(args.train_batch_size * args.world_size)
+        return rows // each * each
+    return rows

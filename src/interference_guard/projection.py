@@ -11,6 +11,8 @@ and never passes it (More and Sorensen, 1983, on the trust-region subproblem).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,8 @@ def shrinkage(z: Tensor, w: Tensor, radius: Tensor, metric: Tensor | None = None
     v = price / price.max().clamp(min=torch.finfo(w.dtype).tiny)
     a = _terms(z, w, radius)
     total = a.sum().item()
-    if total <= 1:
+    # Weights that are no numbers have no nearest point; what they were before is gone.
+    if total <= 1 or not math.isfinite(total):
         return torch.ones_like(z)
     factors = _root(a, v, total)
     left = (a * factors.square()).sum()
@@ -71,7 +74,7 @@ def _root(a: Tensor, v: Tensor, total: float) -> Tensor:
         if slope <= 0:
             break
         # Newton on 1/sqrt(f) - 1: d/dnu f = -2 slope.
-        nu += (f**0.5 - 1) * f / slope
+        nu = min(nu + (f**0.5 - 1) * f / slope, torch.finfo(v.dtype).max)
     return torch.add(one, v, alpha=nu).reciprocal_()
 
 

@@ -10,7 +10,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
 MOVES = {"aten::copy_", "aten::_to_copy"}
@@ -121,6 +120,9 @@ class _Generator(torch.Generator):
 def pretended_device():
     """The device, which this process has from now on."""
     if torch._C._get_privateuse1_backend_name() != NAME:
+        # Torch has it since 2.9.
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
         _setup_privateuseone_for_python_backend(NAME)
         torch.Generator = _Generator
         # Else a module that is moved gets new parameters, and tied ones are two.

@@ -9,8 +9,7 @@ from tests.trl import host
 
 CONFIG = GuardConfig(rank=4, sketch=8, residual=3, probe_steps=2, retain=16)
 GENERAL = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(6)]
-# Pinned memory and the choice of the device are the host's.
-OPTIONS = {"use_cpu": False, "max_steps": 8}
+OPTIONS = {"max_steps": 8}
 
 
 def told(trainer, callback):
@@ -19,6 +18,7 @@ def told(trainer, callback):
         "model": str(next(trainer.model.parameters()).device),
         "steps": callback.guard.steps,
         "metrics": callback.guard.metrics(),
+        "weights": host.weights(trainer),
     }
 
 

@@ -95,5 +95,47 @@ def test_domains_that_max_steps_leaves_out_are_named(options, steps, more, tmp_p
         trainer.train()
     told = [str(item.message) for item in caught if "max_steps=" in str(item.message)]
     assert len(told) == 1 - more
-    assert all(f"max_steps={steps} steps" in text and "['code'] are among" in text for text in told)
+    assert all(f"domains ['code']: it ends after max_steps={steps} steps" in text for text in told)
     assert sorted(callback.guard.domains) == (["code", "math"] if more else ["math"])
+
+
+def trained(trainer):
+    """The domains that a run of one epoch trains, and what it says of those that it leaves out."""
+    callback = InterferenceGuardCallback(trainer)
+    trainer.add_callback(callback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(item.message) for item in caught if "rows the run trains" in str(item.message)]
+    return sorted(
+        name for name, state in callback.guard.domains.items() if state.own_steps or state.anchored
+    ), told
+
+
+EPOCH = {"max_steps": -1, "num_train_epochs": 1}
+TAILS = {
+    "a last batch that is not full": ([("math", 8), ("code", 3)], {}, True),
+    "one that is dropped": ([("math", 8), ("code", 3)], {"dataloader_drop_last": True}, False),
+    "a last step of fewer batches": ([("math", 8), ("code", 4)], {"gradient_accumulation_steps": 2}, True),
+}
+
+
+@pytest.mark.parametrize("case", TAILS)
+def test_the_last_batch_of_an_epoch(case, tmp_path):
+    blocks, options, both = TAILS[case]
+    options = EPOCH | {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"} | options
+    data = rows(blocks).rename_column("answer", "completion")
+    found, told = trained(supervised(tmp_path, data, **options))
+    assert found == (["code", "math"] if both else ["math"])
+    assert len(told) == 1 - both
+    assert all("domains ['code']: the trainer drops the last 3" in text for text in told)
+
+
+@pytest.mark.parametrize(("code", "both"), [(1, False), (2, True)])
+def test_the_last_generation_of_an_epoch(code, both, tmp_path):
+    # A step takes two generations of two prompts; the last one has a single generation.
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
+    found, told = trained(online("grpo", tmp_path, rows([("math", 8), ("code", code)]), **EPOCH | options))
+    assert found == (["code", "math"] if both else ["math"])
+    assert len(told) == 1 - both
+    assert all("domains ['code']: the trainer drops the last 1" in text for text in told)

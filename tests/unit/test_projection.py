@@ -1,3 +1,6 @@
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +90,18 @@ def test_a_larger_region_moves_the_point_less(region, larger):
 def test_weights_of_zero_are_left_alone():
     z = nearest_point(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 0.0]), torch.tensor(1.0))
     torch.testing.assert_close(z, torch.tensor([1.0, 5.0]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_left_alone(value):
+    z = torch.tensor([1.0, value, 2.0])
+    assert shrinkage(z, torch.ones(3), torch.tensor(0.1)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_largest_multiplier_is_a_number():
+    # The root lies at 1e39.
+    z, w, radius = torch.tensor([1e5, 0.0]), torch.tensor([1e-28, 100.0]), torch.tensor(5e-37)
+    assert energy_of(shrinkage(z, w, radius) * z, w) <= float(radius) * (1 + 1e-3)
 
 
 def test_energy_is_the_halved_weighted_square():

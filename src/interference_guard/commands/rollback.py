@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Part of the edit's predicted interference from which BASE counts as another point than the domain's anchor.
 ASTRAY = 0.1
+# As many times what rounding BASE to its dtype is predicted to cost, from which it is more than that.
+ROUNDING = 3.0
 
 
 def rollback(
@@ -74,6 +76,8 @@ def rollback(
     if out is not None and not dry_run:
         plan.check(share, strength)
     trouble = _elsewhere(plan, base, before)
+    if trouble is not None and not json:
+        output.line(trouble)
     # Before anything is written: folders that cannot be run must not cost a written checkpoint.
     measured = {
         name: {"before": nats_per_token(base, lines, checkpoint), "after": nats_per_token(checkpoint, lines)}
@@ -91,8 +95,6 @@ def rollback(
         table |= {"trouble": trouble} if trouble is not None else {}
         output.as_json(table | ({"nats_per_token": measured} if measured else {}))
         return
-    if trouble is not None:
-        output.line(trouble)
     cells = [
         [
             f"{row['share']:.0%}",
@@ -113,19 +115,23 @@ def rollback(
 
 def _elsewhere(plan: RollbackPlan, base: Path, before: Checkpoint) -> str | None:
     """What to say where BASE is not where the domain was anchored, or None."""
-    from interference_guard.analysis import predict_damage
+    from interference_guard.analysis.placing import off_anchor
 
     record = plan.record
-    # A region that was moved lies elsewhere, and says nothing of where the domain's phase ended.
-    if record.details["renewals"] or not plan.whole_damage:
+    # A region that was moved lies elsewhere, and says nothing of where the domain was anchored.
+    if record.details["renewed_at"]:
         return None
     with output.progress("placing BASE", len(record.state.views)) as advance:
-        share = predict_damage(record, before, advance=advance).raw / plan.whole_damage
-    if share <= ASTRAY:
+        found, rounding = off_anchor(record, before, advance)
+    if not found > ASTRAY * plan.whole_damage + ROUNDING * rounding:
         return None
+    where = (
+        "where the run began" if record.details["reference"] else "the end of its last own, or recovery, phase"
+    )
     return (
-        f"{base} is not where {record.name!r} was anchored: there the domain is predicted to have lost "
-        f"{share:.0%} as much as the edit takes from it. Give the checkpoint from where its own phase ended."
+        f"{base} is not where {record.name!r} was last anchored, {record.details['foreign_steps']} steps before "
+        f"the state was saved: there it is predicted to have lost {found:.2e}, and by the edit "
+        f"{plan.whole_damage:.2e} (raw). The edit is best measured from {where}."
     )
 
 

@@ -1,10 +1,14 @@
+import dataclasses
 import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from interference_guard.checkpoint import DETAILS
 from interference_guard.cli import main
+from tests.unit.helpers import CONFIG, guarded, train
+from tests.unit.runs import save_model
 
 
 def rollback(capsys, *words):
@@ -74,13 +78,40 @@ def test_another_base_than_the_domains_anchor_is_told(capsys, run, domain, base,
     trouble = json.loads(out).get("trouble")
     assert (code, trouble is not None) == (0, told)
     code, out, _ = rollback(capsys, *words)
-    assert (f"phase-{base} is not where '{domain}' was anchored" in " ".join(out.split())) == told
+    assert (f"phase-{base} is not where '{domain}' was last anchored" in " ".join(out.split())) == told
 
 
 def test_a_region_that_has_moved_says_nothing_of_base(capsys, run):
     path = run / "final" / DETAILS
     details = json.loads(path.read_text())
-    details["domains"]["math"]["renewals"] = 1
+    details["domains"]["math"]["renewed_at"] = 1
     path.write_text(json.dumps(details))
     words = [run / "run/phase-2", run / "final", "--domain", "math", "--dry-run", "--json"]
     assert "trouble" not in json.loads(rollback(capsys, *words)[1])
+
+
+def test_a_base_that_was_rounded_is_where_the_domain_was_anchored(capsys, run):
+    start, end = (load_file(run / f"run/phase-{index}/model.safetensors") for index in (1, 3))
+    # An edit as small as the steps of bf16.
+    after = {name: (value + 0.003 * (end[name] - value)).bfloat16() for name, value in start.items()}
+    save_file(after, run / "final/model.safetensors")
+    save_file({name: value.bfloat16() for name, value in start.items()}, run / "run/phase-1/model.safetensors")
+    for base, told in ((1, False), (2, True)):
+        words = [run / f"run/phase-{base}", run / "final", "--domain", "math", "--dry-run", "--json"]
+        assert ("trouble" in json.loads(rollback(capsys, *words)[1])) is told
+
+
+def test_the_anchor_of_a_domain_that_was_trained_again_is_its_latest(capsys, tmp_path):
+    model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, renew=False))
+    train(model, guard, optimizer, ["math"] * 10)
+    save_model(model, tmp_path / "own")
+    train(model, guard, optimizer, ["code"] * 10, start=10)
+    train(model, guard, optimizer, ["math"] * 3, start=20)
+    save_model(model, tmp_path / "again")
+    train(model, guard, optimizer, ["code"] * 10, start=23)
+    save_model(model, tmp_path / "final")
+    guard.save(tmp_path / "final")
+    for base, told in (("own", True), ("again", False)):
+        words = [tmp_path / base, tmp_path / "final", "--domain", "math", "--dry-run", "--json"]
+        trouble = json.loads(rollback(capsys, *words)[1]).get("trouble", "")
+        assert ("last anchored, 10 steps before" in trouble) is told
