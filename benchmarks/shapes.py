@@ -100,7 +100,7 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
 
     found: dict[str, Any] = {"layers": layers, "parameters": count}
     train_step(draw(1, FEW, 0))
-    found["forward_backward"] = timed(lambda: train_step(draw(TOKENS // LENGTH, LENGTH, 0)), device, 1)
+    found["forward_backward"] = timed(lambda: train_step(draw(TOKENS // LENGTH, LENGTH, 0)), device, 2)
     guard = Guard(model, GuardConfig())
     domains = [f"domain_{index}" for index in range(DOMAINS)]
     found["by_domains"] = []
@@ -147,7 +147,7 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         _scale_radii(chosen, 2.0)
         row["moved"]["inside"] = moved(lambda chosen=chosen: hold(guard, chosen), size)
         _scale_radii(chosen, 0.5)
-    found["probe"] = timed(lambda: guard.measure(domains[0]), device, 1)
+    found["probe"] = timed(lambda: guard.measure(domains[0]), device)
     found["read"] = timed(read, device, READS)
     for row in found["by_domains"]:
         row["products"] = products(weights, row["protected"], device)

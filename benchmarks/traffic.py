@@ -1,4 +1,4 @@
-"""How much memory a piece of work reads and writes, counted from its operations: the same on every device."""
+"""How much memory a piece of work reads and writes, counted from its operations, whatever takes how long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 # Operations that make the host wait for a device.
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
 # They touch no memory.
-FREE = ("aten::empty", "aten::_unsafe_view")
+FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 
 
 class Traffic(TorchDispatchMode):

@@ -31,9 +31,10 @@ def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
     [1.0, -0.5]
     """
     # Each of the values' size: this one's intermediate result goes before the random bits come.
-    finite = values.isfinite()
+    missing = values.isnan()
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(1 << DROPPED, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
-    # Sign and magnitude are apart, so adding to the dropped bits carries away from zero for either sign.
+    # Sign and magnitude are apart, so adding to the dropped bits carries away from zero for either sign. Those of
+    # an infinity are zero, and nothing is carried; a NaN's may be all ones.
     rounded = noise.add_(bits).bitwise_and_(-1 << DROPPED).view(torch.float32)
-    return torch.where(finite, rounded, values, out=rounded).to(torch.bfloat16)
+    return torch.where(missing, values, rounded, out=rounded).to(torch.bfloat16)

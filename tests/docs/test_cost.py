@@ -37,7 +37,7 @@ def test_the_page_shows_what_was_measured():
     times = [f"{over[part] / alone[part]:.1f}" for part in ("observe", "predict_and_project")]
     assert f"the guard takes {times[0]} and {times[1]} times as long" in PAGE
     acting = three["moved"]["predict_and_project"]
-    assert f"the rest of the {acting['reads']:.1f} reads" in PAGE
+    assert f"two thirds of the rest of the {acting['reads']:.1f} reads" in PAGE
     assert f"surface {acting['waits']:.0f} times, in {acting['operations']:.0f} operations" in PAGE
     assert three["moved"]["inside"]["waits"] == 1
     assert f"takes {found['ratios']['probe_of_1024_tokens_over_forward_backward']:.0%} of that pass" in PAGE

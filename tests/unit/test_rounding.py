@@ -37,6 +37,9 @@ def test_the_expectation_is_the_value(value):
 def test_numbers_of_the_format_stay():
     values = torch.randn(1000).bfloat16()
     assert torch.equal(round_at_random(values.float(), generator()), values)
+    # What a GPU calls NaN has all bits set, to which nothing can be added.
+    full = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    assert round_at_random(full, generator()).isnan().all()
     odd = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e-40])
     found = round_at_random(odd, generator())
     assert found[:3].tolist() == [0.0, torch.inf, -torch.inf]
