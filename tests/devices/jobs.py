@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from interference_guard import Guard, GuardConfig, GuardedOptimizer
-from tests.unit.helpers import Toy, pass_rate, policy_gradient, rollout
+from tests.unit.helpers import Toy, pass_rate, rollout, train
 
 from .pretended import Elsewhere, pretended_device
 
@@ -62,21 +62,20 @@ def core(pretend, changes, rows_there=True, dtype=torch.float32, moves=False):
         model = Toy().to(dtype).to(device)
         guard = Guard(model, GuardConfig(**SETTINGS | changes))
         optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
-        recovered = 0
-        for step, domain in enumerate(PHASES):
-            if moves and step in (17, 22):
-                # As engines do that take the weights off the device for a while.
-                model.to("cpu" if step == 17 else device)
-            present = next(model.parameters()).device
-            trained = guard.recovery or domain
-            recovered += guard.recovery is not None
-            rows = rollout(copied(model), trained, seed=1000 + step)
-            with guard.domain(trained):
-                guard.retain(trained, rows.to(device) if rows_there else rows)
-                policy_gradient(model, rows.to(present)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                guard.probe()
+        recovered = []
+
+        def trained():
+            for step, domain in enumerate(PHASES):
+                if moves and step in (17, 22):
+                    # As engines do that take the weights off the device for a while.
+                    model.to("cpu" if step == 17 else device)
+                recovered.append(guard.recovery is not None)
+                yield guard.recovery or domain
+
+        def keep(rows):
+            return rows.to(device if rows_there else "cpu")
+
+        train(model, guard, optimizer, trained(), roll=roll, keep=keep)
         states = guard.domains
         return {
             "device": str(guard.device),
@@ -86,7 +85,7 @@ def core(pretend, changes, rows_there=True, dtype=torch.float32, moves=False):
             "acted": {
                 "projection": any(state.moved is not None for state in states.values()),
                 "renewal": any(state.renewals for state in states.values()),
-                "recovery": recovered > 0,
+                "recovery": any(recovered),
             },
         }
 
@@ -97,7 +96,7 @@ def saved(pretend):
         model = Toy().to(device)
         guard = Guard(model, GuardConfig(**SETTINGS))
         optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
-        go_on(model, guard, optimizer, PHASES[:18], 0)
+        train(model, guard, optimizer, PHASES[:18], roll=roll)
         guard.save(folder)
         kept = weights(model)
         found = []
@@ -107,21 +106,14 @@ def saved(pretend):
             guard = Guard(model, GuardConfig(**SETTINGS))
             guard.load(folder)
             optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
-            go_on(model, guard, optimizer, PHASES[18:], 18)
+            train(model, guard, optimizer, PHASES[18:], 18, roll=roll)
             found.append({"device": str(guard.device), "weights": weights(model), "metrics": guard.metrics()})
         return found
 
 
-def go_on(model, guard, optimizer, domains, start):
-    device = next(model.parameters()).device
-    for step, domain in enumerate(domains, start):
-        rows = rollout(copied(model), domain, seed=1000 + step).to(device)
-        with guard.domain(domain):
-            guard.retain(domain, rows)
-            policy_gradient(model, rows).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            guard.probe()
+def roll(model, domain, seed):
+    """Rollouts of a copy on the CPU, where the model is."""
+    return rollout(copied(model), domain, seed=seed).to(next(model.parameters()).device)
 
 
 def copied(model):

@@ -70,6 +70,19 @@ def test_packing_is_named_as_what_took_the_column(tmp_path):
         InterferenceGuardCallback(trainer)
 
 
+def trained(trainer):
+    """The domains that a run trains, and what it says of those that it leaves out."""
+    callback = InterferenceGuardCallback(trainer)
+    trainer.add_callback(callback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(item.message) for item in caught if "rows the run trains" in str(item.message)]
+    return sorted(
+        name for name, state in callback.guard.domains.items() if state.own_steps or state.anchored
+    ), told
+
+
 # Three generations of a domain; the last takes two of them for a step.
 @pytest.mark.parametrize(
     ("options", "steps"),
@@ -88,28 +101,10 @@ def test_domains_that_max_steps_leaves_out_are_named(options, steps, more, tmp_p
     prompts = prompts_per_generation(made.args)
     data = order_by_domain(data, prompts, batches=steps if prompts > 2 else 3)
     trainer = online("grpo", tmp_path, data, **options | {"max_steps": steps + more})
-    callback = InterferenceGuardCallback(trainer)
-    trainer.add_callback(callback)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train()
-    told = [str(item.message) for item in caught if "max_steps=" in str(item.message)]
+    found, told = trained(trainer)
+    assert found == (["code", "math"] if more else ["math"])
     assert len(told) == 1 - more
     assert all(f"domains ['code']: it ends after max_steps={steps} steps" in text for text in told)
-    assert sorted(callback.guard.domains) == (["code", "math"] if more else ["math"])
-
-
-def trained(trainer):
-    """The domains that a run of one epoch trains, and what it says of those that it leaves out."""
-    callback = InterferenceGuardCallback(trainer)
-    trainer.add_callback(callback)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train()
-    told = [str(item.message) for item in caught if "rows the run trains" in str(item.message)]
-    return sorted(
-        name for name, state in callback.guard.domains.items() if state.own_steps or state.anchored
-    ), told
 
 
 EPOCH = {"max_steps": -1, "num_train_epochs": 1}

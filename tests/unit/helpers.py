@@ -70,12 +70,14 @@ def policy_gradient(model, rows):
 CONFIG = GuardConfig(rank=8, sketch=12, residual=4, probe_steps=5)
 
 
-def train(model, guard, optimizer, domains, start=0, after=lambda step: None):
-    """One step for each domain named, with everything a host does."""
+def train(
+    model, guard, optimizer, domains, start=0, after=lambda step: None, roll=rollout, keep=lambda rows: rows
+):
+    """One step for each domain named, with everything a host does; `keep` makes the rows that it retains."""
     for step, domain in enumerate(domains, start):
-        rows = rollout(model, domain, seed=1000 + step)
+        rows = roll(model, domain, seed=1000 + step)
         with guard.domain(domain):
-            guard.retain(domain, rows)
+            guard.retain(domain, keep(rows))
             policy_gradient(model, rows).backward()
             optimizer.step()
             optimizer.zero_grad()
