@@ -149,14 +149,6 @@ def test_what_earlier_rows_bring_is_the_result():
     assert f"reaches {beside['own']:.3f} in place of {guard['own']:.3f}" in PAGE
     assert f"ends {both['guard_beyond']:.3f} below the guard alone, and forgets {both['forgetting']:.3f}" in PAGE
     assert_recovery_alone(rows["guard, recovery alone"], 3)
-    again = json.loads((ROOT / "benchmarks/results/ablations_digits_again.json").read_text())
-    assert json.loads(json.dumps(ablations.summarise(again["runs"]))) == again["rows"]
-    (there,) = again["rows"]
-    assert there["runs"] == 6
-    text = f"ended at {there['average']:.3f} there, forgetting {there['forgetting']:.3f}"
-    assert f"{text} (`ablations_digits_again.json`)" in PAGE
-    left = there["average"] - rows["guard, recovery alone"]["average"]
-    assert f"it is {left:.3f} that recovery lost" in PAGE
     above = {name: -rows[name]["guard_beyond"] for name in ("replay", "mixed")}
     assert f"is {above['replay']:.3f} above it here, and mixed training {above['mixed']:.3f}" in PAGE
     page = (ROOT / "docs/concepts/rehearsal.md").read_text()
