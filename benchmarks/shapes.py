@@ -12,7 +12,7 @@ each part reads and writes, counted from its operations. Ratios are those of the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +84,7 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
     model = build(name, layers, device)
     weights = [parameter.detach() for parameter in model.parameters()]
     count = sum(weight.numel() for weight in weights)
-    size = 4 * count
+    size, rank = 4 * count, GuardConfig().rank
 
     def draw(rows: int, length: int, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -149,8 +149,9 @@ def depth(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         _scale_radii(chosen, 0.5)
     found["probe"] = timed(lambda: guard.measure(domains[0]), device)
     found["read"] = timed(read, device, READS)
+    found["products_of_observe"] = timed(lambda: sketched(weights), device)
     for row in found["by_domains"]:
-        row["products"] = products(weights, row["protected"], device)
+        row["products"] = timed(lambda columns=rank * row["protected"]: turned(weights, columns), device)
     found["memory"] = memory(guard, domains[0])
     return found
 
@@ -168,34 +169,22 @@ def _move(weights: list[Tensor], seed: int) -> None:
         weight.add_(torch.empty_like(weight).uniform_(-2e-4, 2e-4))
 
 
-def products(weights: list[Tensor], protected: int, device: torch.device) -> dict[str, float]:
-    """Seconds of the products alone: a gradient's two with its sketch; displacements into directions and back.
+def sketched(weights: list[Tensor]) -> None:
+    """The two products of every matrix that its sketch is made of, and nothing else."""
+    for weight, factors in _factors(weights, GuardConfig().sketch):
+        weight.mT @ (weight @ factors)
 
-    Args:
-        weights: What they are made with; matrices count, and they change by rounding at most.
-        protected: Domains with directions.
-        device: Where the weights are.
-    """
-    config = GuardConfig()
-    matrices = [weight for weight in weights if weight.ndim == 2]
-    torch.manual_seed(0)
-    columns = (config.sketch, config.rank * protected)
-    sizes = sorted({(weight.shape[1], number) for weight in matrices for number in columns})
-    factors = {size: torch.randn(size, device=device) / size[0] for size in sizes}
 
-    def observe() -> None:
-        for weight in matrices:
-            weight.mT @ (weight @ factors[weight.shape[1], config.sketch])
+def turned(weights: list[Tensor], columns: int) -> None:
+    """Every matrix into so many directions, and back; it changes by rounding at most."""
+    for weight, factors in _factors(weights, columns):
+        weight.addmm_(weight @ factors, factors.mT, alpha=-1e-9)
 
-    def predict_and_project() -> None:
-        for weight in matrices:
-            directions = factors[weight.shape[1], config.rank * protected]
-            weight.addmm_(weight @ directions, directions.mT, alpha=-1e-9)
 
-    return {
-        "observe": timed(observe, device),
-        "predict_and_project": timed(predict_and_project, device),
-    }
+def _factors(weights: list[Tensor], columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for weight in weights:
+        if weight.ndim == 2:
+            yield weight, weight.new_full((weight.shape[1], columns), 1 / weight.shape[1])
 
 
 def memory(guard: Guard, domain: str) -> dict[str, int]:
@@ -225,13 +214,14 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
             {
                 "protected": row["protected"],
                 "over_read": parts,
-                "products_over_read": {key: value / found["read"] for key, value in row["products"].items()},
+                "products_over_read": row["products"] / found["read"],
                 "moved": row["moved"],
                 "over_forward_backward": total / step,
             }
         )
     return {
         "by_domains": table,
+        "products_of_observe_over_read": found["products_of_observe"] / found["read"],
         "anchors_of_four_over_read": found["anchors"] / found["read"],
         "probe_of_1024_tokens_over_forward_backward": found["probe"] / step,
     }
@@ -267,10 +257,10 @@ def cells(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table of `ratios`, under `HEAD`."""
     rows = []
     for row in found["by_domains"]:
-        over, alone = row["over_read"], row["products_over_read"]
-        parts = (over["observe"], alone["observe"], over["predict"], over["predict_and_project"])
-        ratios = [f"{value:.1f}" for value in (*parts, alone["predict_and_project"])]
-        rows.append((str(row["protected"]), *ratios, f"{row['over_forward_backward']:.0%}"))
+        over, alone = row["over_read"], (found["products_of_observe_over_read"], row["products_over_read"])
+        values = (over["observe"], alone[0], over["predict"], over["predict_and_project"], alone[1])
+        parts = [f"{value:.1f}" for value in values]
+        rows.append((str(row["protected"]), *parts, f"{row['over_forward_backward']:.0%}"))
     return rows
 
 

@@ -20,6 +20,7 @@ Grams = dict[tuple[int, int], list[Tensor]]
 def project(
     models: Sequence[LocalModel],
     displacements: Sequence[Displacement],
+    energies: Tensor,
     radii: Sequence[Tensor],
     sweeps: int,
     grams: Grams | None = None,
@@ -34,6 +35,7 @@ def project(
         models: The protected domains' local models.
         displacements: Their displacements; `flat` is changed in place to what the correction leaves, and what
             was removed for the domain's own sake becomes `taken`.
+        energies: Of the displacements, ``(domains,)`` fp32.
         radii: 0-d fp32 tensors.
         sweeps: Most passes over the domains.
         grams: Products of the models' directions by their `id`, kept from call to call; filled in place.
@@ -44,8 +46,11 @@ def project(
         Per block the change to subtract from the weights (from this rank's part of them), or None when nothing is
         outside.
     """
-    grams = {} if grams is None else grams
-    allowed = torch.stack(list(radii)).tolist()
+    bounds = torch.stack(list(radii))
+    # One number, which saves all else where none is outside.
+    if (energies <= bounds).all().item():
+        return None
+    grams, allowed = {} if grams is None else grams, bounds.tolist()
     for sweep in range(sweeps if len(models) > 1 else 1):
         # A later sweep need only mend what other corrections pushed out noticeably.
         slack = 1.0 if sweep == 0 else SLACK

@@ -133,11 +133,8 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         return
     radii = [state.radius for state in states if state.radius is not None]
     before = _subspaces(states)
-    changes = None
-    # One number, which saves a pass over the weights where none is outside.
-    if not (before <= torch.stack(radii)).all().item():
-        metrics = None if energies is None else [coordinate_metric(model, energies) for model in models]
-        changes = project(models, seen, radii, guard.config.sweeps, guard.grams, metrics)
+    metrics = None if energies is None else [coordinate_metric(model, energies) for model in models]
+    changes = project(models, seen, before, radii, guard.config.sweeps, guard.grams, metrics)
     if changes is not None:
         guard.view.subtract(changes, guard.steps)
         for state, displacement in zip(states, seen, strict=True):

@@ -4,11 +4,12 @@ import tempfile
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from interference_guard import Guard, GuardConfig, GuardedOptimizer
-from tests.unit.helpers import Toy, pass_rate, rollout, train
+from interference_guard import GuardConfig
+from tests.unit.helpers import Toy, guarded, pass_rate, rollout, train
 
 from .pretended import Elsewhere, pretended_device
 
@@ -59,9 +60,7 @@ def mixed(pretend):
 def core(pretend, changes, rows_there=True, dtype=torch.float32, moves=False):
     """A toy's three domains; its weights, what was measured, and which parts of the guard acted."""
     with chosen(pretend) as device:
-        model = Toy().to(dtype).to(device)
-        guard = Guard(model, GuardConfig(**SETTINGS | changes))
-        optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
+        model, guard, optimizer = made(device, changes, dtype)
         recovered = []
 
         def trained():
@@ -93,22 +92,23 @@ def core(pretend, changes, rows_there=True, dtype=torch.float32, moves=False):
 def saved(pretend):
     """A state saved on one device goes on there, and on the CPU."""
     with chosen(pretend) as device, tempfile.TemporaryDirectory() as folder:
-        model = Toy().to(device)
-        guard = Guard(model, GuardConfig(**SETTINGS))
-        optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
+        model, guard, optimizer = made(device)
         train(model, guard, optimizer, PHASES[:18], roll=roll)
         guard.save(folder)
         kept = weights(model)
         found = []
         for target in (device, torch.device("cpu")):
-            model = Toy().to(target)
+            model, guard, optimizer = made(target)
             model.load_state_dict({name: value.to(target) for name, value in kept.items()})
-            guard = Guard(model, GuardConfig(**SETTINGS))
             guard.load(folder)
-            optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
             train(model, guard, optimizer, PHASES[18:], 18, roll=roll)
             found.append({"device": str(guard.device), "weights": weights(model), "metrics": guard.metrics()})
         return found
+
+
+def made(device, changes=MappingProxyType({}), dtype=torch.float32):
+    config = GuardConfig(**SETTINGS | changes)
+    return guarded(rate=0.5, config=config, dtype=dtype, make=torch.optim.SGD, device=device)
 
 
 def roll(model, domain, seed):
@@ -132,15 +132,11 @@ def weights(model):
 def trainer(pretend, kind):
     """A real trainer's run of two domains: its last metrics, and where guard and model were."""
     with chosen(pretend) as device, tempfile.TemporaryDirectory() as folder:
-        from tests.trl import host
-
-        from . import trainers
-
-        host.COMMON["use_cpu"] = not pretend
         if pretend:
             _everywhere(device)
+        from . import trainers
 
-        return getattr(trainers, kind)(Path(folder))
+        return getattr(trainers, kind)(Path(folder), {"max_steps": 8, "use_cpu": not pretend})
 
 
 def _everywhere(device):

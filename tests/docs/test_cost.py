@@ -32,9 +32,10 @@ def test_the_page_shows_what_was_measured():
     assert f"the guard at {rates['observe']} (observe) and {rates['predict_and_project']}" in PAGE
     assert tables.markdown(shapes.MOVED_HEAD, shapes.moved_cells(found["ratios"])) in PAGE
     three = found["ratios"]["by_domains"][2]
-    over, alone = three["over_read"], three["products_over_read"]
-    assert f"take {alone['observe']:.1f} and {alone['predict_and_project']:.1f} reads with three domains" in PAGE
-    times = [f"{over[part] / alone[part]:.1f}" for part in ("observe", "predict_and_project")]
+    over = three["over_read"]
+    alone = (found["ratios"]["products_of_observe_over_read"], three["products_over_read"])
+    assert f"take {alone[0]:.1f} and {alone[1]:.1f} reads with three domains" in PAGE
+    times = [f"{over['observe'] / alone[0]:.1f}", f"{over['predict_and_project'] / alone[1]:.1f}"]
     assert f"the guard takes {times[0]} and {times[1]} times as long" in PAGE
     acting = three["moved"]["predict_and_project"]
     assert f"two thirds of the rest of the {acting['reads']:.1f} reads" in PAGE

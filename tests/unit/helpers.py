@@ -85,8 +85,8 @@ def train(
         after(step)
 
 
-def guarded(seed=0, rate=0.02, config=CONFIG, dtype=torch.float32, make=torch.optim.AdamW):
-    model = Toy(seed).to(dtype)
+def guarded(seed=0, rate=0.02, config=CONFIG, dtype=torch.float32, make=torch.optim.AdamW, device="cpu"):
+    model = Toy(seed).to(device, dtype)
     guard = Guard(model, config)
     return model, guard, GuardedOptimizer(make(model.parameters(), lr=rate), guard)
 

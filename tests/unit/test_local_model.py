@@ -81,7 +81,7 @@ def test_projected_weights_are_inside_and_move_only_along_the_directions(protect
     new = weights[0] + move
     seen = displacements([new], [model])
     radius = seen[0].energy() / 10
-    (correction,) = project([model], seen, [radius], 3)
+    (correction,) = project([model], seen, torch.stack([seen[0].energy()]), [radius], 3)
     change = correction.dense()
     after = displacements([new - change], [model])[0]
     assert after.energy().item() == pytest.approx(radius.item(), rel=1e-3)
@@ -98,7 +98,7 @@ def test_nothing_moves_inside_the_region():
     _, _, weights, _, model = make(3)
     seen = displacements([weights[0] + 0.01], [model])
     radius = seen[0].energy() * 2
-    assert project([model], seen, [radius], 3) is None
+    assert project([model], seen, torch.stack([seen[0].energy()]), [radius], 3) is None
 
 
 def test_several_domains_end_within_five_percent():
@@ -111,7 +111,7 @@ def test_several_domains_end_within_five_percent():
     new = anchor + torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(5))
     seen = displacements([new], models)
     radii = [item.energy() / 20 for item in seen]
-    (correction,) = project(models, seen, radii, 10)
+    (correction,) = project(models, seen, torch.stack([item.energy() for item in seen]), radii, 10)
     for item, radius in zip(displacements([new - correction.dense()], models), radii, strict=True):
         assert item.energy().item() <= radius.item() * 1.05
 

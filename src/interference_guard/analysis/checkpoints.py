@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ HEAD = "lm_head.weight"
 EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"))
 # Elements read at once, 4 MiB in fp32: pieces that fit a processor's cache are also the fastest.
 PIECE = 1 << 20
+# Called with each parameter's name when it is done.
+Advance = Callable[[str], None]
 
 
 class Weights(Protocol):

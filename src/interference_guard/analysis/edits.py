@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor
 from interference_guard.places import place
 from interference_guard.units import UnitView
 
-from .checkpoints import Weights, check_same, pieces, unit_layout
+from .checkpoints import Advance, Weights, check_same, pieces, unit_layout
 from .pieces import matrix_shape, unit_piece
 
 # The paper's two bounds.
 ABSOLUTE, RELATIVE = 1e-7, 1e-3
-Advance = Callable[[str], None]
 
 
 @dataclass

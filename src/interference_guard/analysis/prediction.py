@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from interference_guard.places import place
 from interference_guard.trust_region import Raw
 from interference_guard.units import UnitView
 
-from .checkpoints import Weights
+from .checkpoints import Advance, Checkpoint, Weights
 from .edits import neuron_sums
-from .part import displacement
+from .part import Read, displacement
 from .state import DomainRecord
 
 
@@ -63,7 +64,7 @@ def predict_damage(
     record: DomainRecord,
     after: Weights,
     before: Weights | None = None,
-    advance: Callable[[str], None] = lambda name: None,
+    advance: Advance = lambda name: None,
 ) -> Prediction:
     """Predict what a displacement costs a domain: 1/2 d' H d by the domain's local model.
 
@@ -82,11 +83,46 @@ def predict_damage(
     """
     names = record.state.names(after)
     starts = {} if before is None else record.state.names(before)
+    return _predicted(
+        record, lambda name: displacement(names[name], after, before, starts.get(name)), before is None, advance
+    )
+
+
+def predict_rounding(record: DomainRecord, weights: Checkpoint) -> Prediction:
+    """Predict what errors cost a domain that are as large as rounding makes to the dtype of its weights.
+
+    A guard that trains fp32 weights has an anchor that a checkpoint in bf16 can only come near.
+
+    Args:
+        record: The domain, from a state file.
+        weights: The rounded weights.
+
+    Raises:
+        CheckpointError: If they are not of the state's model.
+        UnknownDomainError: If the domain has no local model.
+    """
+    names = record.state.names(weights)
+    generator = torch.Generator().manual_seed(0)
+
+    def errors(name: str) -> Read:
+        step = torch.finfo(weights.entries[names[name]].dtype or torch.float32).eps
+
+        def read(first: int, last: int) -> Tensor:
+            rows = weights.rows(names[name], first, last)
+            return rows.mul_(torch.rand(rows.shape, generator=generator).sub_(0.5).mul_(step))
+
+        return read
+
+    return _predicted(record, errors, False)
+
+
+def _predicted(
+    record: DomainRecord, reads: Callable[[str], Read], anchored: bool, advance: Advance = lambda name: None
+) -> Prediction:
     inside, outside, views = {}, {}, {}
     for part in record.parts():
         name = part.view.name
-        read = displacement(names[name], after, before, starts.get(name))
-        inside[name], outside[name] = part.damage(part.see(read, anchored=before is None))
+        inside[name], outside[name] = part.damage(part.see(reads(name), anchored=anchored))
         views[name] = part.view
         advance(name)
     sums = [sum(float(item.double().sum()) for item in group.values()) for group in (inside, outside)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +15,7 @@ from interference_guard.errors import CheckpointError
 from interference_guard.files import STATE
 from interference_guard.rounding import round_at_random
 
-from .checkpoints import open_checkpoint, pieces, stored_twice
+from .checkpoints import Advance, open_checkpoint, pieces, stored_twice
 from .part import Part, displacement
 from .pieces import Piece, matrix_shape, unit_pieces
 from .rollback import RollbackPlan, see_edit
@@ -34,7 +33,7 @@ def write_rollback(
     out: str | Path,
     *,
     force: bool = False,
-    advance: Callable[[str], None] = lambda name: None,
+    advance: Advance = lambda name: None,
 ) -> dict[str, float]:
     """Write a checkpoint in which the chosen units are rolled back; everything else is copied.
 
@@ -98,9 +97,7 @@ def _left(plan: RollbackPlan, written: Path) -> dict[str, float]:
     }
 
 
-def _rewrite(
-    plan: RollbackPlan, share: float, strength: float, folder: Path, advance: Callable[[str], None]
-) -> None:
+def _rewrite(plan: RollbackPlan, share: float, strength: float, folder: Path, advance: Advance) -> None:
     masks = plan.chosen(share)
     names, starts = (plan.record.state.names(weights) for weights in (plan.after, plan.before))
     # Of the seed alone: the same command writes the same bytes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from interference_guard.errors import ConfigError
 
-from .checkpoints import Checkpoint, Weights
+from .checkpoints import Advance, Checkpoint, Weights
 from .part import Part, Seen, displacement
 from .state import DomainRecord
 
 MODES = ("directions", "units")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-Advance = Callable[[str], None]
 
 
 @dataclass

@@ -14,6 +14,16 @@ from interference_guard.report.transfer import losses
 
 from . import output
 
+# Of each domain, by what the table calls it: its name in the JSON, and its form.
+COLUMNS = {
+    "reward": ("reward", ".3f"),
+    "lost": ("lost", ".3f"),
+    "predicted": ("predicted", ".4f"),
+    "measured": ("measured", ".4f"),
+    "radius": ("radius", ".2e"),
+    "covered": ("protected_share", ".0%"),
+}
+
 
 def inspect(
     run: Annotated[
@@ -69,18 +79,11 @@ def inspect(
 
 
 def _show(found: dict[str, Any]) -> None:
-    keys = ("reward", "lost", "predicted", "measured", "radius", "protected_share")
-    forms = (".3f", ".3f", ".4f", ".4f", ".2e", ".0%")
     rows = [
-        [
-            name,
-            *(output.number(values.get(key), form) for key, form in zip(keys, forms, strict=True)),
-            values["unit"] or "-",
-        ]
+        [name, *(output.number(values.get(key), form) for key, form in COLUMNS.values()), values["unit"] or "-"]
         for name, values in found["domains"].items()
     ]
-    columns = ["domain", *keys[:-1], "covered", "unit"]
-    output.table(f"{found['run']}: {found['steps']:g} steps", columns, rows)
+    output.table(f"{found['run']}: {found['steps']:g} steps", ["domain", *COLUMNS, "unit"], rows)
     if found["skipped_lines"]:
         output.line(f"{found['skipped_lines']} damaged lines of the history were skipped.")
 

@@ -115,15 +115,16 @@ def rollback(
 
 def _elsewhere(plan: RollbackPlan, base: Path, before: Checkpoint) -> str | None:
     """What to say where BASE is not where the domain was anchored, or None."""
-    from interference_guard.analysis.placing import off_anchor
+    from interference_guard.analysis.prediction import predict_damage, predict_rounding
 
     record = plan.record
     # A region that was moved lies elsewhere, and says nothing of where the domain was anchored.
     if record.details["renewed_at"]:
         return None
     with output.progress("placing BASE", len(record.state.views)) as advance:
-        found, rounding = off_anchor(record, before, advance)
-    if not found > ASTRAY * plan.whole_damage + ROUNDING * rounding:
+        found = predict_damage(record, before, advance=advance).raw
+    beyond = found - ASTRAY * plan.whole_damage
+    if not beyond > 0 or beyond <= ROUNDING * predict_rounding(record, before).raw:
         return None
     where = (
         "where the run began" if record.details["reference"] else "the end of its last own, or recovery, phase"
