@@ -88,7 +88,7 @@ test-verl-versions: env-verl  ## the guard's engine in earlier releases of veRL
 demo-reference: env  ## an ability known from before training, plain and protected, one seed
 	$(BIN)/python -m benchmarks.reference --seeds 0 --out demo
 
-bench: env  ## the committed results again (hours)
+bench: env  ## most of the committed results again (hours); the pages name the command of each
 	$(BIN)/python -m benchmarks.forgetting
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.recovery

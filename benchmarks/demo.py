@@ -102,7 +102,7 @@ def table(results: dict[str, dict[str, Any]]) -> Any:
         numbers += [guarded["own"][name], guarded["final"][name]]
         made.add_row(name, *(f"{value:.2f}" for value in numbers))
     made.add_section()
-    for label, key in (("average", "average"), ("forgetting", "forgetting"), ("backward transfer", "bwt")):
+    for label, key in (("average", "average"), ("forgetting", "forgetting")):
         made.add_row(label, "", "", f"{plain[key]:.3f}", "", f"[bold]{guarded[key]:.3f}[/bold]")
     share = sum(guarded["guard_seconds"].values()) / guarded["seconds"]
     made.add_row("seconds", "", "", f"{plain['seconds']:.0f}", "", f"{guarded['seconds']:.0f}")

@@ -32,7 +32,7 @@ from interference_guard.analysis import (
     measure_edits,
     open_checkpoint,
     plan_rollback,
-    predict_damage,
+    predict_interference,
     stored_gradients,
     top_neurons,
     write_rollback,
@@ -163,7 +163,7 @@ def prediction(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for index, name in enumerate(ORDER[:-1]):
         record = state.domain(name)
-        guess = predict_damage(record, final)
+        guess = predict_interference(record, final)
         inside = sum(float(part.double().sum()) for part in guess.inside.values())
         units = torch.cat(list(guess.units.values())).sort(descending=True).values
         pairs = [pair for pair in result["pairs"] if pair["domain"] == name]
@@ -183,8 +183,8 @@ def prediction(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
                 "largest_cosine_at_random": conflict.mean_chance(),
                 "displacement_inside": conflict.share,
                 "displacement_inside_if_flat": conflict.flat_share,
-                "damage_inside": conflict.inside_damage,
-                "damage_in_shared_directions": conflict.shared_damage,
+                "damage_inside": conflict.inside_interference,
+                "damage_in_shared_directions": conflict.shared_interference,
             },
         }
     keys = ("inside", "damage_of_top_1_percent_of_units", "spearman_loss", "spearman_kl")
@@ -274,7 +274,7 @@ def _shuffled(plan: RollbackPlan) -> RollbackPlan:
         name: edit * (0.5 + torch.rand(edit.shape, generator=generator, dtype=edit.dtype))
         for name, edit in plan.edit.items()
     }
-    return replace(plan, damage=scores)
+    return replace(plan, interference=scores)
 
 
 def _effect(

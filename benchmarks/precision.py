@@ -77,7 +77,7 @@ def terms(
         with guard.domain("own" if own else "other"):
             optimizer.step()
         if not own:
-            found.append(guard.interference(["own"])["own"].inside)
+            found.append(guard.raw_parts(["own"])["own"].inside)
             if radius is not None:
                 # As measurements would have set it by now.
                 guard.domains["own"].region.radius = radius

@@ -100,7 +100,7 @@ class Predicting(Compare):
         rows, before = self.start
         tokens = rows["completion_mask"].sum()
         kl_new = float((before - self.rollouts.log_probabilities(rows)).sum() / tokens)
-        for name, raw in self.guard.interference(names).items():
+        for name, raw in self.guard.raw_parts(names).items():
             state = self.guard.domains[name]
             anchor, gradient, fisher, rate = self.anchors[name]
             moved, found = weights - anchor, look(self.guard, state)

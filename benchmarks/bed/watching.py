@@ -90,7 +90,7 @@ class Pairs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.guard is None or state.global_step % self.every:
             return
-        for name, raw in self.guard.interference(self.guard.protected).items():
+        for name, raw in self.guard.raw_parts(self.guard.protected).items():
             domain = self.guard.domains[name]
             # Without calibrating: the prediction must live on the probes that a user's run makes.
             found = look(self.guard, domain)

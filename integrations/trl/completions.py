@@ -111,7 +111,8 @@ def trainer_policy(trainer: Any) -> Policy:
             batch_size=size,
         )
         padded = torch.nn.functional.pad(scores.float(), (first, 0))
-        return padded * (rows.completion_mask != 0)
+        # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
+        return padded.where(rows.completion_mask != 0, 0.0)
 
     def policy(rows: Completions) -> Tensor:
         if rows.temperature != sampling_temperature(trainer):

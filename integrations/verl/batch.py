@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from interference_guard.probe import Completions
 
 # Rows that veRL adds so that a batch splits evenly carry a uid of this kind and a mask of zeros.
 PADDING = "pad"
+# The column that every trainer hands on, a table of what a data set's rows hold besides.
+CARRIER = "extra_info"
 # The column of a row's number in its update.
 ROW = "interference_guard_row"
 
 
 def labels(data: Any, column: str, uids: Sequence[Any]) -> list[str | None]:
-    """Domain of each row, None for a padding row.
+    """Domain of each row, None for a padding row: from its column, or from the row's `extra_info`.
 
     Args:
         data: An update, or a mini-batch of it.
@@ -33,9 +35,15 @@ def labels(data: Any, column: str, uids: Sequence[Any]) -> list[str | None]:
     """
     found = tu.get(data, column)
     if found is None:
+        rows = tu.get(data, CARRIER) or ()
+        carried = [row.get(column) if isinstance(row, Mapping) else None for row in rows]
+        found = carried if any(name is not None for name in carried) else None
+    if found is None:
         raise HostError(
-            f"The batch has no column {column!r}, only {sorted(map(str, data.keys()))}. Give every row of "
-            "data.train_files a data_source, or name another column with +guard.domain_column=..."
+            f"The batch has no column {column!r}, only {sorted(map(str, data.keys()))}, nor is it in the rows' "
+            f"{CARRIER}. Give every row of data.train_files a data_source, or name another column with "
+            f"+guard.domain_column=...; trainer V0 (trainer.use_v1=false) hands on data_source and {CARRIER} "
+            "alone."
         )
     names = list(found)
     for index, (name, uid) in enumerate(zip(names, uids, strict=True)):
@@ -88,8 +96,16 @@ def completions(data: Any, rows: Sequence[int], temperature: float) -> Completio
         temperature: Of the sampling they came from.
 
     Raises:
-        HostError: If the batch is laid out in another way, has no rewards or holds pictures.
+        HostError: If the batch is laid out in another way, has no rewards, holds pictures, or has positions along
+            several axes, as vision-language models take them for text too.
     """
+    positions = tu.get(data, "position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 3:
+        raise HostError(
+            "The batch has position_ids along several axes, as vision-language models with multimodal rotary "
+            "positions take them. The guard scores completions as text alone. Train a text model, or take the "
+            "guard out of actor_rollout_ref.model.external_lib."
+        )
     if any(tu.get(data, "multi_modal_inputs") or ()):
         raise HostError(
             "The batch has multi_modal_inputs. The guard scores completions as text alone, so their interference "
@@ -177,7 +193,7 @@ class FreshRows:
         self._seen.clear()
 
 
-def scores(engine: Any, rows: Completions) -> Tensor:
+def log_probabilities(engine: Any, rows: Completions) -> Tensor:
     """Log-probabilities of completions through the engine's own forward pass; see `probe.Policy`.
 
     Every rank must call it with as many rows as the others: parameters are gathered on the way.
@@ -187,7 +203,8 @@ def scores(engine: Any, rows: Completions) -> Tensor:
         rows: Completions, padded on the right.
     """
     config, model = engine.engine_config, engine.model_config
-    micro = config.infer_micro_batch_size_per_gpu or config.micro_batch_size_per_gpu or 1
+    # Gradients and the optimizer's state are in memory, as in training and not as in inference.
+    micro = min(_least(config.infer_micro_batch_size_per_gpu, config.micro_batch_size_per_gpu) or 1, len(rows))
     # Micro-batches are of one size: the last row fills up what is missing.
     count = len(rows) if config.use_dynamic_bsz else -(-len(rows) // micro) * micro
     chosen = torch.arange(count).clamp(max=len(rows) - 1).tolist()
@@ -207,7 +224,7 @@ def scores(engine: Any, rows: Completions) -> Tensor:
             "use_fused_kernels": model.use_fused_kernels,
             "use_dynamic_bsz": config.use_dynamic_bsz,
             "micro_batch_size_per_gpu": micro,
-            "max_token_len_per_gpu": config.infer_max_token_len_per_gpu or config.max_token_len_per_gpu,
+            "max_token_len_per_gpu": _least(config.infer_max_token_len_per_gpu, config.max_token_len_per_gpu),
         },
     )
     with evaluating(engine.module):
@@ -217,7 +234,12 @@ def scores(engine: Any, rows: Completions) -> Tensor:
     for row, values in enumerate(found):
         # Place t of the engine's answer scores token t + 1.
         result[row, 1 : len(values)] = values[:-1].to(result)
-    return result * (rows.completion_mask != 0)
+    # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
+    return result.where(rows.completion_mask != 0, 0.0)
+
+
+def _least(*sizes: int | None) -> int | None:
+    return min((size for size in sizes if size), default=None)
 
 
 def _nested(rows: list[Tensor]) -> Tensor:

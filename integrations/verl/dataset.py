@@ -11,10 +11,11 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from interference_guard.errors import ConfigError, HostError, MissingDomainError
 from interference_guard.rehearsal import check_active_share
 
+from .batch import CARRIER
 from .coordinator import Link, launch
 from .drawing import check_drawing
 from .order import DomainOrder
-from .settings import DOMAIN_COLUMN, RunSettings
+from .settings import DOMAIN_COLUMN, RunSettings, warn_unguarded
 
 
 class DomainDataset(RLHFDataset):  # type: ignore[misc]
@@ -31,13 +32,15 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
 
     Raises:
         ConfigError: If the data is shuffled or read by other processes, if a step of the run is not one batch of
-            it, if validation reads the same files, or if the order cannot be served.
+            it, if validation reads the same files, if the trainer is one that is not supported, or if the order
+            cannot be served.
         MissingDomainError: If a row has no domain.
     """
 
     def __init__(self, data_files: Any, tokenizer: Any, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(data_files, tokenizer, config, *args, **kwargs)
         self.order: DomainOrder | None = None
+        self._column = DOMAIN_COLUMN
         self._link: Link | None = None
         if _listed(self.original_data_files) != _listed(config.train_files):
             return
@@ -56,9 +59,9 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         run = RunSettings.of(whole) if "actor_rollout_ref" in whole else None
         order = _plain(config.get("domain_order", "sequential"))
         rehearsal = config.get("domain_rehearsal", 0.0)
-        column = DOMAIN_COLUMN if run is None else run.guard.domain_column
+        self._column = DOMAIN_COLUMN if run is None else run.guard.domain_column
         self.order = DomainOrder(
-            self._domains(column),
+            self._domains(self._column),
             int(config.train_batch_size),
             order,
             _plain(config.get("domain_batches")),
@@ -67,7 +70,9 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         )
         if run is not None and run.guard.enabled:
             check_active_share(rehearsal, self.order.prompts, run.guard.active_share, "data.domain_rehearsal")
-        check_drawing(whole, order, len(self.order.plan))
+        check_drawing(whole, order, len(self.order.plan), run is not None and run.guard.recovery)
+        if run is not None and run.guard.enabled:
+            warn_unguarded(whole)
         if run is not None and run.guard.enabled and run.guard.recovery:
             self._link = launch(list(self.order.rows))
 
@@ -92,7 +97,11 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
     def __getitem__(self, item: int) -> Any:
         if self.order is None:
             return super().__getitem__(item)
-        return super().__getitem__(self.order.row(item, self._wanted))
+        row: dict[str, Any] = super().__getitem__(self.order.row(item, self._wanted))
+        if self._column != DOMAIN_COLUMN:
+            # Trainer V0 hands on a few columns alone, and this is one of them.
+            row[CARRIER] = {**(row.get(CARRIER) or {}), self._column: row[self._column]}
+        return row
 
     def _wanted(self) -> str | None:
         return None if self._link is None else self._link.wanted()

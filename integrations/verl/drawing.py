@@ -13,16 +13,18 @@ from interference_guard.errors import ConfigError
 REFILLS = ("algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups")
 
 
-def check_drawing(whole: DictConfig, order: object, batches: int) -> None:
+def check_drawing(whole: DictConfig, order: object, batches: int, recovery: bool = False) -> None:
     """Refuse what mixes the batches that the data set keeps apart, and say what only delays or repeats them.
 
     Args:
         whole: The run's configuration.
         order: `data.domain_order`.
         batches: Batches of one epoch.
+        recovery: Whether a domain may take the place of the planned one.
 
     Raises:
-        ConfigError: If a step's rows are not one batch of the data set's.
+        ConfigError: If a step's rows are not one batch of the data set's, or if recovery is asked for where
+            batches are drawn ahead.
     """
 
     def found(name: str) -> Any:
@@ -42,8 +44,23 @@ def check_drawing(whole: DictConfig, order: object, batches: int) -> None:
             f"data.gen_batch_size={drawn!r} is not allowed with DomainDataset: a step must be one batch of "
             f"data.train_batch_size={trained!r} rows. Leave it out."
         )
+    if found("data.train_max_samples") and found("data.train_max_samples") > 0:
+        raise ConfigError(
+            f"data.train_max_samples={found('data.train_max_samples')!r} is not allowed with DomainDataset: of "
+            "rows that are not shuffled veRL takes the first, and with them the first domains alone. Leave it "
+            "out, and say with +data.domain_batches how much of each domain is trained."
+        )
     mode = found("trainer.v1.trainer_mode")
-    if not older and mode not in (None, "sync"):
+    ahead = not older and mode not in (None, "sync")
+    # verl.experimental.one_step_off_policy has a node of this name, and the trainer mode of the others.
+    if recovery and (ahead or found("rollout") is not None):
+        raise ConfigError(
+            "guard.recovery=True is not allowed with a trainer that draws batches ahead "
+            f"({f'trainer.v1.trainer_mode={mode!r}' if ahead else 'one_step_off_policy'}): rows of the domain "
+            "that recovered would still come after its phase, and a domain's own steps end the protection of "
+            "what it had. Use trainer.v1.trainer_mode=sync, or +guard.recovery=false."
+        )
+    if ahead:
         warnings.warn(
             f"trainer.v1.trainer_mode={mode!r} trains rows in the order in which they are finished, so steps at "
             "the borders of batches mix domains, and count for none. Give domains long phases, or use sync.",

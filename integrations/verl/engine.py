@@ -7,6 +7,7 @@ from typing import Any
 
 from interference_guard.errors import UnsupportedError
 
+from .compat import hide_trl
 from .session import Session
 from .settings import recall
 
@@ -28,7 +29,10 @@ class GuardMixin:
         Raises:
             UnsupportedError: If the engine's parameters cannot be guarded; nothing is built then.
             ConfigError: If a +guard.* setting is unknown or not allowed.
+            StateError: If `guard.state` names no state that can be read.
         """
+        # Here and not on import, since a process with no engine, as that of a reward function, may use TRL.
+        hide_trl()
         if self.engine_config.forward_only:
             super().initialize()  # type: ignore[misc]
             return
@@ -38,6 +42,8 @@ class GuardMixin:
         super().initialize()  # type: ignore[misc]
         if settings.guard.enabled:
             self.interference = Session(self, settings)
+            if settings.state is not None:
+                self.interference.load(self._state_folder(settings.state))
 
     def train_batch(self, data: Any, loss_function: Any) -> Any:
         """One mini-batch of veRL's: one optimizer step."""

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from interference_guard.errors import HostError
 
 from . import settings
-from .compat import check_version, check_workers, hide_trl
+from .compat import check_version, check_workers
 
 MODEL_TYPE = "language_model"
 # Functions that stand in the place of veRL's.
@@ -27,7 +27,6 @@ def register() -> None:
     """
     check_version()
     check_workers()
-    hide_trl()
     from verl.workers import engine_workers
     from verl.workers.engine import EngineRegistry
 

@@ -201,7 +201,7 @@ class Session:
             raise HostError(
                 "The batch has no temperature, so its completions cannot be scored as they were sampled."
             )
-        return batch.scores(self.engine, rows)
+        return batch.log_probabilities(self.engine, rows)
 
     def _reduce(self, values: Tensor, kind: str) -> Tensor:
         result = values.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,12 +14,15 @@ from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError
 
 NODE = "guard"
+# Of the node what is a path and no setting of the guard.
+STATE = "state"
+LIBRARY = "interference_guard.integrations.verl"
 # veRL's own column of a row's origin, by which it also groups rewards and validation.
 DOMAIN_COLUMN = "data_source"
 
 
 def guard_config(table: Mapping[str, Any] | None) -> GuardConfig:
-    """Build the guard's configuration from the `guard` node.
+    """Build the guard's configuration from the `guard` node; its `state` is no part of it.
 
     Args:
         table: The node, or None where the run has none: all defaults.
@@ -38,14 +42,15 @@ def guard_config(table: Mapping[str, Any] | None) -> GuardConfig:
         table = {}
     if not isinstance(table, Mapping):
         raise ConfigError(f"guard={table!r} is not allowed: write one key each, for instance +guard.budget=0.02.")
-    known = [item.name for item in fields(GuardConfig)]
+    known = [STATE, *(item.name for item in fields(GuardConfig))]
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise ConfigError(
                 f"guard.{key} is not a setting. Did you mean guard.{near[0]}? All settings: {', '.join(known)}."
             )
-    return GuardConfig(**{"domain_column": DOMAIN_COLUMN, **table})
+    given = {key: value for key, value in table.items() if key != STATE}
+    return GuardConfig(**{"domain_column": DOMAIN_COLUMN, **given})
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,42 @@ class RunSettings:
     Args:
         guard: Its own settings.
         folder: Where the run writes its checkpoints, and the guard its history; None where nothing says so.
+        state: The engine's folder of a checkpoint, whose guard's state a new run begins with.
     """
 
     guard: GuardConfig
     folder: str | None = None
+    state: str | None = None
 
     @classmethod
     def of(cls, config: DictConfig) -> RunSettings:
-        """The settings in a run's whole configuration."""
-        folder = OmegaConf.select(config, "trainer.default_local_dir", default=None)
-        return cls(guard_config(config.get(NODE)), None if folder is None else str(folder))
+        """The settings in a run's whole configuration.
+
+        Raises:
+            ConfigError: As `guard_config`, and if the trainer loses the rows' domains.
+        """
+        guard = guard_config(config.get(NODE))
+        if guard.enabled and config.get("async_training") is not None:
+            raise ConfigError(
+                "verl.experimental.fully_async_policy is not supported: it draws single prompts, and hands on "
+                "none of the columns that could hold their domain. Train with verl.trainer.main_ppo."
+            )
+        names = ("trainer.default_local_dir", f"{NODE}.{STATE}")
+        found = [OmegaConf.select(config, name, default=None) for name in names]
+        folder, state = (None if path is None else str(path) for path in found)
+        return cls(guard, folder, state)
+
+
+def warn_unguarded(config: DictConfig) -> None:
+    """Say that a run which has settings of the guard does not load it in its workers."""
+    found = OmegaConf.select(config, "actor_rollout_ref.model.external_lib", default=None)
+    listed = [found] if isinstance(found, str) else list(found or ())
+    if config.get(NODE) is not None and LIBRARY not in listed:
+        warnings.warn(
+            f"The run has +guard.* settings, and actor_rollout_ref.model.external_lib={found!r} without "
+            f"{LIBRARY}: it trains unguarded. Add the library there, or set +guard.enabled=false.",
+            stacklevel=2,
+        )
 
 
 _found: RunSettings | None = None

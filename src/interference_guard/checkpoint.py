@@ -10,7 +10,6 @@ is found before anything is taken over.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import StateError
-from .files import DETAILS, TENSORS
+from .files import DETAILS, TENSORS, digest
 from .handover import checksums
 from .packing import check, incomplete, pack, shards_of, unpack
 from .recut import Part, recut
@@ -56,7 +55,7 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         save_file(tensors, temporary[0])
         details = dict(packed["details"])
         details["tensor_bytes"] = temporary[0].stat().st_size
-        details["tensor_sha256"] = _digest(temporary[0])
+        details["tensor_sha256"] = digest(temporary[0])
         details["weights"] = checksums(guard.view)
         temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
         _move(directory, temporary, names)
@@ -220,7 +219,7 @@ def _read(guard: Guard, path: Path) -> Part:
     if not tensors_path.is_file():
         raise _missing(tensors_path)
     size = tensors_path.stat().st_size
-    if size != details.get("tensor_bytes") or _digest(tensors_path) != details.get("tensor_sha256"):
+    if size != details.get("tensor_bytes") or digest(tensors_path) != details.get("tensor_sha256"):
         raise StateError(
             f"{tensors_path} is damaged: it has {size} bytes where {details.get('tensor_bytes')} with a known "
             "digest were written. Copy it again or resume from another checkpoint."
@@ -248,11 +247,3 @@ def _missing(path: Path) -> StateError:
         "each rank of a sharded model; resume from a checkpoint that was saved with the guard "
         "attached, or start without resuming."
     )
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .errors import UnsupportedError
-from .units import canonical_name
+from .units import WRAPPERS, canonical_name
 from .zero import is_put_away
 
 
@@ -41,6 +41,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             raise UnsupportedError(
                 f"Parameter {name!r} has no values here (device {parameter.device}, {parameter.numel()} "
                 "elements): it is sharded or not loaded. Build the guard after the weights are in place."
+            )
+        if canonical_name(name) in found:
+            raise UnsupportedError(
+                f"Two trainable parameters are called {canonical_name(name)!r} once the names of wrappers "
+                f"{list(WRAPPERS)} are taken out of them, the second is {name!r}. Rename the module that is no "
+                "wrapper."
             )
         found[canonical_name(name)] = parameter
     if not found:

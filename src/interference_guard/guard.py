@@ -284,7 +284,7 @@ class Guard(GuardState):
             UnknownDomainError: If the domain has no anchor.
         """
         state = self.anchored(domain)
-        return state.region.predict(self.interference([domain])[domain]) if state.foreign_steps else 0.0
+        return state.region.predict(self.raw_parts([domain])[domain]) if state.foreign_steps else 0.0
 
     def raw(self, domain: str) -> float:
         """Uncalibrated quadratic prediction, inside and outside the directions; reads the device.
@@ -292,10 +292,10 @@ class Guard(GuardState):
         Raises:
             UnknownDomainError: If the domain has no anchor.
         """
-        return self.interference([domain])[domain].quadratic
+        return self.raw_parts([domain])[domain].quadratic
 
     @torch.no_grad()
-    def interference(self, domains: Iterable[str] | None = None) -> dict[str, Raw]:
+    def raw_parts(self, domains: Iterable[str] | None = None) -> dict[str, Raw]:
         """Uncalibrated prediction of domains under the present weights, in one pass over them.
 
         Args:

@@ -350,12 +350,21 @@ def _are_places(tables: Any) -> bool:
         return False
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows neither NaN nor infinity; six digits are more than a figure shows."""
-    return {name: _number(value) for name, value in values.items() if isinstance(value, int | float)}
+def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """What can be read as a number, those of NumPy and torch too, by name."""
+    numbers = {name: _read(value) for name, value in values.items() if not isinstance(value, str)}
+    return {name: _number(value) for name, value in numbers.items() if value is not None}
+
+
+def _read(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _number(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity; six digits are more than a figure shows."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 

@@ -74,7 +74,7 @@ def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> M
     """Measure a domain now, calibrate its prediction and adapt its radius; see `Guard.measure`."""
     started = perf_counter()
     found = look(guard, state, policy)
-    raw = guard.interference([state.name])[state.name]
+    raw = guard.raw_parts([state.name])[state.name]
     if state.radius is not None and not state.region.radius and math.isfinite(first := state.radius.item()):
         state.region.radius = state.region.largest = first
     if state.fresh:

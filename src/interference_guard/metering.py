@@ -62,7 +62,7 @@ def collect(guard: Guard) -> dict[str, float]:
     Over several ranks all of them call it.
     """
     states = list(guard.domains.values())
-    seen, table = guard.interference(), _rollouts(guard)
+    seen, table = guard.raw_parts(), _rollouts(guard)
     for state in states:
         values = _domain(state, seen.get(state.name, Raw(0.0, 0.0)))
         table |= {f"guard/{state.name}/{key}": value for key, value in values.items()}
@@ -72,7 +72,7 @@ def collect(guard: Guard) -> dict[str, float]:
                 first, second = sorted((a.name, b.name))
                 if (first, second) not in guard.overlaps:
                     guard.overlaps[first, second] = a.half_set.overlap(b.half_set)
-                table[f"guard/overlap/{first}_{second}"] = guard.overlaps[first, second]
+                table[f"guard/overlap/{first}/{second}"] = guard.overlaps[first, second]
     if guard.config.recovery:
         schedule = guard.schedule
         table["guard/recovery/active"] = float(schedule.phase == "recovering")

@@ -27,7 +27,7 @@ METRICS: dict[str, str] = {
     "guard/recovery/failures": "Recovery phases so far that did not bring their domain back.",
     "guard/recovery/taken": "Steps of the present recovery phase, or of the last one.",
     "guard/recovery/expected": "Steps that phase was expected to need, from the contraction of its first step.",
-    "guard/overlap/<a>_<b>": "Jaccard index of the units that carry half of each domain's curvature energy.",
+    "guard/overlap/<a>/<b>": "Jaccard index of the units that carry half of each domain's curvature energy.",
     "guard/update_kept": "What the projection left of the displacement along protected directions, 1 is all.",
     "guard/seconds": "Seconds the guard took per step since the last report, waits for the device included.",
 }

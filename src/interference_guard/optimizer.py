@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.optim import Optimizer
@@ -23,6 +24,9 @@ HOOK_TABLES = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+# The optimizers that a guard was attached to; neither is kept alive by it.
+_WATCHED: WeakKeyDictionary[Any, WeakSet[Optimizer]] = WeakKeyDictionary()
 
 
 def _eager(call: Callable[[], None]) -> Callable[[], None]:
@@ -118,12 +122,12 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
 
     Raises:
         UnsupportedError: If the optimizer cannot be hooked; nothing is attached then.
-        HostError: If the guard watches this optimizer already, if the optimizer steps none of the guard's
-            parameters, or if it is a ZeRO optimizer and the guard was not built on its engine.
+        HostError: If the guard watches this optimizer already, or another one that steps other parameters, if the
+            optimizer steps none of the guard's parameters, or if it is a ZeRO optimizer and the guard was not
+            built on its engine.
     """
     inner = innermost(optimizer)
-    hooks = inner._optimizer_step_pre_hooks.values()
-    if any(isinstance(hook, _Before) and hook.guard is guard for hook in hooks):
+    if _watches(guard, inner):
         raise HostError(
             f"This guard watches this {type(inner).__name__} already, and would count each step twice. Keep the "
             "hooks there are, or call their detach() first."
@@ -173,15 +177,32 @@ def _rate(optimizer: Optimizer) -> float:
     return max(map(float, rates), default=math.nan)
 
 
+def _watches(guard: Any, optimizer: Optimizer) -> bool:
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    return any(isinstance(hook, _Before) and hook.guard is guard for hook in hooks)
+
+
 def _check_parameters(optimizer: Optimizer, guard: Any) -> None:
-    watched = getattr(getattr(guard, "view", None), "parameters", None)
-    stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    if watched and not any(id(tensor) in stepped for tensor in watched.values()):
+    watched = {id(item) for item in getattr(getattr(guard, "view", None), "parameters", {}).values()}
+    steps = _stepped(optimizer)
+    if watched and not watched & steps:
         raise HostError(
-            f"{type(optimizer).__name__} steps {len(stepped)} parameters, and none of them is among the "
+            f"{type(optimizer).__name__} steps {len(steps)} parameters, and none of them is among the "
             f"{len(watched)} the guard watches. Build the guard on the model whose parameters the optimizer was "
             "given, or call guard.bind(model)."
         )
+    for other in list(_WATCHED.get(guard, ())):
+        # One that steps the same parameters takes turns with it, as one for each domain does.
+        if _watches(guard, other) and watched & _stepped(other) and not watched & steps & _stepped(other):
+            raise HostError(
+                f"This guard watches a {type(other).__name__} already, which steps other parameters than this "
+                f"{type(optimizer).__name__}: each step of training would count as two. Attach it to neither, "
+                "and call guard.before_step() before the first of them steps, guard.after_step() after the last."
+            )
+
+
+def _stepped(optimizer: Optimizer) -> set[int]:
+    return {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
 
 
 def _hooks(
@@ -193,6 +214,7 @@ def _hooks(
     except BaseException:
         handles[0].remove()
         raise
+    _WATCHED.setdefault(guard, WeakSet()).add(optimizer)
     return StepHooks(handles)
 
 

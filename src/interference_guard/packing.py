@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
+from .blocks import Block
 from .checks import difference
 from .curvature import BlockSums
 from .domain import MEANS, DomainState
@@ -121,7 +122,7 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
         trained, announced = tuple(details["trained"]), {*details["announced"]}
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
@@ -149,7 +150,9 @@ def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
             f"{source} has format version {details.get('version')!r}; this version reads {VERSION}. "
             "Use the release of interference-guard that wrote it, or start a new guard."
         )
-    settings = details.get("settings", {})
+    settings, saved = details.get("settings"), details.get("parameters")
+    if not isinstance(settings, dict) or not isinstance(saved, dict):
+        raise StateError(f"{source} is damaged: it names no settings or no parameters. Use another one.")
     for name in BINDING:
         if settings.get(name) != getattr(guard.config, name):
             raise StateError(
@@ -157,7 +160,7 @@ def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
                 f"{name}={getattr(guard.config, name)!r}. Use the same value; budgets and step counts may "
                 "change, these may not: " + ", ".join(BINDING) + "."
             )
-    saved, own = details.get("parameters", {}), parameters_of(guard)
+    own = parameters_of(guard)
     if saved != own:
         count, name = difference(saved, own)
         raise StateError(
@@ -267,6 +270,7 @@ def _unpack_domain(
             )
             for index in range(len(guard.view.blocks))
         ]
+        _check_sums(state.curvature.sums, guard.view.blocks)
     if details["model"]:
         blocks, spread = [], guard.view.spread
         for index, sums in enumerate(state.curvature.sums):
@@ -279,7 +283,9 @@ def _unpack_domain(
             piece = None if spread is None else spread.regions[index]
             own = get(f"model/{index}/energy")
             energy = sums.energy if own is None else own
-            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
+            block = LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts)
+            _check_model(block, guard.view.blocks[index], guard.view.residuals[index].shape[-1])
+            blocks.append(block)
         state.model = LocalModel(blocks, spread, get("noise"))
     state.retained = _completions("completions/retained", get, state.temperature)
     for index in range(details["pending"]):
@@ -305,6 +311,29 @@ def _unpack_domain(
         }
         setattr(state, key, ProtectedSet(masks) if masks else None)
     return state
+
+
+def _check_sums(sums: Sequence[BlockSums], blocks: Sequence[Block]) -> None:
+    for part, block in zip(sums, blocks, strict=True):
+        _fits(block, "energy", part.energy, block.matrices, block.units)
+        for name in ("sketch", "basis"):
+            if (found := getattr(part, name)) is not None:
+                _fits(block, name, found, block.matrices, block.width, found.shape[-1])
+
+
+def _check_model(part: LocalBlock, block: Block, residual: int) -> None:
+    _fits(block, "energy", part.energy, block.matrices, block.units)
+    _fits(block, "U", part.U, block.matrices, block.width, part.rank)
+    _fits(block, "lam", part.lam, block.matrices, part.rank)
+    # Of a sharded model only what lies here.
+    rows = part.count if part.region is None else part.z0.shape[0]
+    _fits(block, "z0", part.z0, rows, part.rank)
+    _fits(block, "q0", part.q0, rows, residual)
+
+
+def _fits(block: Block, name: str, tensor: Tensor, *shape: int) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} of {block.name!r} has shape {tuple(tensor.shape)} where {shape} is needed")
 
 
 def _listed(name: str, guard: Guard, get: Any) -> list[Tensor] | None:

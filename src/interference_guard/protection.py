@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ def protected_rows(state: DomainState, guard: Guard, energies: Sequence[Tensor])
         return [None for _ in guard.view.blocks]
     chosen = select_units(scores, views, config.coverage)
     if config.selection == "random":
-        generator = torch.Generator().manual_seed(config.seed)
+        # Each domain draws its own: one draw for all would make their sets parts of each other.
+        generator = torch.Generator().manual_seed(config.seed + zlib.crc32(state.name.encode()))
         chosen = random_units(chosen, scores, views, generator)
     elif config.selection == "edits" and state.start is not None:
         # The weights seen through random directions stand for them when edits are estimated: few numbers a unit.
@@ -54,7 +56,9 @@ def protected_rows(state: DomainState, guard: Guard, energies: Sequence[Tensor])
         edits = [a - b for a, b in zip(now, state.start, strict=True)]
         edits = edits if spread is None else spread.whole_units(edits)
         moved = [edit.square().sum(-1) for edit in edits]
-        chosen = select_units(by_parameter(guard.view.blocks, moved), views, config.coverage)
+        # Where nothing has moved there is no choice by it.
+        if any(part.any() for part in moved):
+            chosen = select_units(by_parameter(guard.view.blocks, moved), views, config.coverage)
     state.protected_set = chosen
     return rows_of(chosen, guard.view.blocks, guard.device)
 

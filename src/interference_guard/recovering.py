@@ -82,10 +82,14 @@ def _excess(
     measured = {name: found[name] for name in may if name in found}
     if may and look_now:
         others = [name for name in may if name not in found and guard.domains[name].measurable]
-        for name, raw in guard.interference(others).items():
+        for name, raw in guard.raw_parts(others).items():
             region = guard.domains[name].region
             last = guard.domains[name].measurement
-            if last is not None and region.predict(raw) >= limit_of(guard, last):
+            if last is None:
+                continue
+            # Groups of ranks that share a model out add up in orders of their own, and all measure or none.
+            _, predicted = guard.ranks.limits(0.0, region.predict(raw), guard.device)
+            if predicted >= limit_of(guard, last):
                 measured[name] = measure(guard, guard.domains[name], policy)
     return {name: item.loss / limit_of(guard, item) for name, item in measured.items()}
 
@@ -95,7 +99,7 @@ def _begin(guard: Guard, state: DomainState) -> None:
     if state.model is not None:
         state.model.keep_energy()
     state.rollouts.take()
-    displaced = guard.interference([state.name])[state.name].quadratic
+    displaced = guard.raw_parts([state.name])[state.name].quadratic
     loss = state.measurement.loss if state.measurement is not None else math.nan
     guard.schedule = replace(guard.schedule, displaced=displaced, loss=loss)
 
@@ -103,7 +107,7 @@ def _begin(guard: Guard, state: DomainState) -> None:
 def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Policy | None, took: int) -> None:
     schedule = guard.schedule
     if schedule.taken == 0:
-        raw = guard.interference([state.name])[state.name]
+        raw = guard.raw_parts([state.name])[state.name]
         if guard.config.project:
             # Only now: a phase that its host could not serve has cost nobody a step.
             state.region.tighten(raw.inside)

@@ -182,7 +182,7 @@ class RecoverySchedule:
 def expected_steps(before: float, after: float, loss: float, tolerance: float) -> float:
     """Steps a phase needs, from the contraction of its first one.
 
-    A refresh contracts the harmful displacement by (1 - alpha mu) a step, so a quadratic damage by its square.
+    A refresh contracts the harmful displacement by (1 - alpha mu) a step, so a quadratic loss by its square.
     alpha mu is not known under an adaptive optimizer; it is read off the first step's quadratic prediction.
 
     Args:

@@ -15,8 +15,15 @@ from interference_guard import (
     attach,
 )
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit optimizers are an optional dependency")
-schedulefree = pytest.importorskip("schedulefree", reason="schedule-free optimizers are an optional dependency")
+
+def schedule_free(parameters, lr):
+    reason = "schedule-free optimizers are an optional dependency"
+    return pytest.importorskip("schedulefree", reason=reason).AdamWScheduleFree(parameters, lr=lr)
+
+
+def adamw_8bit(parameters, lr):
+    reason = "8-bit optimizers are an optional dependency"
+    return pytest.importorskip("bitsandbytes", reason=reason).optim.AdamW8bit(parameters, lr=lr)
 
 
 def muon(parameters, lr):
@@ -33,8 +40,8 @@ OPTIMIZERS = {
     "rmsprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr),
     "adagrad": lambda p, lr: torch.optim.Adagrad(p, lr=lr),
     "muon": muon,
-    "schedule_free": lambda p, lr: schedulefree.AdamWScheduleFree(p, lr=lr),
-    "adamw_8bit": lambda p, lr: bitsandbytes.optim.AdamW8bit(p, lr=lr),
+    "schedule_free": schedule_free,
+    "adamw_8bit": adamw_8bit,
 }
 # Its loops retain none.
 pytestmark = pytest.mark.filterwarnings("ignore:No completions of domain")
@@ -84,13 +91,13 @@ def test_every_step_ends_inside_the_region(name):
             state = guard.domains[domain]
             if state.foreign_steps:
                 # Judged on the weights as they are, not on what the guard believes.
-                checked.append(guard.interference([domain])[domain][0] / state.radius.item())
+                checked.append(guard.raw_parts([domain])[domain][0] / state.radius.item())
 
     run(net, optimizer, guard, ["a"] * 5, inside)
     for step in range(5, 25):
         run(net, optimizer, guard, ["b"], start=step)
         state = guard.domains["a"]
-        checked.append(guard.interference(["a"])["a"][0] / state.radius.item())
+        checked.append(guard.raw_parts(["a"])["a"][0] / state.radius.item())
     assert len(checked) == 20
     assert max(checked) <= 1 + 1e-3
 
@@ -297,6 +304,28 @@ def test_a_guard_watches_an_optimizer_once():
     attach(optimizer.detach(), guard)
     run(net, optimizer, guard, ["a"])
     assert guard.steps == 1
+
+
+def test_two_optimizers_that_share_the_parameters_out_are_refused():
+    net = model()
+    guard = Guard(net, CONFIG)
+    matrices, vectors = ([p for p in net.parameters() if (p.dim() == 2) is want] for want in (True, False))
+    hooks = attach(torch.optim.Muon(matrices, lr=1e-3), guard)
+    other = torch.optim.AdamW(vectors, lr=1e-3)
+    with pytest.raises(HostError, match="watches a Muon already.*call guard.before_step()"):
+        attach(other, guard)
+    assert not other._optimizer_step_pre_hooks
+    hooks.detach()
+    attach(other, guard)
+
+
+def test_optimizers_that_take_turns_with_the_same_parameters_are_watched():
+    net = model()
+    guard = Guard(net, CONFIG)
+    mine, theirs = (GuardedOptimizer(torch.optim.AdamW(net.parameters(), lr=1e-3), guard) for _ in range(2))
+    run(net, mine, guard, ["a"])
+    run(net, theirs, guard, ["b"], start=1)
+    assert guard.steps == 2
 
 
 def test_copies_are_refused():

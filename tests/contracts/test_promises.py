@@ -31,7 +31,7 @@ def test_one_domain_ends_inside_its_radius_in_fp32():
     model, guard, optimizer = prepared()
     for seed in range(20):
         step(model, optimizer, guard, "code", seed)
-        inside = guard.interference(["math"])["math"][0]
+        inside = guard.raw_parts(["math"])["math"][0]
         assert inside <= guard.domains["math"].radius.item() * (1 + 1e-3)
 
 
@@ -39,7 +39,7 @@ def test_several_domains_end_within_five_percent():
     model, guard, optimizer = prepared(domains=("math", "code", "qa"))
     for seed in range(20):
         step(model, optimizer, guard, "qa", seed)
-        for name, (inside, *_) in guard.interference(["math", "code"]).items():
+        for name, (inside, *_) in guard.raw_parts(["math", "code"]).items():
             assert inside <= guard.domains[name].radius.item() * 1.05
 
 
@@ -49,7 +49,7 @@ def test_excess_of_half_precision_is_bounded_and_logged(dtype):
     worst = 0.0
     for seed in range(10):
         step(model, optimizer, guard, "code", seed)
-        inside = guard.interference(["math"])["math"][0]
+        inside = guard.raw_parts(["math"])["math"][0]
         radius = guard.domains["math"].radius.item()
         worst = max(worst, inside / radius - 1)
         assert guard.metrics()["guard/math/excess"] == pytest.approx(max(inside / radius - 1, 0.0), abs=1e-5)

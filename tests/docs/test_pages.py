@@ -41,6 +41,40 @@ def test_verdict_on_short_refreshes():
     assert "holds in part" in (ROOT / "docs/paper.md").read_text()
 
 
+def short(value, digits=2):
+    """As the page writes a number under 1: without its 0."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
+
+
+def test_numbers_of_the_paper():
+    page, found = (ROOT / "docs/paper.md").read_text(), results("paper")
+    plain, guarded = found["observed"], found["guarded"]
+    pairs = [f"{short(run['average'], 3)} and" for run in (plain, guarded)]
+    assert f"average {pairs[0]} mean forgetting {short(plain['forgetting'], 3)}; guarded {pairs[1]} " in page
+    assert f"{pairs[1]} {short(guarded['forgetting'], 3)} | holds" in page
+    for run in (plain, guarded):
+        assert f"mean {short(run['edits']['top_neurons_jaccard']['mean'], 3)}" in page
+    routes, mean = plain["routes"]["mean"], found["prediction"]["mean"]
+    assert f"mean Jaccard index of {short(routes['overlap'])}" in page
+    for text in (
+        f"two updates {short(routes['shared_cosine'], 3)} on shared neurons",
+        f"neurons and {short(routes['other_cosine'], 3)} on the others",
+        f"{mean['inside']:.0%} of the predicted interference".replace("%", " %"),
+        f"{mean['damage_of_top_1_percent_of_units']:.0%} in the 1 % worst".replace("%", " %", 1),
+        f"measured loss is {short(mean['spearman_loss'])}, with KL {short(mean['spearman_kl'])}",
+        f"cosine {short(mean['largest_cosine'], 3)} in the mean",
+        f"but {short(mean['largest_cosine_at_random'], 3)} between random",
+        f"{mean['displacement_inside']:.0%} of the next".replace("%", " %"),
+        f"would have {mean['displacement_inside_if_flat']:.0%}".replace("%", " %"),
+        f"{mean['damage_in_shared_directions']:.0%} of the interference".replace("%", " %"),
+    ):
+        assert text in page, text
+    for kind, row in found["rollback"]["mean"].items():
+        cells = f"{short(row['regained'])} | {short(row['cost'])} | {row['average']:+.3f}".replace("+0.", "+.")
+        reached = found["rollback"]["reached"][kind]
+        assert f"| {cells} | {reached} of {found['rollback']['domains_that_lost']} |" in page, kind
+
+
 def test_the_excess_in_bf16_is_the_result():
     page, found = (ROOT / "docs/concepts/projection.md").read_text(), results("precision")
     assert len(found["rows"]) == 10

@@ -26,7 +26,7 @@ def steps(model, guard, domains, rate=0.05):
 
 
 def inside(guard, domain="math"):
-    return guard.interference([domain])[domain].inside <= guard.domains[domain].radius.item() * 1.001
+    return guard.raw_parts([domain])[domain].inside <= guard.domains[domain].radius.item() * 1.001
 
 
 @pytest.mark.parametrize(

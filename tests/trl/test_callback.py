@@ -43,7 +43,7 @@ def test_one_ordered_dataset(kind, tmp_path):
     assert guard.domains["code"].own_steps == 3
     assert len(guard.domains["math"].retained) == 12
     assert guard.domains["math"].retained.rewards.std() > 0
-    inside = guard.interference()["math"].inside
+    inside = guard.raw_parts()["math"].inside
     assert inside <= guard.domains["math"].radius.item() * (1 + 1e-3)
     assert guard.domains["math"].measurement.ratio == "sequence"
     logged = {name for line in trainer.state.log_history for name in line if name.startswith("guard/")}
@@ -146,7 +146,7 @@ def test_lora(kind, tmp_path):
     callback = guarded(trainer)
     trainer.train()
     assert all("lora" in name for name in callback.guard.view.layout.views)
-    inside = callback.guard.interference()["math"].inside
+    inside = callback.guard.raw_parts()["math"].inside
     assert inside <= callback.guard.domains["math"].radius.item() * (1 + 1e-3)
 
 
@@ -160,7 +160,7 @@ def test_supervised_training_uses_its_labels(tmp_path):
     assert state.measurement.ratio == "nats"
     assert state.retained.rewards is None
     assert state.retained.completion_mask.sum() > 0
-    inside = callback.guard.interference()["math"].inside
+    inside = callback.guard.raw_parts()["math"].inside
     assert inside <= state.radius.item() * (1 + 1e-3)
     callback.detach()
 

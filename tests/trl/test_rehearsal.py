@@ -46,7 +46,7 @@ def test_what_is_rehearsed_stays_protected(steps, tmp_path):
     first = seen[3 * steps][3]
     assert all(anchored and kept is first and not new for _, anchored, _, kept, new in seen[3 * steps :])
     state = callback.guard.domains["math"]
-    assert callback.guard.interference()["math"].inside <= state.radius.item() * (1 + 1e-3)
+    assert callback.guard.raw_parts()["math"].inside <= state.radius.item() * (1 + 1e-3)
     assert state.measurement is not None
     assert callback.guard.domains["code"].curvature.count > 2
 

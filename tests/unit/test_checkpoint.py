@@ -53,6 +53,8 @@ def edit(**values):
         (edit(version=99), StateVersionError, "format version 99; this version reads 6"),
         (edit(format="other"), StateError, "was not written by interference_guard"),
         (edit(domains={"math": {}}), StateError, "incomplete"),
+        (edit(domains=[1]), StateError, "incomplete"),
+        (edit(settings=[]), StateError, "names no settings"),
         (lambda folder: (folder / TENSORS).unlink(), StateError, "does not exist.*side by side"),
         (lambda folder: (folder / DETAILS).unlink(), StateError, "does not exist"),
     ],
@@ -85,6 +87,17 @@ def test_a_state_that_is_none_is_refused():
     _, guard, _ = guarded()
     with pytest.raises(StateError, match="must be what Guard.state_dict"):
         guard.load_state_dict({"state": {}})
+
+
+@pytest.mark.parametrize("name", ["model/0/z0", "model/0/q0", "sums/0/energy", "sums/0/basis"])
+def test_a_tensor_of_another_shape_is_refused_before_anything_changes(trained, name):
+    model, guard, _ = trained
+    state, other = guard.state_dict(), Guard(model, CONFIG)
+    key = next(key for key in state["tensors"] if key.endswith(name))
+    state["tensors"] = {**state["tensors"], key: state["tensors"][key][..., :-1]}
+    with pytest.raises(StateError, match=r"incomplete: ValueError: \w+ of .* has shape .* is needed"):
+        other.load_state_dict(state)
+    assert not other.domains
 
 
 def test_a_full_disk_leaves_the_earlier_state(trained, monkeypatch):

@@ -205,7 +205,7 @@ def test_metrics_are_the_documented_ones_and_bounded():
     assert set(found) <= allowed
     for name in ("predicted", "measured", "kl", "radius", "reward", "forgetting", "protected_share"):
         assert f"guard/math/{name}" in found
-    for name in ("guard/update_kept", "guard/overlap/code_math", "guard/seconds"):
+    for name in ("guard/update_kept", "guard/overlap/code/math", "guard/seconds"):
         assert name in found
     assert all(isinstance(value, float) and math.isfinite(value) for value in found.values())
     assert 0 < found["guard/update_kept"] <= 1
@@ -364,7 +364,7 @@ def test_a_warm_up_of_the_next_phase_does_not_leave_a_tiny_region():
 def test_watching_a_long_run_without_projection():
     model, guard, optimizer = guarded(config=dataclasses.replace(CONFIG, project=False, probe_steps=1))
     train(model, guard, optimizer, ["math"] * 20 + ["code"] * 200)
-    assert guard.metrics()["guard/math/excess"] >= 0
+    assert guard.metrics()["guard/math/excess"] > 0
 
 
 @pytest.mark.parametrize("holders", [(0, 1), (0,)])

@@ -1,7 +1,9 @@
 import json
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import torch
 
 from interference_guard.errors import ConfigError, StateError
 from interference_guard.history import HISTORY, History, find_history, read_history
@@ -18,6 +20,13 @@ def test_what_is_written_is_read(tmp_path):
     assert step["active"] == ["math"]
     assert step["metrics"] == {"guard/math/reward": 0.5, "guard/math/radius": None}
     assert evaluation["rewards"] == {"math": 0.75}
+
+
+def test_numbers_of_numpy_and_torch_are_written(tmp_path):
+    history = History(tmp_path / HISTORY)
+    history.evaluation(1, {"math": np.float32(0.5), "code": torch.tensor(0.25), "qa": np.int64(1), "none": None})
+    found = read_history(tmp_path / HISTORY)
+    assert found.lines[0]["rewards"] == {"math": 0.5, "code": 0.25, "qa": 1.0}
 
 
 @pytest.mark.parametrize("count", [7, 8, 100, 1000])

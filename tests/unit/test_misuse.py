@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from interference_guard import Completions, ConfigError, Guard, ShapeError
+from interference_guard import Completions, ConfigError, Guard, ShapeError, UnsupportedError
 from tests.unit.helpers import guarded
 
 
@@ -18,6 +18,17 @@ def test_other_objects_are_refused():
     with pytest.raises(ShapeError, match="was given dict"):
         guard.retain("math", {"input_ids": torch.ones(1, 2)})
     assert not guard.domains
+
+
+def test_a_module_that_is_called_like_a_wrapper_hides_no_parameter():
+    model = torch.nn.Module()
+    model.layer = torch.nn.Linear(2, 2)
+    model.module = torch.nn.Module()
+    model.module.layer = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        UnsupportedError, match=r"Two .* 'layer.weight' once .* the second is 'module.layer.weight'"
+    ):
+        Guard(model)
 
 
 def test_a_reward_far_outside_the_range_is_warned_about():

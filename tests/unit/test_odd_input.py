@@ -50,7 +50,7 @@ def test_an_evaluation_that_is_no_number_spoils_nothing(odd):
 def test_a_guard_that_is_off_saves_and_loads_nothing(tmp_path):
     guard = guard_of(enabled=False)
     assert guard.state_dict() == {}
-    assert guard.interference() == {}
+    assert guard.raw_parts() == {}
     guard.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
     guard.load(tmp_path)
@@ -91,7 +91,7 @@ def test_a_term_that_was_switched_off_is_let_go():
     other.load_state_dict(saved)
     assert other.domains["math"].slopes is None
     assert other.domains["math"].gradient is None
-    assert other.interference()["math"].linear == 0
+    assert other.raw_parts()["math"].linear == 0
 
 
 def test_virtual_tokens_in_front_are_no_rows_of_their_own():

@@ -37,7 +37,7 @@ def test_in_turn_with_the_first_order_term():
     config = dataclasses.replace(CONFIG, first_order=True)
     model, guard, optimizer = guarded(rate=0.005, config=config)
     train(model, guard, optimizer, TURNS)
-    seen = guard.interference(["code", "math"])
+    seen = guard.raw_parts(["code", "math"])
     assert all(raw.linear != 0 for raw in seen.values())
     assert all(pass_rate(model, name) > 0.3 for name in ("math", "code", "qa"))
 

@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
 from interference_guard.protected import ProtectedSet, random_units, select_units
 from interference_guard.units import UnitLayout
+from tests.unit.helpers import CONFIG, guarded, train
 
 
 @pytest.fixture
@@ -59,3 +62,13 @@ def test_overlap_is_the_jaccard_index():
     b = ProtectedSet({"x": torch.tensor([False, True, True, False])})
     assert a.overlap(b) == pytest.approx(1 / 3)
     assert a.share == 0.5
+
+
+def test_random_sets_of_two_domains_are_two_draws():
+    config = dataclasses.replace(CONFIG, coverage=0.9, selection="random")
+    model, guard, optimizer = guarded(config=config)
+    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 3 + ["math"])
+    a, b = (guard.domains[name].protected_set for name in ("math", "code"))
+    # Of one draw the smaller set would be a part of the larger one.
+    contained = min(a.share, b.share) / max(a.share, b.share)
+    assert 0 < a.overlap(b) < 0.8 * contained

@@ -142,7 +142,7 @@ def test_schedules_survive_json():
 class TestExpectedLength:
     @pytest.mark.parametrize("contraction", [0.3, 0.7, 0.95])
     def test_is_that_of_a_quadratic(self, contraction):
-        # A quadratic damage that shrinks by the same factor at every step.
+        # A quadratic loss that shrinks by the same factor at every step.
         loss, steps = 0.3, 0
         while loss > 0.01:
             loss, steps = loss * contraction, steps + 1

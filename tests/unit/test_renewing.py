@@ -69,11 +69,11 @@ def test_what_is_due():
 
 def test_the_region_begins_anew_where_the_weights_are():
     model, guard, optimizer, state = astray()
-    before = guard.interference(["math"])["math"]
+    before = guard.raw_parts(["math"])["math"]
     assert before.quadratic > 0
     old = [block.U.clone() for block in state.model.blocks]
     renew(guard, state)
-    assert guard.interference(["math"])["math"].quadratic < 1e-9 * before.quadratic
+    assert guard.raw_parts(["math"])["math"].quadratic < 1e-9 * before.quadratic
     assert guard.predicted("math") == state.region.spent == 0.05
     assert (state.radius, state.region.radius, state.renewals) == (None, 0.0, 1)
     assert any(
@@ -150,7 +150,7 @@ def test_rows_that_do_not_fit_are_taken_one_by_one_or_not_at_all(monkeypatch, al
         return
     assert "does not fit" in str(caught[0].message)
     assert all(a is block.U for a, block in zip(U, state.model.blocks, strict=True))
-    assert guard.interference(["math"])["math"].quadratic < 1e-9
+    assert guard.raw_parts(["math"])["math"].quadratic < 1e-9
     renew(guard, state)
     assert len(made) == 2, "what failed is not tried again"
 
@@ -170,7 +170,7 @@ def test_a_curvature_that_cannot_be_factored_leaves_the_old_directions(monkeypat
     assert (state.protected_set, state.half_set) == sets
     assert state.curvature is curvature
     assert not guard.differentiates
-    assert guard.interference(["math"])["math"].quadratic < 1e-9, "the region stands at the weights"
+    assert guard.raw_parts(["math"])["math"].quadratic < 1e-9, "the region stands at the weights"
     assert guard.metrics()["guard/math/residual"] == 0, "rounding has no part outside"
 
 

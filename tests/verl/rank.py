@@ -22,7 +22,7 @@ def main(rank, world, port, model, out, plan, begun=None, start=0):
     table = {
         "losses": [float(loss) for loss, _ in host.losses(metrics)],
         "radius": guard.domains["math"].radius.item(),
-        "inside": guard.interference(["math"])["math"].inside,
+        "inside": guard.raw_parts(["math"])["math"].inside,
         "measured": guard.domains["math"].measurement.loss,
         "loss": look(guard, guard.domains["math"]).loss,
         "rows": len(guard.domains["math"].retained),

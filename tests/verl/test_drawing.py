@@ -12,6 +12,7 @@ from interference_guard.integrations.verl.dataset import DomainDataset
 from interference_guard.integrations.verl.drawing import check_drawing
 from tests.verl import platform
 
+LIBRARY = "actor_rollout_ref.model.external_lib"
 NEW = pytest.mark.skipif(platform.VERSION < (0, 9), reason="veRL has these settings since 0.9")
 
 
@@ -55,6 +56,23 @@ def test_trainers_that_draw_ahead_are_told():
 
 
 @pytest.mark.parametrize(
+    "override",
+    [
+        pytest.param("trainer.v1.trainer_mode=colocate_async", marks=NEW),
+        "+rollout.nnodes=1",
+    ],
+)
+def test_recovery_with_batches_drawn_ahead_is_refused(override):
+    with pytest.raises(ConfigError, match="recovery=True is not allowed with a trainer that draws batches ahead"):
+        check_drawing(composed(override), "sequential", 10, recovery=True)
+
+
+def test_the_first_rows_of_all_domains_are_not_taken():
+    with pytest.raises(ConfigError, match=r"train_max_samples=100 is not allowed .* first domains alone"):
+        check_drawing(composed("++data.train_max_samples=100"), "sequential", 10)
+
+
+@pytest.mark.parametrize(
     ("order", "overrides"),
     [
         ("sequential", []),
@@ -79,6 +97,7 @@ def data(tmp_path, *overrides):
         "data.dataloader_num_workers=0",
         "data.filter_overlong_prompts=false",
         f"+data.cache_dir={tmp_path}",
+        f"{LIBRARY}=interference_guard.integrations.verl",
         *overrides,
     )
     return whole.data, path
@@ -102,4 +121,29 @@ def test_rehearsed_rows_come_with_the_later_domain(tmp_path):
 def test_a_rehearsal_that_would_end_the_protection_is_refused(tmp_path):
     config, path = data(tmp_path, "+data.domain_rehearsal=0.25")
     with pytest.raises(ConfigError, match=r"data\.domain_rehearsal=0\.25 with active_share=0\.05"):
+        DomainDataset([path], SimpleNamespace(), config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["+guard.budget=0.05", f"{LIBRARY}=null"], True),
+        (["+guard.budget=0.05", f"{LIBRARY}=[something.else]"], True),
+        (["+guard.budget=0.05", f"{LIBRARY}=[something.else,interference_guard.integrations.verl]"], False),
+        (["+guard.budget=0.05"], False),
+        # A run to compare with has no settings of the guard.
+        ([f"{LIBRARY}=null"], False),
+    ],
+)
+def test_settings_without_the_library_are_told(tmp_path, overrides, told):
+    config, path = data(tmp_path, *overrides)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        DomainDataset([path], SimpleNamespace(), config)
+    assert any("trains unguarded" in str(item.message) for item in found) is told
+
+
+def test_a_trainer_that_loses_the_domains_is_refused(tmp_path):
+    config, path = data(tmp_path, "+async_training.staleness_threshold=0.1")
+    with pytest.raises(ConfigError, match="fully_async_policy is not supported"):
         DomainDataset([path], SimpleNamespace(), config)

@@ -41,7 +41,7 @@ def test_a_foreign_step_is_projected_onto_the_region(guarded):
     assert guard.protected == ("math",)
     state = guard.domains["math"]
     assert state.foreign_steps == 5
-    assert guard.interference(["math"])["math"].inside <= state.radius.item() * (1 + 1e-3)
+    assert guard.raw_parts(["math"])["math"].inside <= state.radius.item() * (1 + 1e-3)
 
 
 def test_the_steps_without_a_guard_leave_the_region(model, guarded):
@@ -49,7 +49,7 @@ def test_the_steps_without_a_guard_leave_the_region(model, guarded):
     host.train(made, PLAN)
     watched = made.engine.interference.guard
     radius = guarded[0].engine.interference.guard.domains["math"].radius.item()
-    assert watched.interference(["math"])["math"].inside > 1.2 * radius
+    assert watched.raw_parts(["math"])["math"].inside > 1.2 * radius
 
 
 def test_metrics_come_with_the_actors(guarded):
@@ -369,7 +369,7 @@ def test_adapters_are_guarded(model):
     host.train(made, PLAN)
     guard = made.engine.interference.guard
     assert all("lora_" in view.name for block in guard.view.blocks for view in block.views)
-    assert guard.interference(["math"])["math"].inside <= guard.domains["math"].radius.item() * (1 + 1e-3)
+    assert guard.raw_parts(["math"])["math"].inside <= guard.domains["math"].radius.item() * (1 + 1e-3)
 
 
 def test_padding_rows_belong_to_nobody(model):

@@ -95,7 +95,7 @@ def test_one_rank_takes_over_from_two(two, model):
     state = guard.domains["math"]
     assert len(state.retained) == host.SMALL["retain"]
     assert state.radius.item() == found["radius"]
-    assert guard.interference(["math"])["math"].inside == pytest.approx(found["inside"], rel=1e-3)
+    assert guard.raw_parts(["math"])["math"].inside == pytest.approx(found["inside"], rel=1e-3)
     # Which the first batch would say.
     made.engine.interference.temperature = 1.0
     assert look(guard, state).loss == pytest.approx(found["loss"], abs=1e-4)

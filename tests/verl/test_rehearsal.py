@@ -26,4 +26,4 @@ def test_every_mini_batch_trains_what_its_update_does(model, first):
     assert (math.anchored, math.foreign_steps, code.own_steps) == (True, 8, 8)
     assert not math.pending
     assert sum(map(len, code.pending)) == 48
-    assert guard.interference(["math"])["math"].inside <= math.radius.item() * (1 + 1e-3)
+    assert guard.raw_parts(["math"])["math"].inside <= math.radius.item() * (1 + 1e-3)

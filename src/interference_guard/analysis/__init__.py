@@ -5,7 +5,7 @@ from .conflict import Conflict, conflict_subspace
 from .edits import Edits, jaccard, measure_edits, top_neurons
 from .gradients import GradientCosines, gradient_cosines, stored_gradients
 from .merged import MergedCheckpoint
-from .prediction import Prediction, predict_damage
+from .prediction import Prediction, predict_interference
 from .rewriting import write_rollback
 from .rollback import RollbackPlan, plan_rollback
 from .routes import Routes, active_neurons, compare_routes
@@ -31,7 +31,7 @@ __all__ = [
     "measure_edits",
     "open_checkpoint",
     "plan_rollback",
-    "predict_damage",
+    "predict_interference",
     "stored_gradients",
     "top_neurons",
     "write_rollback",

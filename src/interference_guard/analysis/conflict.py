@@ -26,17 +26,17 @@ class Conflict:
         chance: The largest cosine's mean between random subspaces of the same sizes, by parameter.
         share: Part of the squared displacement inside the first domain's directions, all parameters together.
         flat_share: The same for a displacement spread evenly over all directions: rank over width.
-        shared_damage: Predicted interference of the displacement's part along shared directions, over that of
-            the whole displacement. It can pass 1, where the two parts' effects cancel.
-        inside_damage: Part of it inside the domain's directions.
+        shared_interference: Predicted interference of the displacement's part along shared directions, over that
+            of the whole displacement. It can pass 1, where the two parts' effects cancel.
+        inside_interference: Part of it inside the domain's directions.
     """
 
     cosines: dict[str, Tensor]
     chance: dict[str, float]
     share: float
     flat_share: float
-    shared_damage: float
-    inside_damage: float
+    shared_interference: float
+    inside_interference: float
 
     def mean_cosine(self) -> float:
         """Mean of the largest cosine over parameters."""
@@ -73,7 +73,7 @@ def conflict_subspace(
     generator = torch.Generator().manual_seed(seed)
     cosines: dict[str, Tensor] = {}
     chance: dict[str, float] = {}
-    total = kept = flat = damage = inside = shared = 0.0
+    total = kept = flat = interference = inside = shared = 0.0
     for part, (name, V) in zip(record.parts(), other.directions(), strict=True):
         block = part.block
         U = block.U
@@ -86,9 +86,9 @@ def conflict_subspace(
         total += energy
         flat += energy * min(U.shape[2] / part.view.width, 1.0)
         kept += float(seen.z.double().square().sum())
-        first, rest = part.damage(seen)
+        first, rest = part.interference(seen)
         inside += float(first.double().sum())
-        damage += float(first.double().sum() + rest.double().sum())
+        interference += float(first.double().sum() + rest.double().sum())
         # Directions of the first domain that the other has too, as a projector on the coordinates z.
         common = left * (values > SHARED).unsqueeze(-2)
         within = block.select(seen.z @ (common @ common.mT))
@@ -98,8 +98,8 @@ def conflict_subspace(
         chance,
         kept / total if total else 0.0,
         flat / total if total else 0.0,
-        shared / damage if damage else 0.0,
-        inside / damage if damage else 0.0,
+        shared / interference if interference else 0.0,
+        inside / interference if interference else 0.0,
     )
 
 

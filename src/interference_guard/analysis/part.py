@@ -93,7 +93,7 @@ class Part:
             z, q = z - block.scatter(block.z0), q - block.scatter(block.q0)
         return Seen(z, torch.baddbmm(q, z, block.U.mT @ self.R, alpha=-1), lengths.flatten())
 
-    def damage(self, seen: Seen) -> tuple[Tensor, Tensor]:
+    def interference(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """Raw predicted interference of each unit, inside and outside the directions, ``(units,)`` each."""
         block = self.block
         z, r = block.select(seen.z), block.select(seen.r)

@@ -60,7 +60,7 @@ class Prediction:
         return neuron_sums(self.units, self.views)
 
 
-def predict_damage(
+def predict_interference(
     record: DomainRecord,
     after: Weights,
     before: Weights | None = None,
@@ -122,7 +122,7 @@ def _predicted(
     inside, outside, views = {}, {}, {}
     for part in record.parts():
         name = part.view.name
-        inside[name], outside[name] = part.damage(part.see(reads(name), anchored=anchored))
+        inside[name], outside[name] = part.interference(part.see(reads(name), anchored=anchored))
         views[name] = part.view
         advance(name)
     sums = [sum(float(item.double().sum()) for item in group.values()) for group in (inside, outside)]

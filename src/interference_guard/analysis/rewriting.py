@@ -47,8 +47,8 @@ def write_rollback(
         advance: Called with each changed parameter's name.
 
     Returns:
-        As `RollbackPlan.predict`, with `damage_left` and `edit_left` of what was written: bf16 is rounded at
-        random, with bits that depend on the state's seed alone, and fp16 to the nearest number.
+        As `RollbackPlan.predict`, with `interference_left` and `edit_left` of what was written: bf16 is rounded
+        at random, with bits that depend on the state's seed alone, and fp16 to the nearest number.
 
     Raises:
         ConfigError: If a value is out of range, or no unit would be rolled back.
@@ -87,12 +87,12 @@ def write_rollback(
 
 def _left(plan: RollbackPlan, written: Path) -> dict[str, float]:
     """What the written weights have of the edit's interference and squared length."""
-    damage, edit = 0.0, 0.0
+    interference, edit = 0.0, 0.0
     for part, seen in see_edit(plan.record, plan.before, open_checkpoint(written)):
-        damage += sum(float(item.double().sum()) for item in part.damage(seen))
+        interference += sum(float(item.double().sum()) for item in part.interference(seen))
         edit += float(seen.lengths.sum())
     return {
-        "damage_left": damage / plan.whole_damage if plan.whole_damage else 0.0,
+        "interference_left": interference / plan.whole_interference if plan.whole_interference else 0.0,
         "edit_left": edit / plan.whole_edit if plan.whole_edit else 1.0,
     }
 

@@ -28,9 +28,9 @@ class RollbackPlan:
         after: Weights after it.
         mode: ``"units"`` takes back a unit's whole edit, ``"directions"`` only its part along the domain's
             directions.
-        damage: Predicted interference that taking a unit back fully removes, by parameter, ``(units,)``.
+        interference: Predicted interference that taking a unit back fully removes, by parameter, ``(units,)``.
         edit: Squared length of what is taken back then, likewise.
-        whole_damage: Predicted interference of the whole edit, raw.
+        whole_interference: Predicted interference of the whole edit, raw.
         whole_edit: Squared length of the whole edit.
     """
 
@@ -38,9 +38,9 @@ class RollbackPlan:
     before: Weights
     after: Checkpoint
     mode: str
-    damage: dict[str, Tensor]
+    interference: dict[str, Tensor]
     edit: dict[str, Tensor]
-    whole_damage: float
+    whole_interference: float
     whole_edit: float
 
     def chosen(self, share: float) -> dict[str, Tensor]:
@@ -53,13 +53,13 @@ class RollbackPlan:
             ConfigError: If it is not above 0 and at most 1.
         """
         _check(share=share)
-        damage, edit = torch.cat(list(self.damage.values())), torch.cat(list(self.edit.values()))
-        score = torch.where(edit > 0, damage / edit.clamp(min=torch.finfo(edit.dtype).tiny), 0.0)
+        interference, edit = torch.cat(list(self.interference.values())), torch.cat(list(self.edit.values()))
+        score = torch.where(edit > 0, interference / edit.clamp(min=torch.finfo(edit.dtype).tiny), 0.0)
         count = min(round(share * int((edit > 0).sum())), int((score > 0).sum()))
         mask = torch.zeros(len(score), dtype=torch.bool)
         mask[score.argsort(descending=True, stable=True)[:count]] = True
-        parts = torch.split(mask, [len(item) for item in self.damage.values()])
-        return dict(zip(self.damage, parts, strict=True))
+        parts = torch.split(mask, [len(item) for item in self.interference.values()])
+        return dict(zip(self.interference, parts, strict=True))
 
     def check(self, share: float, strength: float) -> None:
         """Refuse a rollback that cannot be, or would change nothing.
@@ -85,19 +85,19 @@ class RollbackPlan:
         """What a rollback is predicted to do, before the result is rounded to the checkpoint's dtype.
 
         Returns:
-            ``damage_left`` and ``edit_left``, parts of the edit's predicted interference and of its squared
+            ``interference_left`` and ``edit_left``, parts of the edit's predicted interference and of its squared
             length that stay, and the number of ``units``.
         """
         _check(share=share, strength=strength)
         masks = self.chosen(share)
-        removed = sum(float(self.damage[name][mask].sum()) for name, mask in masks.items())
+        removed = sum(float(self.interference[name][mask].sum()) for name, mask in masks.items())
         taken = sum(float(self.edit[name][mask].sum()) for name, mask in masks.items())
-        factor = 1 - (1 - strength) ** 2
+        factor, whole = 1 - (1 - strength) ** 2, self.whole_interference
         return {
             "share": share,
             "strength": strength,
             "units": float(sum(int(mask.sum()) for mask in masks.values())),
-            "damage_left": 1 - factor * removed / self.whole_damage if self.whole_damage else 0.0,
+            "interference_left": 1 - factor * removed / whole if whole else 0.0,
             "edit_left": 1 - factor * taken / self.whole_edit if self.whole_edit else 1.0,
         }
 
@@ -129,19 +129,19 @@ def plan_rollback(
     """
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is not allowed: it must be one of {list(MODES)}.")
-    damage, edit, whole_damage, whole_edit = {}, {}, 0.0, 0.0
+    interference, edit, whole_interference, whole_edit = {}, {}, 0.0, 0.0
     for part, seen in see_edit(record, before, after):
-        inside, outside = part.damage(seen)
-        whole_damage += float(inside.double().sum() + outside.double().sum())
+        inside, outside = part.interference(seen)
+        whole_interference += float(inside.double().sum() + outside.double().sum())
         whole_edit += float(seen.lengths.sum())
         name = part.view.name
         if mode == "units":
-            damage[name], edit[name] = (inside + outside).double(), seen.lengths
+            interference[name], edit[name] = (inside + outside).double(), seen.lengths
         else:
-            damage[name] = inside.double()
+            interference[name] = inside.double()
             edit[name] = seen.z.double().square().sum(-1).flatten()
         advance(name)
-    return RollbackPlan(record, before, after, mode, damage, edit, whole_damage, whole_edit)
+    return RollbackPlan(record, before, after, mode, interference, edit, whole_interference, whole_edit)
 
 
 def see_edit(record: DomainRecord, before: Weights, after: Weights) -> Iterator[tuple[Part, Seen]]:

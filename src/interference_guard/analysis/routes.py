@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interference_guard.errors import UnsupportedError
+from interference_guard.evaluating import evaluating
 from interference_guard.units import CHANNELS_IN, UnitLayout, canonical_name
 
 from .checkpoints import Weights, check_same, unit_layout
@@ -54,14 +55,12 @@ def active_neurons(
         return hook
 
     handles = [module.register_forward_pre_hook(watch(mlp)) for mlp, module in readers.items()]  # type: ignore[arg-type]
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            model(**batch)
+        with evaluating(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return {mlp: top_neurons({mlp: total}, share)[mlp] for mlp, total in sums.items()}

@@ -84,7 +84,7 @@ def _fitting(base: Checkpoint, other: Checkpoint) -> Weights:
 def _predictions(state: Path | None, opened: list[Checkpoint], weights: list[Weights]) -> list[dict[str, Any]]:
     if state is None:
         return []
-    from interference_guard.analysis import StateFile, predict_damage
+    from interference_guard.analysis import StateFile, predict_interference
 
     records = [record for record in StateFile(state).domains.values() if record.modelled]
     if not records:
@@ -101,7 +101,7 @@ def _predictions(state: Path | None, opened: list[Checkpoint], weights: list[Wei
         for alone, after in zip(opened, weights, strict=True)
         for record in records
         # A guard of LoRA factors knows these, and not the merged weights.
-        for found in [predict_damage(record, alone if record.state.adapter else after)]
+        for found in [predict_interference(record, alone if record.state.adapter else after)]
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Annotated, Any
 
@@ -16,7 +15,6 @@ DISTRIBUTION = "interference-guard"
 # The packages of each way to use the guard; the versions allowed are the distribution's own.
 HOSTS = {"core": ("torch", "safetensors"), "trl": ("trl", "transformers", "accelerate"), "verl": ("verl",),
          "report": ("jinja2", "matplotlib", "rich", "typer")}  # fmt: skip
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -31,7 +29,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     if json:
         output.as_json(
             {"python": platform.python_version(), "platform": platform.platform(), "device": device,
-             "packages": rows, "browser": _browser(), "ok": not wrong}
+             "packages": rows, "ok": not wrong}
         )  # fmt: skip
         raise typer.Exit(1 if wrong else 0)
     output.line(f"Python {platform.python_version()} on {platform.platform()}; device: {device}")
@@ -40,7 +38,6 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     for row in rows:
         if row["mend"]:
             output.line(f"{row['package']} ({row['host']}): {row['mend']}")
-    output.line(f"Browser for the report's tests: {_browser() or 'none'}")
     raise typer.Exit(1 if wrong else 0)
 
 
@@ -79,7 +76,3 @@ def _device() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _browser() -> str | None:
-    return next((found for name in BROWSERS if (found := shutil.which(name))), None)

@@ -97,9 +97,9 @@ def rollback(
         return
     cells = [
         [
-            f"{row['share']:.0%}",
+            f"{100 * row['share']:.3g}%",
             f"{row['units']:.0f}",
-            output.number(row["damage_left"], ".1%"),
+            output.number(row["interference_left"], ".1%"),
             output.number(row["edit_left"], ".1%"),
         ]
         for row in rows
@@ -115,15 +115,15 @@ def rollback(
 
 def _elsewhere(plan: RollbackPlan, base: Path, before: Checkpoint) -> str | None:
     """What to say where BASE is not where the domain was anchored, or None."""
-    from interference_guard.analysis.prediction import predict_damage, predict_rounding
+    from interference_guard.analysis.prediction import predict_interference, predict_rounding
 
     record = plan.record
     # A region that was moved lies elsewhere, and says nothing of where the domain was anchored.
     if record.details["renewed_at"]:
         return None
     with output.progress("placing BASE", len(record.state.views)) as advance:
-        found = predict_damage(record, before, advance=advance).raw
-    beyond = found - ASTRAY * plan.whole_damage
+        found = predict_interference(record, before, advance=advance).raw
+    beyond = found - ASTRAY * plan.whole_interference
     if not beyond > 0 or beyond <= ROUNDING * predict_rounding(record, before).raw:
         return None
     where = (
@@ -132,7 +132,7 @@ def _elsewhere(plan: RollbackPlan, base: Path, before: Checkpoint) -> str | None
     return (
         f"{base} is not where {record.name!r} was last anchored, {record.details['foreign_steps']} steps before "
         f"the state was saved: there it is predicted to have lost {found:.2e}, and by the edit "
-        f"{plan.whole_damage:.2e} (raw). The edit is best measured from {where}."
+        f"{plan.whole_interference:.2e} (raw). The edit is best measured from {where}."
     )
 
 

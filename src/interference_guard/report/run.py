@@ -133,7 +133,7 @@ class Run:
         for index, a in enumerate(self.domains):
             for b in self.domains[index + 1 :]:
                 first, second = sorted((a, b))
-                values = self.series.get(f"guard/overlap/{first}_{second}")
+                values = self.series.get(f"guard/overlap/{first}/{second}")
                 if values:
                     found[a, b] = values[-1][1]
         return found
@@ -169,6 +169,8 @@ def read_run(run: Path) -> Run:
 
 def find_state(run: Path) -> Path | None:
     """The newest folder at or under a run that holds a guard's state, the first rank's; None without any."""
+    if not run.exists():
+        return None
     folder = run if run.is_dir() else run.parent
     # TRL's checkpoints lie right in a run's folder, veRL's in folders by rank below one for each model.
     places = ("", "*/", "actor/*/", "global_step_*/actor/*/")
@@ -215,6 +217,6 @@ def domain_of(metric: str) -> str | None:
     ('openai/gsm8k', None, None)
     """
     name, _, own = metric.removeprefix("guard/").rpartition("/")
-    # The pair of a domain whose name ends like a metric.
+    # The pair of a domain that is called like a metric.
     pair = name.startswith("overlap/")
     return name if metric.startswith("guard/") and name and own in OWN and not pair else None

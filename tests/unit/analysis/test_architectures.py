@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from interference_guard import Guard, GuardConfig, GuardedOptimizer
-from interference_guard.analysis import StateFile, measure_edits, open_checkpoint, predict_damage
+from interference_guard.analysis import StateFile, measure_edits, open_checkpoint, predict_interference
 from interference_guard.checkpoint import DETAILS
 from interference_guard.cli import main
 from interference_guard.errors import StateError
@@ -73,10 +73,10 @@ def test_rollback_of_adapters_writes_an_adapter(lora_run, capsys, tmp_path):
     said = as_json(capsys, *words)["rollback"][0]
     record = StateFile(folder / "code").domain("math")
     whole, left = (
-        predict_damage(record, open_checkpoint(path)).raw for path in (folder / "code", tmp_path / "out")
+        predict_interference(record, open_checkpoint(path)).raw for path in (folder / "code", tmp_path / "out")
     )
-    assert left / whole == pytest.approx(said["damage_left"], abs=0.02)
-    assert said["damage_left"] < 0.5
+    assert left / whole == pytest.approx(said["interference_left"], abs=0.02)
+    assert said["interference_left"] < 0.5
     assert (tmp_path / "out/adapter_config.json").is_file()
     get_peft_model(Toy(), LoraConfig(r=4, target_modules=["up_proj", "down_proj", "lm_head"])).load_adapter(
         str(tmp_path / "out"), "restored"
@@ -116,7 +116,7 @@ def test_a_state_says_which_layers_are_stored_transposed(transposed_run):
     state = StateFile(folder / "after")
     assert state.views == guard.view.layout.views
     assert any(name.endswith("c_attn") for name in guard.view.layout.transposed)
-    found = predict_damage(state.domain("math"), open_checkpoint(folder / "after"))
+    found = predict_interference(state.domain("math"), open_checkpoint(folder / "after"))
     assert found.raw == pytest.approx(guard.raw("math"), rel=1e-3)
     layers = {place for place in state.domain("math").projected_places() if place[0] is not None}
     assert {(0, "c_attn"), (1, "attn.c_proj"), (1, "mlp.c_proj")} <= layers

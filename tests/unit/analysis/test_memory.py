@@ -23,8 +23,8 @@ folder, what = sys.argv[1:]
 a, b = open_checkpoint(folder + "/a"), open_checkpoint(folder + "/b")
 record = StateFile(folder + "/b").domain("own")
 before = peak()
-if what == "predict_damage":
-    predict_damage(record, b, before=a)
+if what == "predict_interference":
+    predict_interference(record, b, before=a)
 elif what == "conflict_subspace":
     conflict_subspace(record, record, a, b)
 elif what == "compare_routes":
@@ -81,7 +81,9 @@ def wide(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:No completions of domain:UserWarning")
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux alone tells a process's own peak")
-@pytest.mark.parametrize("what", ["predict_damage", "conflict_subspace", "compare_routes", "units", "directions"])
+@pytest.mark.parametrize(
+    "what", ["predict_interference", "conflict_subspace", "compare_routes", "units", "directions"]
+)
 def test_memory_does_not_grow_with_the_largest_tensor(wide, what):
     run = subprocess.run(
         [sys.executable, "-c", CODE, str(wide), what], capture_output=True, text=True, check=True

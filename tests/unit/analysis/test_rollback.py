@@ -13,7 +13,7 @@ from interference_guard.analysis import (
     open_checkpoint,
     pieces,
     plan_rollback,
-    predict_damage,
+    predict_interference,
     write_rollback,
 )
 from interference_guard.analysis.rollback import MODES
@@ -43,8 +43,8 @@ def test_what_is_predicted_is_what_the_written_checkpoint_has(toy_run, tmp_path,
     made = plan(toy_run[0], mode)
     said = write_rollback(made, 0.2, strength, tmp_path / "out")
     before, after = open_checkpoint(toy_run[0] / "phase-1"), open_checkpoint(tmp_path / "out")
-    left = predict_damage(made.record, after, before=before).raw
-    assert left / made.whole_damage == pytest.approx(said["damage_left"], rel=1e-3)
+    left = predict_interference(made.record, after, before=before).raw
+    assert left / made.whole_interference == pytest.approx(said["interference_left"], rel=1e-3)
     edit = sum(float((after.rows(name) - before.rows(name)).square().sum()) for name in before.shapes)
     assert edit / made.whole_edit == pytest.approx(said["edit_left"], rel=1e-4)
 
@@ -56,7 +56,7 @@ def test_all_harmful_units_at_full_strength_are_as_they_were(toy_run, tmp_path):
     after, views = open_checkpoint(tmp_path / "out"), made.record.state.views
     harmless = 0
     for name, view in views.items():
-        harms = made.damage[name] > 0
+        harms = made.interference[name] > 0
         harmless += int((~harms).sum())
         old, new, now = (view.view(item.rows(name)) for item in (before, source, after))
         torch.testing.assert_close(now[harms], old[harms], rtol=0, atol=1e-6)
@@ -68,11 +68,11 @@ def test_all_harmful_units_at_full_strength_are_as_they_were(toy_run, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_curve_falls_and_beats_random_units(toy_run, mode):
     made = plan(toy_run[0], mode)
-    left = [row["damage_left"] for row in made.curve()]
+    left = [row["interference_left"] for row in made.curve()]
     assert left == sorted(left, reverse=True)
     assert all(-1e-6 <= value <= 1 for value in left)
-    # Ten per cent of the units at random would take a tenth of the damage, on average.
-    assert made.predict(0.1, 1.0)["damage_left"] < 0.9
+    # Ten per cent of the units at random would take a tenth of the interference, on average.
+    assert made.predict(0.1, 1.0)["interference_left"] < 0.9
 
 
 def test_rollback_restores_the_domain(toy_run, tmp_path):
@@ -113,7 +113,7 @@ def test_shards_in_folders_and_states_of_ranks(toy_run, tmp_path):
         str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
     }
     assert written == {index.name, *(f"parts/model-0000{part}-of-00002.safetensors" for part in (1, 2))}
-    assert said["damage_left"] < 0.5
+    assert said["interference_left"] < 0.5
 
 
 def test_the_present_folder_can_be_the_target(toy_run, tmp_path, monkeypatch):
@@ -221,15 +221,15 @@ def test_what_is_reported_is_what_low_precision_holds(toy_run, tmp_path, dtype, 
     made = plan_rollback(record, before, after, mode)
     said = write_rollback(made, 1.0, strength, tmp_path / "out")
     written = open_checkpoint(tmp_path / "out")
-    left = predict_damage(record, written, before=before).raw / made.whole_damage
-    assert said["damage_left"] == pytest.approx(left, rel=1e-6)
+    left = predict_interference(record, written, before=before).raw / made.whole_interference
+    assert said["interference_left"] == pytest.approx(left, rel=1e-6)
     edit = sum(float((written.rows(name) - before.rows(name)).square().sum()) for name in before.shapes)
     assert said["edit_left"] == pytest.approx(edit / made.whole_edit, rel=1e-4)
     write_rollback(made, 1.0, strength, tmp_path / "again")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
     assert first == second
     if mode == "units" and strength == 1:
-        assert said["damage_left"] == 0, "whole units come back to the last bit"
+        assert said["interference_left"] == 0, "whole units come back to the last bit"
 
 
 @pytest.mark.filterwarnings("ignore:No completions of domain:UserWarning")
@@ -259,8 +259,8 @@ def test_bf16_keeps_corrections_that_are_smaller_than_its_steps(tmp_path):
     D = b.rows("weight") - a.rows("weight")
     (part,) = made.record.parts()
     nearest = (b.rows("weight") - D @ part.block.U[0] @ part.block.U[0].T).bfloat16().float() - a.rows("weight")
-    damage = sum(float(item.sum()) for item in part.damage(part.see(lambda i, j: nearest[i:j])))
-    assert said["damage_left"] < 0.5 * damage / made.whole_damage
+    interference = sum(float(item.sum()) for item in part.interference(part.see(lambda i, j: nearest[i:j])))
+    assert said["interference_left"] < 0.5 * interference / made.whole_interference
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -271,8 +271,8 @@ def test_pieces_give_what_whole_tensors_give(toy_run, tmp_path, monkeypatch, mod
     write_rollback(whole, 0.5, 1.0, tmp_path / "whole")
     monkeypatch.setattr(pieces, "pieces", lambda shape: checkpoints.pieces(shape, 48))
     made = plan_rollback(record, before, after, mode)
-    for name, values in whole.damage.items():
-        torch.testing.assert_close(made.damage[name], values, rtol=1e-3, atol=1e-12)
+    for name, values in whole.interference.items():
+        torch.testing.assert_close(made.interference[name], values, rtol=1e-3, atol=1e-12)
         torch.testing.assert_close(made.edit[name], whole.edit[name], rtol=1e-3, atol=1e-12)
     write_rollback(made, 0.5, 1.0, tmp_path / "pieces")
     one, other = (open_checkpoint(tmp_path / name) for name in ("whole", "pieces"))

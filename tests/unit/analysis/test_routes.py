@@ -10,12 +10,14 @@ from tests.unit.runs import save_model
 
 def test_active_neurons_are_the_largest_activations():
     model = Toy().train()
+    model.embed.eval()
     ids = torch.tensor([[0, 1, 2, 3]])
     found = active_neurons(model, [{"input_ids": ids}], share=0.25)
     with torch.no_grad():
         size = torch.tanh(model.mlp["up_proj"](model.embed(ids))).abs().sum((0, 1))
     assert set(found["mlp"].nonzero().flatten().tolist()) == set(size.topk(8).indices.tolist())
     assert model.training
+    assert not model.embed.training
     assert not model.mlp["down_proj"]._forward_pre_hooks
 
 

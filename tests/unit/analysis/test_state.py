@@ -10,7 +10,7 @@ from interference_guard.analysis import (
     conflict_subspace,
     gradient_cosines,
     open_checkpoint,
-    predict_damage,
+    predict_interference,
     stored_gradients,
 )
 from interference_guard.checkpoint import DETAILS, TENSORS
@@ -23,8 +23,8 @@ from tests.unit.runs import save_model
 def test_prediction_from_disk_is_the_guard_s(toy_run, domain):
     folder, _, guard = toy_run
     record = StateFile(folder / "phase-3").domain(domain)
-    found = predict_damage(record, open_checkpoint(folder / "phase-3"))
-    live = guard.interference([domain])[domain]
+    found = predict_interference(record, open_checkpoint(folder / "phase-3"))
+    live = guard.raw_parts([domain])[domain]
     inside = sum(float(part.sum()) for part in found.inside.values())
     outside = sum(float(part.sum()) for part in found.outside.values())
     assert inside == pytest.approx(live.inside, rel=1e-4)
@@ -48,8 +48,8 @@ def test_prediction_with_a_protected_set(tmp_path, monkeypatch, full):
     assert any(own) == (full == 8)
     train(model, guard, optimizer, ["math"] * 6 + ["code"] * 6)
     guard.save(save_model(model, tmp_path))
-    found = predict_damage(StateFile(tmp_path).domain("math"), open_checkpoint(tmp_path))
-    live = guard.interference(["math"])["math"]
+    found = predict_interference(StateFile(tmp_path).domain("math"), open_checkpoint(tmp_path))
+    live = guard.raw_parts(["math"])["math"]
     assert found.raw == pytest.approx(live.quadratic, rel=1e-4)
     masks = guard.domains["math"].protected_set.masks
     assert all(bool((part[~masks[name]] == 0).all()) for name, part in found.units.items())
@@ -62,11 +62,11 @@ def test_prediction_between_two_checkpoints_is_quadratic(toy_run, tmp_path):
     half = Toy()
     half.load_state_dict({name: (a.rows(name) + b.rows(name)) / 2 for name in a.shapes})
     middle = open_checkpoint(save_model(half, tmp_path))
-    whole = predict_damage(record, b, before=a).raw
-    assert predict_damage(record, middle, before=a).raw == pytest.approx(whole / 4, rel=1e-3)
-    assert predict_damage(record, a, before=a).raw == 0
+    whole = predict_interference(record, b, before=a).raw
+    assert predict_interference(record, middle, before=a).raw == pytest.approx(whole / 4, rel=1e-3)
+    assert predict_interference(record, a, before=a).raw == 0
     # Phase 1 ended at the anchor.
-    assert whole == pytest.approx(predict_damage(record, b).raw, rel=1e-3)
+    assert whole == pytest.approx(predict_interference(record, b).raw, rel=1e-3)
 
 
 def test_conflict_subspace_of_a_domain_with_itself(toy_run):
@@ -77,17 +77,17 @@ def test_conflict_subspace_of_a_domain_with_itself(toy_run):
     for name, cosines in own.cosines.items():
         used = cosines[cosines > 1e-3]
         assert torch.allclose(used, torch.ones_like(used), atol=1e-4), name
-    assert own.shared_damage == pytest.approx(own.inside_damage, rel=1e-4)
+    assert own.shared_interference == pytest.approx(own.inside_interference, rel=1e-4)
     other = conflict_subspace(state.domain("math"), state.domain("code"), before, after)
     assert other.share == pytest.approx(own.share)
-    assert other.inside_damage == pytest.approx(own.inside_damage)
-    assert own.inside_damage <= 1
+    assert other.inside_interference == pytest.approx(own.inside_interference)
+    assert own.inside_interference <= 1
     assert 0 < other.share < 1
     assert all(0 <= value <= 1 for value in other.chance.values())
     assert all(float(item.max()) <= 1 + 1e-5 for item in other.cosines.values())
 
 
-def test_shared_damage_is_the_dense_form_on_the_shared_subspace(toy_run):
+def test_shared_interference_is_the_dense_form_on_the_shared_subspace(toy_run):
     folder, _, _ = toy_run
     state = StateFile(folder / "phase-3")
     before, after = (open_checkpoint(folder / f"phase-{index}") for index in (1, 2))
@@ -103,8 +103,8 @@ def test_shared_damage_is_the_dense_form_on_the_shared_subspace(toy_run):
         H = U @ torch.diag(block.lam[0].double()) @ U.T
         scale = block.energy[0].double() * float(block.scale[0])
         shared += float((scale * ((D @ H) * D).sum(-1)).sum() / 2)
-    whole = predict_damage(state.domain("math"), after, before=before).raw
-    assert found.shared_damage == pytest.approx(shared / whole, rel=1e-3)
+    whole = predict_interference(state.domain("math"), after, before=before).raw
+    assert found.shared_interference == pytest.approx(shared / whole, rel=1e-3)
 
 
 def test_stored_gradients_are_images_of_the_mean_gradient(toy_run):
@@ -145,7 +145,7 @@ def test_domains_without_anchor_and_unknown_ones(toy_run):
     folder, _, _ = toy_run
     state = StateFile(folder / "phase-3")
     with pytest.raises(UnknownDomainError, match=r"'qa' has no anchor .* anchored are \['math', 'code'\]"):
-        predict_damage(state.domain("qa"), open_checkpoint(folder / "phase-3"))
+        predict_interference(state.domain("qa"), open_checkpoint(folder / "phase-3"))
     with pytest.raises(UnknownDomainError, match=r"'art' is not in .* it knows \['code', 'math', 'qa'\]"):
         state.domain("art")
 
@@ -154,7 +154,7 @@ def test_state_of_another_model(toy_run, tmp_path):
     folder, _, _ = toy_run
     other = open_checkpoint(save_model(Toy(hidden=8), tmp_path))
     with pytest.raises(CheckpointError, match="are of different architectures"):
-        predict_damage(StateFile(folder / "phase-3").domain("math"), other)
+        predict_interference(StateFile(folder / "phase-3").domain("math"), other)
 
 
 def copy(folder, tmp_path):
@@ -168,6 +168,10 @@ def test_damaged_states(toy_run, tmp_path):
     path, tensors = folder / DETAILS, folder / TENSORS
     text, data = path.read_text(), tensors.read_bytes()
     tensors.write_bytes(data + b"x")
+    with pytest.raises(StateError, match="is damaged: it has"):
+        StateFile(folder)
+    # Of the same size, as those of two checkpoints in a row are.
+    tensors.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(StateError, match="is damaged: it has"):
         StateFile(folder)
     tensors.write_bytes(data[:100])
@@ -227,7 +231,7 @@ def test_reading_changes_nothing(toy_run):
     folder, _, _ = toy_run
     before = {path.name: path.read_bytes() for path in (folder / "phase-3").iterdir()}
     record = StateFile(folder / "phase-3").domain("math")
-    predict_damage(record, open_checkpoint(folder / "phase-3"))
+    predict_interference(record, open_checkpoint(folder / "phase-3"))
     dict(record.directions())
     assert before == {path.name: path.read_bytes() for path in (folder / "phase-3").iterdir()}
     # What was read can still be loaded.

@@ -71,3 +71,9 @@ def test_what_interference_is_measured_in_is_said(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert any("math" in line and "reward" in line for line in lines)
     assert any("chat" in line and "nats" in line for line in lines)
+
+
+def test_a_path_that_does_not_exist_is_no_other_run(capsys, toy_run, tmp_path):
+    shutil.copytree(toy_run[0] / "phase-3", tmp_path / "other")
+    assert main(["inspect", str(tmp_path / "typo")]) == 2
+    assert "holds neither a guard's history nor a guard's state" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""What the guard reads of a batch's columns, whatever a trainer leaves of them, and what it begins with."""
+
+import pytest
+import torch
+from verl.utils import tensordict_utils as tu
+
+from interference_guard.errors import HostError, MissingDomainError, StateError
+from interference_guard.integrations.verl import batch
+from tests.verl import host
+
+UIDS = ["0_0"] * 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return host.write_model(tmp_path_factory.mktemp("model"))
+
+
+def test_a_label_is_also_found_where_older_trainers_leave_it():
+    carried = [{"index": row, "skill": "math" if row < 8 else "code"} for row in range(16)]
+    data = host.batch(0, ("math",), padded=False, extra_info=carried)
+    assert batch.labels(data, "skill", UIDS) == ["math"] * 8 + ["code"] * 8
+    # The column itself goes first.
+    assert batch.labels(data, "data_source", UIDS) == ["math"] * 16
+
+
+def test_a_row_whose_label_is_missing_among_others_is_named():
+    carried = [{"skill": "math"}] * 15 + [{}]
+    data = host.batch(0, ("math",), padded=False, extra_info=carried)
+    with pytest.raises(MissingDomainError, match=r"Row 15 of the batch .* has skill=None"):
+        batch.labels(data, "skill", UIDS)
+
+
+def test_a_column_that_was_lost_is_said_to_be():
+    data = host.batch(0, ("math",), padded=False, extra_info=[{"index": 1}] * 16)
+    with pytest.raises(HostError, match=r"no column 'skill'.*trainer V0 .* hands on data_source and extra_info"):
+        batch.labels(data, "skill", UIDS)
+
+
+def test_positions_along_several_axes_are_refused():
+    data = host.batch(0, ("math",), padded=False)
+    rows = [torch.arange(len(row)).expand(4, -1) for row in data["input_ids"].unbind()]
+    data["position_ids"] = torch.nested.as_nested_tensor(
+        [row.mT.contiguous() for row in rows], layout=torch.jagged
+    ).transpose(1, 2)
+    with pytest.raises(HostError, match="position_ids along several axes"):
+        batch.completions(data, [0], 1.0)
+
+
+def test_probes_take_the_smaller_batches_and_no_rows_in_vain(model, monkeypatch):
+    made = host.worker(model, host.SMALL)
+    host.train(made, ["math"] * 2)
+    engine, seen = made.engine, []
+    infer = engine.infer_batch
+
+    def watch(data, **options):
+        seen.append((len(data), tu.get(data, "micro_batch_size_per_gpu")))
+        return infer(data, **options)
+
+    monkeypatch.setattr(engine, "infer_batch", watch)
+    monkeypatch.setattr(engine.engine_config, "infer_micro_batch_size_per_gpu", 64)
+    rows = engine.interference.guard.domains["math"].latest(48)
+    for count in (5, 12):
+        chosen = rows.rows(slice(0, count))
+        engine.interference.temperature = 1.0
+        assert batch.log_probabilities(engine, chosen).shape == chosen.input_ids.shape
+    # The worker's micro-batches in training hold eight.
+    assert seen == [(5, 5), (16, 8)]
+
+
+def test_a_new_run_begins_with_the_state_of_a_former_one(model, tmp_path):
+    former = host.worker(model, host.SMALL)
+    host.train(former, ["math"] * 3 + ["code"] * 2)
+    former.save_checkpoint(str(tmp_path / "actor"), global_step=5)
+    made = host.worker(model, {**host.SMALL, "state": str(tmp_path / "actor")})
+    host.put_weights(made, host.weights(former))
+    guard, before = made.engine.interference.guard, former.engine.interference.guard
+    assert guard.steps == before.steps == 5
+    assert guard.raw("math") == pytest.approx(before.raw("math"), rel=1e-6)
+    host.train(made, ["code"] * 2, start=5)
+    assert guard.domains["math"].foreign_steps == 4
+
+
+def test_a_state_that_is_not_there_is_an_error(model, tmp_path):
+    with pytest.raises(StateError, match="does not exist"):
+        host.worker(model, {**host.SMALL, "state": str(tmp_path)})
