@@ -10,8 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from interference_guard.checkpoint import weights_beside
@@ -26,7 +24,7 @@ from interference_guard.probe import Completions
 from .card import add_section
 from .checkpoints import Checkpoints
 from .completions import trainer_policy
-from .engines import check_engine, guarded_model, steps_in_backward
+from .engines import check_engine, guarded_model, reduce, steps_in_backward
 from .evaluation import EvaluationRounds
 from .live import LiveDisplay
 from .passing import PassingRows
@@ -191,7 +189,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.guard.policy = trainer_policy(trainer)
         accelerator = trainer.accelerator
         several = accelerator.num_processes > 1
-        self.guard.ranks.reduce = partial(_reduce, accelerator) if several else None
+        self.guard.ranks.reduce = partial(reduce, accelerator) if several else None
         self.detach()
         self._seams, self._recovery = seams, recovery
         compare(self._left, self.guard.view, "the run before ended with")
@@ -294,7 +292,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._unhook()
         if not self.config.enabled:
             return
-        self._passing().take_counts()
+        self._passing().begin()
         config = self.config
         look_ahead(self._trainer.train_dataset, config.domain_column, args, state, config.active_share)
         if self._recovery is not None:
@@ -319,6 +317,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         """Tell the guard which domains the step's rows are of."""
         if not self.config.enabled:
             return
+        if self._hooks is None:
+            raise HostError("The callback was attached while training ran. Attach it before trainer.train().")
         if steps_in_backward(self._trainer):
             # The step is over. Counts that are left are of one that was skipped.
             self._passing().take_counts()
@@ -326,15 +326,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._begin_step()
 
     def _begin_step(self) -> None:
-        counts = self._passing().take_counts()
-        accelerator = self._trainer.accelerator
-        if accelerator.num_processes > 1:
-            table = torch.tensor(
-                [float(counts.get(name, 0)) for name in self.domains.names], device=accelerator.device
-            )
-            summed = _reduce(accelerator, table, "sum").tolist()
-            counts = {name: count for name, count in zip(self.domains.names, summed, strict=True) if count}
-        self._guard().begin(counts)
+        self._guard().begin(self._passing().step_counts())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the domains whose turn it is."""
@@ -391,8 +383,3 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 def _callbacks(trainer: Any) -> list[Any]:
     found: list[Any] = trainer.callback_handler.callbacks
     return found
-
-
-def _reduce(accelerator: Any, values: Tensor, kind: str) -> Tensor:
-    gathered: Tensor = accelerator.gather(values.unsqueeze(0))
-    return gathered.sum(0) if kind == "sum" else gathered.amax(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
@@ -15,6 +16,8 @@ from interference_guard.errors import HostError
 from interference_guard.evaluating import evaluating
 from interference_guard.probe import Completions, Policy, model_policy
 
+# The keyword by which TRL's own head is asked for.
+FUSED = "fused_lm_head"
 # Keys of a batch that hold what a text model does not read.
 PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "input_features")
 
@@ -93,26 +96,16 @@ def trainer_policy(trainer: Any) -> Policy:
     """Log-probabilities as the trainer itself computes them, with its kernels and batch size.
 
     Where there are more rows than that, those of like length go together, without their common padding.
-    Its own way knows one temperature. Rows of another trainer's are scored by the model's logits, one row at a
-    time: they take much more room.
+    Its own way knows one temperature and never makes all logits. Rows of another trainer's are scored by the
+    model's logits, one row at a time: they take much more room.
     """
     size = trainer.args.per_device_train_batch_size
-    if not hasattr(trainer, "_get_per_token_logps_and_entropies"):
+    if hasattr(trainer, "_get_per_token_logps_and_entropies"):
+        score = partial(_scores, trainer, size)
+    elif _has_fused_head(trainer.model):
+        score = partial(_fused_scores, trainer)
+    else:
         return model_policy(trainer.model, batch_size=size)
-
-    def score(rows: Completions) -> Tensor:
-        scored = rows.completion_mask.any(0).nonzero()
-        first = max(int(scored[0]), 1) if len(scored) else 1
-        scores, *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            rows.input_ids,
-            rows.attention_mask,
-            rows.input_ids.shape[1] - first,
-            batch_size=size,
-        )
-        padded = torch.nn.functional.pad(scores.float(), (first, 0))
-        # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
-        return padded.where(rows.completion_mask != 0, 0.0)
 
     def policy(rows: Completions) -> Tensor:
         if rows.temperature != sampling_temperature(trainer):
@@ -121,3 +114,36 @@ def trainer_policy(trainer: Any) -> Policy:
             return in_batches(rows, size, score)
 
     return policy
+
+
+def _scores(trainer: Any, size: int, rows: Completions) -> Tensor:
+    """By the method of a trainer that generates."""
+    scored = rows.completion_mask.any(0).nonzero()
+    first = max(int(scored[0]), 1) if len(scored) else 1
+    scores, *_ = trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        rows.input_ids,
+        rows.attention_mask,
+        rows.input_ids.shape[1] - first,
+        batch_size=size,
+    )
+    padded = torch.nn.functional.pad(scores.float(), (first, 0))
+    # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
+    return padded.where(rows.completion_mask != 0, 0.0)
+
+
+def _has_fused_head(model: Any) -> bool:
+    """Whether the trainer has given the model a head that makes log-probabilities without all logits."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = vars(base).get("forward")
+    return forward is not None and FUSED in inspect.signature(forward, follow_wrapped=False).parameters
+
+
+def _fused_scores(trainer: Any, rows: Completions) -> Tensor:
+    """By that head, as `SFTTrainer` computes its loss."""
+    labels = rows.input_ids.where(rows.completion_mask != 0, -100)
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "labels": labels}
+    output = trainer.model(**inputs, **{FUSED: True})
+    # Counted from the end: prompt tuning puts virtual tokens in front.
+    found = output.log_probs[:, 1 - rows.input_ids.shape[1] :].float()
+    return torch.nn.functional.pad(found, (1, 0)).where(rows.completion_mask != 0, 0.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from interference_guard.errors import UnsupportedError
 from interference_guard.zero import check_settings, is_engine
 
@@ -39,3 +41,9 @@ def guarded_model(trainer: Any) -> Any:
     """What the guard is built on: DeepSpeed's engine, which there is once training begins, or the model."""
     wrapped = getattr(trainer, "model_wrapped", None)
     return wrapped if is_engine(wrapped) else trainer.model
+
+
+def reduce(accelerator: Any, values: Tensor, kind: str) -> Tensor:
+    """A 1-d tensor's sum, or its largest values, over all ranks; see `ranks.Reduce`."""
+    gathered: Tensor = accelerator.gather(values.unsqueeze(0))
+    return gathered.sum(0) if kind == "sum" else gathered.amax(0)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
 
-from datasets import concatenate_datasets, load_dataset
+from datasets import Value, concatenate_datasets, load_dataset
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from interference_guard.config import GuardConfig
@@ -162,7 +163,34 @@ def load_rows(domains: list[DomainSettings], column: str) -> Any:
         if column in rows.column_names:
             rows = rows.remove_columns(column)
         parts.append(rows.add_column(column, [domain.name] * len(rows)))
-    return concatenate_datasets(parts)
+    return concatenate_datasets(_alike(parts, names))
+
+
+def _alike(parts: list[Any], names: list[str]) -> list[Any]:
+    """Data sets whose columns of one name have one type: integers become floats beside some."""
+    first: dict[str, tuple[str, Any]] = {}
+    mixed = set()
+    for part, name in zip(parts, names, strict=True):
+        for column, kind in part.features.items():
+            other, known = first.setdefault(column, (name, kind))
+            # A column without a single value takes any type.
+            if kind == known or "null" in (getattr(kind, "dtype", ""), getattr(known, "dtype", "")):
+                continue
+            if not (_is_number(kind) and _is_number(known)):
+                raise ConfigError(
+                    f"Column {column!r} holds {known} in the rows of domain {other!r} and {kind} in those of "
+                    f"{name!r}. Make them alike, for instance text in both: examples/trl/prepare.py writes rows."
+                )
+            mixed.add(column)
+    for column in mixed:
+        parts = [
+            part.cast_column(column, Value("float64")) if column in part.features else part for part in parts
+        ]
+    return parts
+
+
+def _is_number(kind: Any) -> bool:
+    return str(getattr(kind, "dtype", "")).startswith(("int", "uint", "float"))
 
 
 def arrange(rows: Any, arguments: DomainArguments, training: Any, column: str) -> Any:
@@ -225,7 +253,8 @@ def build(arguments: DomainArguments, guard: GuardConfig, training: Any, model: 
 def main(arguments: list[str] | None = None) -> Any:
     """Train, then save the model and the guard's state side by side; returns the trainer."""
     # Reward functions are looked for beside the caller, as TRL's own script does.
-    sys.path.insert(0, os.getcwd())
+    place = os.getcwd()
+    sys.path.insert(0, place)
     try:
         domains, guard, training, model = make_parser().parse_args_and_config(arguments)
         trainer, callback = build(domains, guard_config(guard), training, model)
@@ -233,7 +262,9 @@ def main(arguments: list[str] | None = None) -> Any:
         trainer.save_model(training.output_dir)
         callback.save(training.output_dir)
     finally:
-        sys.path.remove(os.getcwd())
+        # Whoever may have changed the folder, or the path, since.
+        with suppress(ValueError):
+            sys.path.remove(place)
     return trainer
 
 

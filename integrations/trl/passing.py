@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interference_guard.errors import HostError
 from interference_guard.guard import Guard
 
 from .collating import DOMAIN_ID, WIDTH, NamingCollator, unpack
 from .completions import generated, labelled, sampling_temperature
+from .engines import reduce
 from .evaluation import EvaluationRounds
 from .rows import DomainTable, missing, named, numbered_ahead
 from .seams import Seams
@@ -46,6 +48,13 @@ class PassingRows:
             strip = self.trainer.args.remove_unused_columns
             seams.wrap("data_collator", lambda collator: NamingCollator(collator, domains.column, width, strip))
 
+    def begin(self) -> None:
+        """A run begins: no row of it was seen yet, and none made before the guard was attached is used up."""
+        self._counts = {}
+        buffered = getattr(self.trainer, "_buffered_inputs", None)
+        if buffered and not all(DOMAIN_ID in batch for batch in buffered):
+            self.trainer._buffered_inputs = None
+
     def take_counts(self) -> dict[str, float]:
         """Rows of each domain that training steps took on this rank since the last call.
 
@@ -54,6 +63,25 @@ class PassingRows:
         """
         found, self._counts = self._counts, {}
         return found
+
+    def step_counts(self) -> dict[str, float]:
+        """What `take_counts` returns, of all ranks; every rank calls it once a step.
+
+        Raises:
+            HostError: If the trainer's batches pass by all methods that are followed.
+        """
+        counts, accelerator = self.take_counts(), self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            names = self.domains.names
+            table = torch.tensor([float(counts.get(name, 0)) for name in names], device=accelerator.device)
+            summed = reduce(accelerator, table, "sum").tolist()
+            counts = {name: count for name, count in zip(names, summed, strict=True) if count}
+        if not counts:
+            raise HostError(
+                f"{type(self.trainer).__name__} trains batches that pass neither its data_collator nor its "
+                "generation, so the guard sees no domain. Use GRPOTrainer, RLOOTrainer or SFTTrainer as they are."
+            )
+        return counts
 
     def _keep_column(self, method: Any) -> Any:
         def keep() -> None:

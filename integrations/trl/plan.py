@@ -51,7 +51,7 @@ def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: f
         dataset: The rows; a stream cannot be looked through.
         column: The domain's column.
         args: The trainer's settings.
-        state: The trainer's, of which only the length of the run is read.
+        state: The trainer's, of which the length of the run is read and where it resumes.
         active_share: From which share of a batch's rows a domain counts as in training.
     """
     rows = [str(name) for name in dataset[column][:]] if hasattr(dataset, "select") else []
@@ -72,6 +72,11 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float) -> It
                 f"{setting}, and arrange the rows with order_by_domain()."
             )
         return
+    if args.ignore_data_skip and state.global_step:
+        yield (
+            f"ignore_data_skip=True: the run resumes at step {state.global_step} with the first rows, so that "
+            "domains whose turn is over are trained again. Set it to False, or give the rows that are left."
+        )
     epochs, kept = state.num_train_epochs, pace.kept(len(rows))
     # Beyond one epoch, every row that is not dropped comes up.
     trained = rows[: kept if epochs > 1 else min(kept, pace.reached(state.max_steps))]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,21 +32,32 @@ def load(path: str) -> RewardFunction:
     """
     place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            if spec is None or spec.loader is None:
-                raise ImportError(place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         found: RewardFunction = getattr(module, name)
     except (ImportError, OSError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"Reward function {path!r} cannot be imported: {error}. Write 'package.module.function' or "
-            "'folder/file.py:function'."
+            f"Reward function {path!r} cannot be imported: {type(error).__name__}: {error}. Write "
+            "'package.module.function' or 'folder/file.py:function', and see whether the module can be imported "
+            "by itself."
         ) from error
     return found
+
+
+def _file(path: Path) -> ModuleType:
+    """The module of a file: one for all functions that are taken from it, and known to `sys.modules`."""
+    name = f"rewards_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(path)
+        # Before it runs: dataclasses and pickle look their module up.
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "domain") -> list[RewardFunction]:
@@ -125,6 +139,12 @@ class _Share:
     ) -> tuple[list[int], dict[str, Any]]:
         """Places of the domain's rows, and their columns."""
         count = len(completions)
+        if self.column not in columns:
+            raise ConfigError(
+                f"The rows have no column {self.column!r}, by which it is told that they are of domain "
+                f"{self.domain!r}; they have {sorted(columns)}. Name it with route(..., column=...), add it "
+                "to the rows for evaluation too, and keep it (remove_unused_columns=False)."
+            )
         mine = [index for index, name in enumerate(columns[self.column]) if name == self.domain]
         every = {"prompts": prompts, "completions": completions, **columns}
         chosen = {

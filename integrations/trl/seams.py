@@ -62,7 +62,8 @@ class Seams:
         before = getattr(self.trainer, name)
         own = name in vars(self.trainer)
         after = made = make(before)
-        if hasattr(before, "__name__"):
+        # An object in its place must stay one that can be pickled: data loaders may hand it to other processes.
+        if hasattr(made, "__name__"):
 
             @wraps(before)
             def after(*args: Any, **kwargs: Any) -> Any:

@@ -62,6 +62,7 @@ class DomainState:
         anchored: Whether `model` stands at the weights after the domain's latest own step.
         own_steps: Own steps since the last anchor.
         since_refresh: Own steps since the directions were computed.
+        mixed_steps: Steps in a row that trained it together with others, while it kept its anchor.
         foreign_steps: Steps of other domains since the anchor.
         renewed_at: The foreign steps at which the region was last moved; 0 where it stands at the anchor.
         renewals: How often that was, since the first anchor.
@@ -103,6 +104,7 @@ class DomainState:
     anchored: bool = False
     own_steps: int = 0
     since_refresh: int = 0
+    mixed_steps: int = 0
     foreign_steps: int = 0
     renewed_at: int = 0
     renewals: int = 0

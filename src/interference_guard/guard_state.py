@@ -82,9 +82,9 @@ class GuardState:
         self.grad_scale: Tensor | None = None
         # Whether backward passes of the guard's own work here; False once one has failed.
         self.differentiates = True
-        # What was warned about: domains of one mixed step, or one domain without gradients.
-        self._warned: set[tuple[str, ...]] = set()
-        self._fruitless: Counter[str] = Counter()
+        # What was warned about: domains of one mixed step, or one domain without gradients; steps of the latter.
+        self.warned: set[tuple[str, ...]] = set()
+        self.fruitless: Counter[str] = Counter()
         # Steps that the recovery schedule has seen, and what was measured since.
         self.followed = 0
         self.unfollowed: dict[str, Measurement] = {}
@@ -218,8 +218,8 @@ class GuardState:
 
     def warn_mixed(self, names: tuple[str, ...]) -> None:
         """Say once that a step of several domains adds to no domain's curvature; shuffled rows mix all ways."""
-        first = not any(len(others) > 1 for others in self._warned)
-        self._warned.add(names)
+        first = not any(len(others) > 1 for others in self.warned)
+        self.warned.add(names)
         if first:
             warnings.warn(
                 f"A step trained the domains {sorted(names)} together: each has at least "
@@ -239,10 +239,10 @@ class GuardState:
             steps: How many steps it was trained. Few of them say nothing, where domains take turns or a recovery
                 of another interrupts.
         """
-        self._fruitless[name] += steps
+        self.fruitless[name] += steps
         # Of a domain that was only trained in mixed steps nothing was observed, which was said already.
-        if self._fruitless[name] >= FRUITLESS and not any(name in names for names in self._warned):
-            self._warned.add((name,))
+        if self.fruitless[name] >= FRUITLESS and not any(name in names for names in self.warned):
+            self.warned.add((name,))
             warnings.warn(
                 f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "
                 "of each group are alike. Until it has others it is not protected. If the model has mastered it "

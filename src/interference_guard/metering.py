@@ -38,11 +38,16 @@ class Clock:
 
 
 class TensorMean:
-    """Mean of 0-d tensors since the last `take`; adding does not read the device."""
+    """Mean of 0-d tensors since the last `take`; adding does not read the device.
 
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
-        self._count = 0
+    Args:
+        total: Sum of values that were added before, None without any.
+        count: Their number.
+    """
+
+    def __init__(self, total: Tensor | float | None = None, count: int = 0) -> None:
+        self._total = total
+        self._count = count
 
     def add(self, value: Tensor) -> None:
         """Add a value."""
@@ -51,9 +56,13 @@ class TensorMean:
 
     def take(self) -> float | None:
         """The mean, or None without values; reads the device and starts anew."""
-        value = None if self._total is None else self._total.item() / self._count
+        total, count = self.sums()
         self._total, self._count = None, 0
-        return value
+        return None if total is None else total / count
+
+    def sums(self) -> tuple[float | None, int]:
+        """Total and count so far; reads the device."""
+        return None if self._total is None else float(self._total), self._count
 
 
 def collect(guard: Guard) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -16,6 +17,7 @@ from .errors import StateError, StateVersionError
 from .first_order import GradientMean
 from .local_block import LocalBlock
 from .local_model import LocalModel
+from .metering import TensorMean
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
 from .recovery import RecoverySchedule
@@ -24,7 +26,7 @@ from .trust_region import TrustRegion
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 6
+VERSION = 7
 # Tensors of completions, by field.
 ROWS = ("input_ids", "attention_mask", "completion_mask", "rewards")
 # Settings that give the saved tensors their meaning; the others may change between runs.
@@ -33,6 +35,7 @@ PLAIN = (
     "anchored",
     "own_steps",
     "since_refresh",
+    "mixed_steps",
     "foreign_steps",
     "renewed_at",
     "renewals",
@@ -87,6 +90,10 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
         "asked": guard.asked,
         "announced": sorted(guard.announced),
         "trained": list(guard.trained),
+        # What is not yet reported, and what was warned about.
+        "kept": guard.kept.sums(),
+        "fruitless": dict(guard.fruitless),
+        "warned": sorted(map(list, guard.warned)),
         "differentiates": guard.differentiates,
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": parameters_of(guard),
@@ -122,11 +129,15 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
         trained, announced = tuple(details["trained"]), {*details["announced"]}
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
+        kept = TensorMean(*details["kept"])
+        fruitless: Counter[str] = Counter(details["fruitless"])
+        warned = {tuple(names) for names in details["warned"]}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
     guard.asked, guard.announced, guard.differentiates = asked, announced, differentiates
+    guard.kept, guard.fruitless, guard.warned = kept, fruitless, warned
 
 
 def incomplete(error: Exception) -> StateError:

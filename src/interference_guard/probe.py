@@ -26,6 +26,8 @@ from .exact import doubled
 TRUNCATION = 3.0
 # Under this part of the rows, sequence ratios say too little: token ratios take over.
 LEAST_EFFECTIVE = 0.25
+# Positions whose logits are in fp32 at a time.
+POSITIONS = 1024
 # Log ratios beyond this are cut before exp, so that one row cannot overflow.
 LOG_LIMIT = 20.0
 
@@ -208,11 +210,17 @@ def _scores(model: nn.Module, batch: Completions) -> Tensor:
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     logits = output if isinstance(output, Tensor) else output.logits
     # Counted from the end: prompt tuning puts virtual tokens in front.
-    logits = logits[:, -batch.input_ids.shape[1] : -1].float() / batch.temperature
-    targets = batch.input_ids[:, 1:]
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
-    return torch.nn.functional.pad(chosen, (1, 0)).where(batch.completion_mask != 0, 0.0)
+    logits = logits[:, -batch.input_ids.shape[1] : -1]
+    scores = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=logits.device)
+    # The logits are most of the memory of a probe, so few of them at a time are turned into fp32.
+    for places in torch.split((batch.completion_mask[:, 1:] != 0).nonzero(), POSITIONS):
+        rows, columns = places.unbind(1)
+        chosen = logits[rows, columns].float()
+        if batch.temperature != 1.0:
+            chosen = chosen / batch.temperature
+        targets = batch.input_ids[rows, columns + 1].unsqueeze(-1)
+        scores[rows, columns + 1] = chosen.gather(-1, targets).squeeze(-1) - chosen.logsumexp(-1)
+    return scores
 
 
 @dataclass(frozen=True)

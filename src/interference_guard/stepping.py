@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .domain import DomainState
     from .guard import Guard
 
+# Mixed steps in a row through which a domain keeps its anchor.
+MIXED = 4
+
 
 def follow(guard: Guard) -> None:
     """Follow the model to another device, for instance back from the CPU of an engine that offloads it."""
@@ -70,6 +73,11 @@ def take_gradients(guard: Guard) -> None:
         guard.warn_mixed(active)
     for name in active:
         state = guard.domains[name]
+        if len(active) > 1 and state.anchored and state.mixed_steps < MIXED and not state.own_steps:
+            # The seam of two batches and no training of its own: what it has lost must not become its anchor.
+            state.mixed_steps += 1
+            continue
+        state.mixed_steps = 0
         if guard.config.first_order and state.gradient is None and len(active) == 1:
             state.gradient = GradientMean(guard.view.omegas, spread=spread)
         if spread is None and len(active) == 1:
@@ -118,6 +126,7 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         return
     for state, displacement in zip(states, seen, strict=True):
         state.foreign_steps += 1
+        state.mixed_steps = 0
         state.subspace = displacement.energy()
         # The first visible displacement: nothing else is known of the unit yet. A step at rate 0 (the
         # start of a warm-up) shows rounding alone, and a radius of that size would freeze learning.

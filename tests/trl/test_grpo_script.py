@@ -1,4 +1,6 @@
 import json
+import pickle
+import sys
 
 import pytest
 import yaml
@@ -133,3 +135,63 @@ def test_a_domains_reward_sees_its_rows_alone():
     assert seen == {"prompts": ["p", "r"], "answer": [1, 3], "state": {}}
     assert scored.__name__ == "math_reward"
     assert scored(["p"], ["x"], domain=["code"], answer=[1]) == [None]
+
+
+def test_routed_rewards_say_which_column_is_missing():
+    scored = for_domain(len, "math", "task")
+    with pytest.raises(ConfigError, match=r"no column 'task', .* domain 'math'; they have"):
+        scored(["p"], ["x"], answer=[1])
+
+
+FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Judge:
+    calls: int = 0
+
+JUDGE = Judge()
+
+def one(completions, **columns):
+    return [1.0] * len(completions)
+
+def two(completions, **columns):
+    return [2.0] * len(completions)
+"""
+
+
+def test_functions_of_one_file_share_their_module(tmp_path):
+    (tmp_path / "judge.py").write_text(FILE)
+    one, two = (load(f"{tmp_path}/judge.py:{name}") for name in ("one", "two"))
+    assert one.__globals__ is two.__globals__
+    assert pickle.loads(pickle.dumps(one)) is one
+
+
+def test_what_a_file_raises_is_said(tmp_path):
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="ModuleNotFoundError: No module named 'no_such_package'"):
+            load(f"{tmp_path}/broken.py:f")
+
+
+@pytest.mark.parametrize(("other", "kind"), [(2.5, "double"), ("two", None)])
+def test_columns_of_two_types(tmp_path, settings, other, kind):
+    for name, answer in (("math", 2), ("code", other)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "answer": answer}))
+    domains = grpo.make_parser().parse_args_and_config(written(tmp_path, settings))[0].domains
+    if kind is None:
+        with pytest.raises(ConfigError, match="Column 'answer' holds .*int64.*'math' and .*string.*'code'"):
+            grpo.load_rows(domains, "domain")
+    else:
+        found = grpo.load_rows(domains, "domain")
+        assert found["answer"][:] == [2.0, 2.5]
+
+
+def test_a_run_that_changes_the_folder_ends_as_it_would(tmp_path, settings, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text(f"import os\nos.chdir({str(tmp_path / 'elsewhere')!r})\n" + REWARDS)
+    (tmp_path / "elsewhere").mkdir()
+    before = list(sys.path)
+    assert grpo.main(written(tmp_path, settings)).state.global_step == 4
+    assert sys.path == before

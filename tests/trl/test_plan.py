@@ -34,6 +34,13 @@ def test_batches_of_one_row_cannot_mix(tmp_path):
         begin(trainer)
 
 
+def test_a_resumed_run_that_begins_its_rows_anew_is_told(tmp_path):
+    trainer = online("grpo", tmp_path, order_by_domain(rows(TWO_PHASES), 2), ignore_data_skip=True)
+    state = TrainerState(num_train_epochs=1, max_steps=6, global_step=4)
+    with pytest.warns(UserWarning, match="ignore_data_skip=True: the run resumes at step 4 with the first rows"):
+        look_ahead(trainer.train_dataset, "domain", trainer.args, state, 0.05)
+
+
 def test_the_first_mixed_batch_is_named(tmp_path):
     # Blocks of three prompts, where a batch has two.
     data = order_by_domain(rows(TWO_PHASES), 3, "round_robin")

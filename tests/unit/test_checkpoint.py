@@ -50,7 +50,7 @@ def edit(**values):
         (damage(DETAILS, lambda data: data[: len(data) // 2]), StateError, "is damaged.*Resume from another"),
         (damage(DETAILS, lambda data: b"[]"), StateError, "holds no table"),
         (damage(DETAILS, lambda data: b"\xff\xfe"), StateError, "is damaged"),
-        (edit(version=99), StateVersionError, "format version 99; this version reads 6"),
+        (edit(version=99), StateVersionError, "format version 99; this version reads 7"),
         (edit(format="other"), StateError, "was not written by interference_guard"),
         (edit(domains={"math": {}}), StateError, "incomplete"),
         (edit(domains=[1]), StateError, "incomplete"),

@@ -76,3 +76,43 @@ def test_a_domain_under_the_share_is_protected_in_a_mixed_step():
     assert state.anchored
     assert state.foreign_steps == 3
     assert state.subspace.item() <= state.radius.item() * (1 + 1e-3)
+
+
+def mixed_step(model, guard, optimizer, step):
+    with guard.domain({"math": 0.5, "code": 0.5}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A step trained the domains")
+        for name in ("math", "code"):
+            rows = rollout(model, name, seed=step)
+            guard.retain(name, rows)
+            policy_gradient(model, rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.probe()
+
+
+def test_a_mixed_step_at_a_seam_leaves_the_anchor_where_it_was():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 20 + ["code"] * 5)
+    state = guard.domains["math"]
+    anchor, scores = state.model.blocks[0].z0.clone(), state.anchor_scores.clone()
+    for start in (25, 30):
+        # Two seams with steps of one domain between them are no mixed training.
+        for step in range(3):
+            mixed_step(model, guard, optimizer, start + step)
+        train(model, guard, optimizer, ["code"], start=start + 3)
+    assert (state.anchored, state.own_steps, state.foreign_steps) == (True, 0, 7)
+    assert torch.equal(state.model.blocks[0].z0, anchor)
+    assert torch.equal(state.anchor_scores, scores)
+
+
+def test_mixed_training_lets_the_anchor_go():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 20 + ["code"] * 5)
+    anchor = guard.domains["math"].model.blocks[0].z0.clone()
+    for step in range(5):
+        assert guard.domains["math"].anchored
+        mixed_step(model, guard, optimizer, 25 + step)
+    assert not guard.domains["math"].anchored
+    train(model, guard, optimizer, ["code"], start=30)
+    assert guard.domains["math"].anchored
+    assert not torch.equal(guard.domains["math"].model.blocks[0].z0, anchor)

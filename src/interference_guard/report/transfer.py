@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .run import Run, Series
@@ -82,8 +83,9 @@ def at(points: Series, first: float, last: float) -> float | None:
 def losses(run: Run) -> dict[str, float]:
     """What each domain has lost that was followed by another one, in reward.
 
-    Domain by domain: by its evaluations where there is one since its own training ended, else the guard's own
-    figure. A domain without either is missing.
+    Domain by domain: by its evaluations where there is one of its own training and one since that ended, else by
+    the guard's own figure, or by the evaluations since where they show more: the first of them may come after the
+    loss. A domain without either is missing.
     """
     found = transfer(run)
     lost: dict[str, float] = {}
@@ -91,11 +93,20 @@ def losses(run: Run) -> dict[str, float]:
         if found is not None and name in found.by_domain:
             lost[name] = found.by_domain[name]
         elif run.followed(name) or run.interleaved:
-            value = _evaluated(run, name)
-            value = value if value is not None else run.current(name, "forgetting")
-            if value is not None:
-                lost[name] = value
+            values = [_evaluated(run, name)]
+            if values[0] is None or not _evaluated_in_time(run, name):
+                values.append(run.current(name, "forgetting"))
+            if known := [value for value in values if value is not None]:
+                lost[name] = max(known)
     return lost
+
+
+def _evaluated_in_time(run: Run, name: str) -> bool:
+    """Whether an evaluation shows what the domain had when its own training ended."""
+    if run.interleaved or not run.followed(name):
+        return True
+    begin = max((phase.first for phase in run.planned if name in phase.active), default=math.inf)
+    return any(begin < step <= run.own_end(name) for step, _ in run.evaluations.get(name, []))
 
 
 def _evaluated(run: Run, name: str) -> float | None:

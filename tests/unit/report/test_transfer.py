@@ -149,3 +149,23 @@ def test_what_a_long_run_lost_is_not_thinned_away(tmp_path):
     assert found.rows == rates
     assert found.by_domain == pytest.approx({"a": 0.4, "b": 0.4})
     assert found.start["a"] == 0.1
+
+
+def test_evaluations_that_begin_after_the_loss_do_not_hide_it(tmp_path):
+    made = History(tmp_path / HISTORY)
+    for step in range(1, 31):
+        figures = {"guard/a/forgetting": 0.4, "guard/b/forgetting": 0.0} if step > 10 else {}
+        made.report(step, ["ab"[step > 15]], figures)
+        if step in (20, 30):
+            made.evaluation(step, {"a": 0.2, "b": 0.5})
+    assert losses(read_run(tmp_path))["a"] == 0.4
+
+
+def test_a_domain_of_an_earlier_phase_is_judged_by_the_guards_figure(tmp_path):
+    # Each phase has a trainer, and a folder, of its own.
+    made = History(tmp_path / HISTORY, step=10)
+    for step in range(11, 31):
+        made.report(step, ["b"], {"guard/a/forgetting": 0.7, "guard/a/measured": 0.6})
+        if step % 10 == 0:
+            made.evaluation(step, {"a": 0.2, "b": 0.5})
+    assert losses(read_run(tmp_path)) == {"a": 0.7}

@@ -1,0 +1,99 @@
+"""How a trainer's rows reach the guard, and what is said where they do not."""
+
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, default_data_collator
+
+from interference_guard import HostError
+from interference_guard.integrations.trl import InterferenceGuardCallback
+from interference_guard.integrations.trl.completions import trainer_policy
+from interference_guard.probe import model_policy
+from tests.trl.host import CONFIG, TWO_PHASES, guarded, online, rows, supervised
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+
+
+def labelled(blocks=TWO_PHASES):
+    return rows(blocks).rename_column("answer", "completion")
+
+
+def in_order(tmp_path, **options):
+    return supervised(tmp_path, labelled(), train_sampling_strategy="sequential", **options)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_callback_that_comes_while_training_runs_is_an_error(tmp_path, again):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+    callback = InterferenceGuardCallback(config=CONFIG)
+    if again:
+        callback.attach(trainer)
+
+    class Late(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                callback.detach()
+                callback.attach(trainer)
+
+    trainer.add_callback(Late())
+    with pytest.raises(HostError, match=r"attached while training ran\. Attach it before trainer\.train\(\)"):
+        trainer.train()
+    callback.detach()
+
+
+def test_batches_that_pass_the_guard_by_are_an_error(tmp_path):
+    trainer = in_order(tmp_path)
+    collator = trainer.data_collator
+    trainer.get_train_dataloader = lambda: DataLoader(
+        trainer.train_dataset.select_columns(["input_ids", "labels"]), batch_size=2, collate_fn=collator
+    )
+    guarded(trainer)
+    with pytest.raises(HostError, match="SFTTrainer trains batches that pass neither its data_collator nor"):
+        trainer.train()
+
+
+def test_batches_made_before_the_guard_came_are_not_used_up(tmp_path):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), steps_per_generation=2, max_steps=3)
+    trainer.train()
+    assert trainer._buffered_inputs
+    callback = guarded(trainer)
+    trainer.train()
+    assert callback.guard.steps == 3
+
+
+def test_a_supervised_trainers_rows_are_scored_without_all_logits(tmp_path, monkeypatch):
+    trainer = in_order(tmp_path)
+    callback = guarded(trainer)
+    trainer.train()
+    retained = callback.guard.domains["math"].retained
+    assert retained.completion_mask.sum(1).unique().numel() > 0
+    expected = model_policy(trainer.model)(retained)
+    model = trainer.model
+    seen = []
+
+    def watch(module, arguments, options, output):
+        seen.append(getattr(output, "logits", None))
+
+    handle = model.register_forward_hook(watch, with_kwargs=True)
+    found = trainer_policy(trainer)(retained)
+    handle.remove()
+    assert seen
+    assert all(logits is None for logits in seen)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Rows of a generating trainer's, sampled at another temperature.
+    retained.temperature = 0.5
+    torch.testing.assert_close(trainer_policy(trainer)(retained), model_policy(trainer.model)(retained))
+
+
+def test_a_collator_that_is_a_function_can_still_go_to_other_processes(tmp_path):
+    trainer = in_order(tmp_path)
+    trainer.data_collator = default_data_collator
+    callback = guarded(trainer)
+    again = pickle.loads(pickle.dumps(trainer.data_collator))
+    assert again.collator is default_data_collator
+    callback.detach()
+    assert trainer.data_collator is default_data_collator
