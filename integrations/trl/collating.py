@@ -31,9 +31,12 @@ class NamingCollator:
 
     def __init__(self, collator: Any, column: str, width: int = WIDTH, strip: bool = True) -> None:
         self.collator, self.column, self.width, self.strip = collator, column, width, strip
+        self.active = True
 
     def __call__(self, rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        """The trainer's batch, and in it the names."""
+        """The trainer's batch, and in it the names; the trainer's alone once it is not `active` any more."""
+        if not self.active:
+            return self.collator(rows, *args, **kwargs)
         names = pack([row.get(self.column) for row in rows], self.width)
         if self.strip:
             rows = [{key: value for key, value in row.items() if key != self.column} for row in rows]

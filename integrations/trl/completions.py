@@ -136,7 +136,10 @@ def _has_fused_head(model: Any) -> bool:
     """Whether the trainer has given the model a head that makes log-probabilities without all logits."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = vars(base).get("forward")
-    return forward is not None and FUSED in inspect.signature(forward, follow_wrapped=False).parameters
+    # Below the wrapper that accelerate puts around it for mixed precision.
+    while forward is not None and FUSED not in inspect.signature(forward, follow_wrapped=False).parameters:
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
 
 
 def _fused_scores(trainer: Any, rows: Completions) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
@@ -32,6 +33,8 @@ from .order import ORDERS, order_by_domain, prompts_per_generation
 from .rewards import load, route
 
 PREFIX = "guard_"
+# How the types of numbers begin.
+NUMBERS = ("int", "uint", "float")
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 GuardArguments = make_dataclass(
@@ -138,7 +141,8 @@ def load_rows(domains: list[DomainSettings], column: str) -> Any:
     """All domains' rows in one data set, each with its domain in `column`.
 
     Raises:
-        ConfigError: If there is no domain, two have one name, a file is missing, or a data set has no prompts.
+        ConfigError: If there is no domain, two have one name, a file is missing, a data set has no prompts, or
+            columns of one name have types that do not go together.
     """
     names = [domain.name for domain in domains]
     if not domains or len(set(names)) < len(names):
@@ -163,34 +167,41 @@ def load_rows(domains: list[DomainSettings], column: str) -> Any:
         if column in rows.column_names:
             rows = rows.remove_columns(column)
         parts.append(rows.add_column(column, [domain.name] * len(rows)))
-    return concatenate_datasets(_alike(parts, names))
+    try:
+        parts = _alike(parts)
+        return concatenate_datasets(parts)
+    except ValueError as error:
+        kinds = {name: dict(part.features) for name, part in zip(names, parts, strict=True)}
+        raise ConfigError(
+            f"The rows of the domains {names} do not go into one table: {error} Their columns are {kinds}. Give "
+            "columns of one name one type, for instance text, or other names."
+        ) from error
 
 
-def _alike(parts: list[Any], names: list[str]) -> list[Any]:
-    """Data sets whose columns of one name have one type: integers become floats beside some."""
-    first: dict[str, tuple[str, Any]] = {}
-    mixed = set()
-    for part, name in zip(parts, names, strict=True):
+def _alike(parts: list[Any]) -> list[Any]:
+    """The same data sets with numbers of one column in one type: floats where any are, else 64-bit integers."""
+    kinds: dict[str, set[str]] = {}
+    for part in parts:
         for column, kind in part.features.items():
-            other, known = first.setdefault(column, (name, kind))
-            # A column without a single value takes any type.
-            if kind == known or "null" in (getattr(kind, "dtype", ""), getattr(known, "dtype", "")):
-                continue
-            if not (_is_number(kind) and _is_number(known)):
-                raise ConfigError(
-                    f"Column {column!r} holds {known} in the rows of domain {other!r} and {kind} in those of "
-                    f"{name!r}. Make them alike, for instance text in both: examples/trl/prepare.py writes rows."
+            if isinstance(kind, Value) and kind.dtype.startswith(NUMBERS):
+                kinds.setdefault(column, set()).add(kind.dtype)
+    for column, found in kinds.items():
+        if len(found) > 1:
+            wide = "float64" if any(kind.startswith("float") for kind in found) else "int64"
+            if wide == "float64" and not all(kind.startswith("float") for kind in found):
+                warnings.warn(
+                    f"Column {column!r} holds integers in some domains and other numbers elsewhere: its integers "
+                    "become floats (2 is 2.0), also for reward functions. Write text where that matters.",
+                    stacklevel=4,
                 )
-            mixed.add(column)
-    for column in mixed:
-        parts = [
-            part.cast_column(column, Value("float64")) if column in part.features else part for part in parts
-        ]
+            parts = [_cast(part, column, wide) for part in parts]
     return parts
 
 
-def _is_number(kind: Any) -> bool:
-    return str(getattr(kind, "dtype", "")).startswith(("int", "uint", "float"))
+def _cast(rows: Any, column: str, dtype: str) -> Any:
+    kind = rows.features.get(column)
+    number = isinstance(kind, Value) and kind.dtype.startswith(NUMBERS)
+    return rows.cast_column(column, Value(dtype)) if number else rows
 
 
 def arrange(rows: Any, arguments: DomainArguments, training: Any, column: str) -> Any:

@@ -47,6 +47,9 @@ class PassingRows:
             width = max([WIDTH, *(len(name.encode()) for name in domains.names)])
             strip = self.trainer.args.remove_unused_columns
             seams.wrap("data_collator", lambda collator: NamingCollator(collator, domains.column, width, strip))
+            # A data loader that is running keeps it.
+            naming = self.trainer.data_collator
+            seams.afterwards(lambda: setattr(naming, "active", False))
 
     def begin(self) -> None:
         """A run begins: no row of it was seen yet, and none made before the guard was attached is used up."""

@@ -70,10 +70,11 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         )
         if run is not None and run.guard.enabled:
             check_active_share(rehearsal, self.order.prompts, run.guard.active_share, "data.domain_rehearsal")
-        check_drawing(whole, order, len(self.order.plan), run is not None and run.guard.recovery)
+        recovers = run is not None and run.guard.enabled and run.guard.recovery
+        check_drawing(whole, order, len(self.order.plan), recovers)
         if run is not None and run.guard.enabled:
             warn_unguarded(whole)
-        if run is not None and run.guard.enabled and run.guard.recovery:
+        if recovers:
             self._link = launch(list(self.order.rows))
 
     def _domains(self, column: str) -> list[str]:

@@ -29,7 +29,6 @@ class GuardMixin:
         Raises:
             UnsupportedError: If the engine's parameters cannot be guarded; nothing is built then.
             ConfigError: If a +guard.* setting is unknown or not allowed.
-            StateError: If `guard.state` names no state that can be read.
         """
         # Here and not on import, since a process with no engine, as that of a reward function, may use TRL.
         hide_trl()
@@ -41,9 +40,8 @@ class GuardMixin:
             check_strategy(self.engine_config.strategy)
         super().initialize()  # type: ignore[misc]
         if settings.guard.enabled:
-            self.interference = Session(self, settings)
-            if settings.state is not None:
-                self.interference.load(self._state_folder(settings.state))
+            former = None if settings.state is None else self._state_folder(settings.state)
+            self.interference = Session(self, settings, former)
 
     def train_batch(self, data: Any, loss_function: Any) -> Any:
         """One mini-batch of veRL's: one optimizer step."""

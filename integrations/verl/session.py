@@ -35,16 +35,19 @@ class Session:
     Args:
         engine: An engine that has been initialized.
         settings: Of the run.
+        former: This rank's folder of the state that the run begins with, where no checkpoint of its own is read
+            before its first step.
 
     Raises:
         UnsupportedError: If the model or the optimizer cannot be guarded.
     """
 
-    def __init__(self, engine: Any, settings: RunSettings) -> None:
+    def __init__(self, engine: Any, settings: RunSettings, former: Path | None = None) -> None:
         self.engine = engine
         self.settings = settings
         self.history: History | None = None
         self._began = 0.0
+        self._former = former
         self.group = engine.get_data_parallel_group()
         self.world = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
@@ -80,8 +83,11 @@ class Session:
         """Tell the guard what the coming step trains, and keep the rows that are new.
 
         Raises:
-            StateError: If the state beside the last checkpoint could not be written; the host's is complete.
+            StateError: If the state beside the last checkpoint could not be written, where the host's is
+                complete; or if that of a former run cannot be read.
         """
+        if self._former is not None:
+            self.load(self._former)
         error, self._failed = self._failed, None
         if error is not None:
             raise error
@@ -158,6 +164,7 @@ class Session:
         Raises:
             StateError: If it is missing, damaged, of another model, or if a rank's folder is missing.
         """
+        self._former = None
         stem = folder.name.rstrip("0123456789")
         checkpoint.load_own(
             self.guard,
@@ -167,6 +174,9 @@ class Session:
             (self.rank, self.world),
         )
         self._start = self.guard.steps
+        if self.link is not None and self.guard.recovery not in (None, *self.link.domains()):
+            # Of a former run, whose rows this one has not.
+            self.guard.abandon_recovery()
         self._tell()
 
     # Parts

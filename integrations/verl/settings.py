@@ -75,7 +75,7 @@ class RunSettings:
             ConfigError: As `guard_config`, and if the trainer loses the rows' domains.
         """
         guard = guard_config(config.get(NODE))
-        if guard.enabled and config.get("async_training") is not None:
+        if guard.enabled and config.get("async_training") is not None and (NODE in config or _loads(config)):
             raise ConfigError(
                 "verl.experimental.fully_async_policy is not supported: it draws single prompts, and hands on "
                 "none of the columns that could hold their domain. Train with verl.trainer.main_ppo."
@@ -88,14 +88,17 @@ class RunSettings:
 
 def warn_unguarded(config: DictConfig) -> None:
     """Say that a run which has settings of the guard does not load it in its workers."""
-    found = OmegaConf.select(config, "actor_rollout_ref.model.external_lib", default=None)
-    listed = [found] if isinstance(found, str) else list(found or ())
-    if config.get(NODE) is not None and LIBRARY not in listed:
+    if config.get(NODE) is not None and not _loads(config):
         warnings.warn(
-            f"The run has +guard.* settings, and actor_rollout_ref.model.external_lib={found!r} without "
-            f"{LIBRARY}: it trains unguarded. Add the library there, or set +guard.enabled=false.",
+            f"The run has +guard.* settings, and actor_rollout_ref.model.external_lib without {LIBRARY}: it "
+            "trains unguarded. Add the library there, or set +guard.enabled=false.",
             stacklevel=2,
         )
+
+
+def _loads(config: DictConfig) -> bool:
+    found = OmegaConf.select(config, "actor_rollout_ref.model.external_lib", default=None)
+    return LIBRARY in ([found] if isinstance(found, str) else list(found or ()))
 
 
 _found: RunSettings | None = None

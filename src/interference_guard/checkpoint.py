@@ -132,7 +132,7 @@ def load(
         raise _missing(own)
     try:
         part = recut(guard, [_read(guard, path) for path in paths], place)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise incomplete(error) from error
     _take(guard, part)
 

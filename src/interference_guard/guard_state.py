@@ -70,8 +70,8 @@ class GuardState:
         # The step's gradients, where they wait for a sum over ranks.
         self.observation: Observation | None = None
         self.schedule = RecoverySchedule()
-        # The step's learning rate, the largest of the optimizer's groups; `attach` sets it.
         self.rate = math.nan
+        """The coming step's learning rate, the largest of the optimizer's groups; `attach` sets it."""
         self.trained: tuple[str, ...] = ()
         """Domains of the latest step."""
         # Domains a host can give own steps to; None: all of them.

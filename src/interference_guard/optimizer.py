@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
@@ -25,8 +26,8 @@ HOOK_TABLES = (
     "_optimizer_load_state_dict_post_hooks",
 )
 
-# The optimizers that a guard was attached to; neither is kept alive by it.
-_WATCHED: WeakKeyDictionary[Any, WeakSet[Optimizer]] = WeakKeyDictionary()
+# The optimizers that `attach` has given hooks, as long as they live.
+_HOOKED: WeakSet[Optimizer] = WeakSet()
 
 
 def _eager(call: Callable[[], None]) -> Callable[[], None]:
@@ -191,14 +192,28 @@ def _check_parameters(optimizer: Optimizer, guard: Any) -> None:
             f"{len(watched)} the guard watches. Build the guard on the model whose parameters the optimizer was "
             "given, or call guard.bind(model)."
         )
-    for other in list(_WATCHED.get(guard, ())):
-        # One that steps the same parameters takes turns with it, as one for each domain does.
-        if _watches(guard, other) and watched & _stepped(other) and not watched & steps & _stepped(other):
-            raise HostError(
-                f"This guard watches a {type(other).__name__} already, which steps other parameters than this "
-                f"{type(optimizer).__name__}: each step of training would count as two. Attach it to neither, "
-                "and call guard.before_step() before the first of them steps, guard.after_step() after the last."
-            )
+    if _beside(guard, watched, steps) is not None:
+        # One that nobody holds any more is in a cycle with its hooks, and does not count.
+        gc.collect()
+    if (other := _beside(guard, watched, steps)) is not None:
+        raise HostError(
+            f"This guard watches a {type(other).__name__} already, which steps other parameters than this "
+            f"{type(optimizer).__name__}: each step of training would count as two. Detach it if it is no longer "
+            "used. Where both step together attach the guard to neither, and call guard.before_step() before the "
+            "first of them steps and guard.after_step() after the last."
+        )
+
+
+def _beside(guard: Any, watched: set[int], steps: set[int]) -> Optimizer | None:
+    """An optimizer that this guard watches and that steps other parameters of it.
+
+    One that steps the same parameters takes turns with it, as one for each domain does.
+    """
+    for other in list(_HOOKED):
+        mine = watched & _stepped(other)
+        if mine and not mine & steps and _watches(guard, other):
+            return other
+    return None
 
 
 def _stepped(optimizer: Optimizer) -> set[int]:
@@ -214,7 +229,7 @@ def _hooks(
     except BaseException:
         handles[0].remove()
         raise
-    _WATCHED.setdefault(guard, WeakSet()).add(optimizer)
+    _HOOKED.add(optimizer)
     return StepHooks(handles)
 
 

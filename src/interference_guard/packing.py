@@ -90,10 +90,9 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
         "asked": guard.asked,
         "announced": sorted(guard.announced),
         "trained": list(guard.trained),
-        # What is not yet reported, and what was warned about.
+        # What is not yet reported.
         "kept": guard.kept.sums(),
         "fruitless": dict(guard.fruitless),
-        "warned": sorted(map(list, guard.warned)),
         "differentiates": guard.differentiates,
         "settings": {name: getattr(guard.config, name) for name in BINDING},
         "parameters": parameters_of(guard),
@@ -131,13 +130,12 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
         kept = TensorMean(*details["kept"])
         fruitless: Counter[str] = Counter(details["fruitless"])
-        warned = {tuple(names) for names in details["warned"]}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
     guard.asked, guard.announced, guard.differentiates = asked, announced, differentiates
-    guard.kept, guard.fruitless, guard.warned = kept, fruitless, warned
+    guard.kept, guard.fruitless = kept, fruitless
 
 
 def incomplete(error: Exception) -> StateError:
@@ -281,7 +279,8 @@ def _unpack_domain(
             )
             for index in range(len(guard.view.blocks))
         ]
-        _check_sums(state.curvature.sums, guard.view.blocks)
+        if guard.view.spread is None:
+            _check_sums(state.curvature.sums, guard.view.blocks)
     if details["model"]:
         blocks, spread = [], guard.view.spread
         for index, sums in enumerate(state.curvature.sums):
@@ -295,7 +294,8 @@ def _unpack_domain(
             own = get(f"model/{index}/energy")
             energy = sums.energy if own is None else own
             block = LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts)
-            _check_model(block, guard.view.blocks[index], guard.view.residuals[index].shape[-1])
+            if spread is None:
+                _check_model(block, guard.view.blocks[index], guard.view.residuals[index].shape[-1])
             blocks.append(block)
         state.model = LocalModel(blocks, spread, get("noise"))
     state.retained = _completions("completions/retained", get, state.temperature)
@@ -336,10 +336,8 @@ def _check_model(part: LocalBlock, block: Block, residual: int) -> None:
     _fits(block, "energy", part.energy, block.matrices, block.units)
     _fits(block, "U", part.U, block.matrices, block.width, part.rank)
     _fits(block, "lam", part.lam, block.matrices, part.rank)
-    # Of a sharded model only what lies here.
-    rows = part.count if part.region is None else part.z0.shape[0]
-    _fits(block, "z0", part.z0, rows, part.rank)
-    _fits(block, "q0", part.q0, rows, residual)
+    _fits(block, "z0", part.z0, part.count, part.rank)
+    _fits(block, "q0", part.q0, part.count, residual)
 
 
 def _fits(block: Block, name: str, tensor: Tensor, *shape: int) -> None:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from .domain import DomainState
     from .guard import Guard
 
-# Mixed steps in a row through which a domain keeps its anchor.
-MIXED = 4
+# Mixed steps in a row through which a domain keeps its anchor: those of a batch or two at a seam, of which hosts
+# make several steps each.
+MIXED = 16
 
 
 def follow(guard: Guard) -> None:
@@ -74,8 +75,10 @@ def take_gradients(guard: Guard) -> None:
     for name in active:
         state = guard.domains[name]
         if len(active) > 1 and state.anchored and state.mixed_steps < MIXED and not state.own_steps:
-            # The seam of two batches and no training of its own: what it has lost must not become its anchor.
+            # The seam of two batches and no training of its own: what it has lost must not become its anchor, nor
+            # its rows of now, which another policy made, be those of its next one.
             state.mixed_steps += 1
+            state.discard(guard.steps)
             continue
         state.mixed_steps = 0
         if guard.config.first_order and state.gradient is None and len(active) == 1:

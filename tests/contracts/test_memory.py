@@ -80,7 +80,7 @@ def peaks(dtype, sharded=False):
     assert blocks == [NARROW * WIDE] * (2 * LAYERS), "each matrix must be a block of its own"
     pieces = [p.to_local() if sharded else p for p in map(torch.Tensor.detach, model.parameters())]
     size = sum(piece.nbytes for piece in pieces)
-    worst = {"before_step": 0.0, "after_step": 0.0, "interference": 0.0}
+    worst = {"before_step": 0.0, "after_step": 0.0, "raw_parts": 0.0}
 
     def watch(name):
         with Fresh() as fresh:
@@ -101,7 +101,7 @@ def peaks(dtype, sharded=False):
                 for piece in pieces:
                     piece.add_(torch.randn(piece.shape, generator=generator).to(dtype), alpha=1e-3 * (step + 1))
             watch("after_step")
-    watch("interference")
+    watch("raw_parts")
     assert guard.metrics()["guard/update_kept"] < 0.99, "the projection must have acted"
     return worst
 

@@ -312,11 +312,19 @@ def test_two_optimizers_that_share_the_parameters_out_are_refused():
     matrices, vectors = ([p for p in net.parameters() if (p.dim() == 2) is want] for want in (True, False))
     hooks = attach(torch.optim.Muon(matrices, lr=1e-3), guard)
     other = torch.optim.AdamW(vectors, lr=1e-3)
-    with pytest.raises(HostError, match="watches a Muon already.*call guard.before_step()"):
+    with pytest.raises(HostError, match=r"watches a Muon already.*Detach it .*call guard\.before_step\(\)"):
         attach(other, guard)
     assert not other._optimizer_step_pre_hooks
     hooks.detach()
     attach(other, guard)
+
+
+def test_an_optimizer_that_nobody_holds_is_not_in_the_way():
+    net = model()
+    guard = Guard(net, CONFIG)
+    matrices, vectors = ([p for p in net.parameters() if (p.dim() == 2) is want] for want in (True, False))
+    attach(torch.optim.SGD(matrices, lr=1e-3), guard)
+    assert attach(torch.optim.SGD(vectors, lr=1e-3), guard).attached
 
 
 def test_optimizers_that_take_turns_with_the_same_parameters_are_watched():

@@ -175,17 +175,30 @@ def test_what_a_file_raises_is_said(tmp_path):
             load(f"{tmp_path}/broken.py:f")
 
 
-@pytest.mark.parametrize(("other", "kind"), [(2.5, "double"), ("two", None)])
-def test_columns_of_two_types(tmp_path, settings, other, kind):
-    for name, answer in (("math", 2), ("code", other)):
+def answers(tmp_path, settings, one, two):
+    for name, answer in (("math", one), ("code", two)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "answer": answer}))
     domains = grpo.make_parser().parse_args_and_config(written(tmp_path, settings))[0].domains
-    if kind is None:
-        with pytest.raises(ConfigError, match="Column 'answer' holds .*int64.*'math' and .*string.*'code'"):
-            grpo.load_rows(domains, "domain")
-    else:
-        found = grpo.load_rows(domains, "domain")
-        assert found["answer"][:] == [2.0, 2.5]
+    return grpo.load_rows(domains, "domain")["answer"][:]
+
+
+def test_integers_beside_floats_become_floats_and_that_is_said(tmp_path, settings):
+    with pytest.warns(UserWarning, match=r"Column 'answer' holds integers .* \(2 is 2\.0\)"):
+        found = answers(tmp_path, settings, 2, 2.5)
+    assert found == [2.0, 2.5]
+
+
+def test_what_goes_into_one_table_by_itself_is_left_as_it_is(tmp_path, settings):
+    assert answers(tmp_path, settings, 2, None) == [2, None]
+    assert answers(tmp_path, settings, {"a": "x"}, {"b": ["y"]}) == [
+        {"a": "x", "b": None},
+        {"a": None, "b": ["y"]},
+    ]
+
+
+def test_columns_of_one_name_and_two_types_are_named(tmp_path, settings):
+    with pytest.raises(ConfigError, match=r"do not go into one table: .* one name one type"):
+        answers(tmp_path, settings, 2, "two")
 
 
 def test_a_run_that_changes_the_folder_ends_as_it_would(tmp_path, settings, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, default_data_collator
+from trl.trainer import utils
 
 from interference_guard import HostError
 from interference_guard.integrations.trl import InterferenceGuardCallback
@@ -65,12 +66,13 @@ def test_batches_made_before_the_guard_came_are_not_used_up(tmp_path):
     assert callback.guard.steps == 3
 
 
-def test_a_supervised_trainers_rows_are_scored_without_all_logits(tmp_path, monkeypatch):
-    trainer = in_order(tmp_path)
+@pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="TRL has this head since 1.15")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_supervised_trainers_rows_are_scored_without_all_logits(tmp_path, bf16):
+    trainer = in_order(tmp_path, bf16=bf16)
     callback = guarded(trainer)
     trainer.train()
     retained = callback.guard.domains["math"].retained
-    assert retained.completion_mask.sum(1).unique().numel() > 0
     expected = model_policy(trainer.model)(retained)
     model = trainer.model
     seen = []
@@ -83,7 +85,8 @@ def test_a_supervised_trainers_rows_are_scored_without_all_logits(tmp_path, monk
     handle.remove()
     assert seen
     assert all(logits is None for logits in seen)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    tolerance = 2e-2 if bf16 else 1e-4
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     # Rows of a generating trainer's, sampled at another temperature.
     retained.temperature = 0.5
     torch.testing.assert_close(trainer_policy(trainer)(retained), model_policy(trainer.model)(retained))
@@ -95,5 +98,9 @@ def test_a_collator_that_is_a_function_can_still_go_to_other_processes(tmp_path)
     callback = guarded(trainer)
     again = pickle.loads(pickle.dumps(trainer.data_collator))
     assert again.collator is default_data_collator
+    ours = trainer.data_collator
     callback.detach()
     assert trainer.data_collator is default_data_collator
+    # A data loader that is running keeps it, and gets the trainer's own batches from it.
+    rows = [{"input_ids": [1, 2], "domain": "math"}]
+    assert ours(rows).keys() == default_data_collator(rows).keys()

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from interference_guard.stepping import MIXED
 from tests.unit.helpers import CONFIG, guarded, pass_rate, policy_gradient, rollout, train
 
 TURNS = ["math", "code", "qa"] * 20
@@ -99,6 +100,7 @@ def test_a_mixed_step_at_a_seam_leaves_the_anchor_where_it_was():
         # Two seams with steps of one domain between them are no mixed training.
         for step in range(3):
             mixed_step(model, guard, optimizer, start + step)
+        assert not state.pending
         train(model, guard, optimizer, ["code"], start=start + 3)
     assert (state.anchored, state.own_steps, state.foreign_steps) == (True, 0, 7)
     assert torch.equal(state.model.blocks[0].z0, anchor)
@@ -109,10 +111,10 @@ def test_mixed_training_lets_the_anchor_go():
     model, guard, optimizer = guarded()
     train(model, guard, optimizer, ["math"] * 20 + ["code"] * 5)
     anchor = guard.domains["math"].model.blocks[0].z0.clone()
-    for step in range(5):
+    for step in range(MIXED + 1):
         assert guard.domains["math"].anchored
         mixed_step(model, guard, optimizer, 25 + step)
     assert not guard.domains["math"].anchored
-    train(model, guard, optimizer, ["code"], start=30)
+    train(model, guard, optimizer, ["code"], start=60)
     assert guard.domains["math"].anchored
     assert not torch.equal(guard.domains["math"].model.blocks[0].z0, anchor)
