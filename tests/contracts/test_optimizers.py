@@ -310,7 +310,8 @@ def test_two_optimizers_that_share_the_parameters_out_are_refused():
     net = model()
     guard = Guard(net, CONFIG)
     matrices, vectors = ([p for p in net.parameters() if (p.dim() == 2) is want] for want in (True, False))
-    hooks = attach(torch.optim.Muon(matrices, lr=1e-3), guard)
+    first = torch.optim.Muon(matrices, lr=1e-3)
+    hooks = attach(first, guard)
     other = torch.optim.AdamW(vectors, lr=1e-3)
     with pytest.raises(HostError, match=r"watches a Muon already.*Detach it .*call guard\.before_step\(\)"):
         attach(other, guard)
