@@ -44,8 +44,9 @@ def load(path: str) -> RewardFunction:
 
 
 def _file(path: Path) -> ModuleType:
-    """The module of a file: one for all functions that are taken from it, and known to `sys.modules`."""
-    name = f"rewards_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    """The module of a file: one for all functions that are taken from it as it is, and known to `sys.modules`."""
+    key = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.resolve()).encode()))
+    name = f"rewards_{path.stem}_{key:08x}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:

@@ -166,6 +166,9 @@ def test_functions_of_one_file_share_their_module(tmp_path):
     one, two = (load(f"{tmp_path}/judge.py:{name}") for name in ("one", "two"))
     assert one.__globals__ is two.__globals__
     assert pickle.loads(pickle.dumps(one)) is one
+    # What has been edited since is read again, as in a notebook.
+    (tmp_path / "judge.py").write_text(FILE.replace("[1.0]", "[3.0]"))
+    assert load(f"{tmp_path}/judge.py:one")(["x"]) == [3.0]
 
 
 def test_what_a_file_raises_is_said(tmp_path):
