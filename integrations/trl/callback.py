@@ -20,6 +20,7 @@ from interference_guard.handover import checksums, compare
 from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions
+from interference_guard.recovering import abandon_unserved
 
 from .card import add_section
 from .checkpoints import Checkpoints
@@ -297,8 +298,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         look_ahead(self._trainer.train_dataset, config.domain_column, args, state, config.active_share)
         if self._recovery is not None:
             self._training, self._trainer._buffered_inputs = None, None
-            if self._guard().recovery not in (None, *self._recovery.domains):
-                self._guard().abandon_recovery()
+            abandon_unserved(self._guard())
         self._bind()
         # A resumed run has read them from its checkpoint by now.
         for name, rows in self._reference.items():

@@ -111,7 +111,8 @@ def trainer_policy(trainer: Any) -> Policy:
         if rows.temperature != sampling_temperature(trainer):
             return model_policy(trainer.model, batch_size=1)(rows)
         with evaluating(trainer.model), torch.no_grad():
-            return in_batches(rows, size, score)
+            # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
+            return in_batches(rows, size, score).where(rows.completion_mask != 0, 0.0)
 
     return policy
 
@@ -127,9 +128,7 @@ def _scores(trainer: Any, size: int, rows: Completions) -> Tensor:
         rows.input_ids.shape[1] - first,
         batch_size=size,
     )
-    padded = torch.nn.functional.pad(scores.float(), (first, 0))
-    # Not by a product: a token that is not scored may be impossible, and minus infinity times 0 is NaN.
-    return padded.where(rows.completion_mask != 0, 0.0)
+    return torch.nn.functional.pad(scores.float(), (first, 0))
 
 
 def _has_fused_head(model: Any) -> bool:
@@ -149,4 +148,4 @@ def _fused_scores(trainer: Any, rows: Completions) -> Tensor:
     output = trainer.model(**inputs, **{FUSED: True})
     # Counted from the end: prompt tuning puts virtual tokens in front.
     found = output.log_probs[:, 1 - rows.input_ids.shape[1] :].float()
-    return torch.nn.functional.pad(found, (1, 0)).where(rows.completion_mask != 0, 0.0)
+    return torch.nn.functional.pad(found, (1, 0))

@@ -168,8 +168,7 @@ def load_rows(domains: list[DomainSettings], column: str) -> Any:
             rows = rows.remove_columns(column)
         parts.append(rows.add_column(column, [domain.name] * len(rows)))
     try:
-        parts = _alike(parts)
-        return concatenate_datasets(parts)
+        return concatenate_datasets(_alike(parts))
     except ValueError as error:
         kinds = {name: dict(part.features) for name, part in zip(names, parts, strict=True)}
         raise ConfigError(
@@ -183,7 +182,7 @@ def _alike(parts: list[Any]) -> list[Any]:
     kinds: dict[str, set[str]] = {}
     for part in parts:
         for column, kind in part.features.items():
-            if isinstance(kind, Value) and kind.dtype.startswith(NUMBERS):
+            if _is_number(kind):
                 kinds.setdefault(column, set()).add(kind.dtype)
     for column, found in kinds.items():
         if len(found) > 1:
@@ -194,14 +193,15 @@ def _alike(parts: list[Any]) -> list[Any]:
                     "become floats (2 is 2.0), also for reward functions. Write text where that matters.",
                     stacklevel=4,
                 )
-            parts = [_cast(part, column, wide) for part in parts]
+            parts = [
+                part.cast_column(column, Value(wide)) if _is_number(part.features.get(column)) else part
+                for part in parts
+            ]
     return parts
 
 
-def _cast(rows: Any, column: str, dtype: str) -> Any:
-    kind = rows.features.get(column)
-    number = isinstance(kind, Value) and kind.dtype.startswith(NUMBERS)
-    return rows.cast_column(column, Value(dtype)) if number else rows
+def _is_number(kind: Any) -> bool:
+    return isinstance(kind, Value) and str(kind.dtype).startswith(NUMBERS)
 
 
 def arrange(rows: Any, arguments: DomainArguments, training: Any, column: str) -> Any:

@@ -44,9 +44,9 @@ def check_drawing(whole: DictConfig, order: object, batches: int, recovery: bool
             f"data.gen_batch_size={drawn!r} is not allowed with DomainDataset: a step must be one batch of "
             f"data.train_batch_size={trained!r} rows. Leave it out."
         )
-    if found("data.train_max_samples") and found("data.train_max_samples") > 0:
+    if (samples := found("data.train_max_samples")) is not None and samples > 0:
         raise ConfigError(
-            f"data.train_max_samples={found('data.train_max_samples')!r} is not allowed with DomainDataset: of "
+            f"data.train_max_samples={samples!r} is not allowed with DomainDataset: of "
             "rows that are not shuffled veRL takes the first, and with them the first domains alone. Leave it "
             "out, and say with +data.domain_batches how much of each domain is trained."
         )

@@ -23,6 +23,7 @@ from interference_guard.guard import Guard
 from interference_guard.history import History
 from interference_guard.optimizer import attach
 from interference_guard.probe import Completions, spread
+from interference_guard.recovering import abandon_unserved
 
 from . import batch
 from .coordinator import Link
@@ -94,6 +95,8 @@ class Session:
         started = perf_counter()
         temperature = batch.temperature_of(data)
         self.temperature = self.temperature if temperature is None else temperature
+        # Only now: it may score completions, for which the temperature must be known.
+        abandon_unserved(self.guard)
         names = self._labels(data)
         new = self._new_rows(data, names)
         # A mini-batch trains what its update does, whichever of the rows it holds: veRL sorts them by length or
@@ -174,9 +177,6 @@ class Session:
             (self.rank, self.world),
         )
         self._start = self.guard.steps
-        if self.link is not None and self.guard.recovery not in (None, *self.link.domains()):
-            # Of a former run, whose rows this one has not.
-            self.guard.abandon_recovery()
         self._tell()
 
     # Parts
@@ -195,7 +195,9 @@ class Session:
     def _tell(self) -> None:
         """Let the data know who must recover, before the step is over."""
         if self.link is not None and self.engine.rank == 0:
-            self.link.report(self.guard.recovery)
+            # A former run's may have no rows in this one, and is given up at its first step.
+            wanted = self.guard.recovery
+            self.link.report(wanted if wanted in (self.guard.recoverable or ()) else None)
 
     def _new_rows(self, data: Any, names: Sequence[str | None]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}

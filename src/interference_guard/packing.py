@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -279,8 +279,6 @@ def _unpack_domain(
             )
             for index in range(len(guard.view.blocks))
         ]
-        if guard.view.spread is None:
-            _check_sums(state.curvature.sums, guard.view.blocks)
     if details["model"]:
         blocks, spread = [], guard.view.spread
         for index, sums in enumerate(state.curvature.sums):
@@ -293,10 +291,7 @@ def _unpack_domain(
             piece = None if spread is None else spread.regions[index]
             own = get(f"model/{index}/energy")
             energy = sums.energy if own is None else own
-            block = LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts)
-            if spread is None:
-                _check_model(block, guard.view.blocks[index], guard.view.residuals[index].shape[-1])
-            blocks.append(block)
+            blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
         state.model = LocalModel(blocks, spread, get("noise"))
     state.retained = _completions("completions/retained", get, state.temperature)
     for index in range(details["pending"]):
@@ -321,23 +316,26 @@ def _unpack_domain(
             if f"{prefix}{key}/{view.name}" in tensors
         }
         setattr(state, key, ProtectedSet(masks) if masks else None)
+    if guard.view.spread is None:
+        _check_shapes(guard, state)
     return state
 
 
-def _check_sums(sums: Sequence[BlockSums], blocks: Sequence[Block]) -> None:
-    for part, block in zip(sums, blocks, strict=True):
-        _fits(block, "energy", part.energy, block.matrices, block.units)
-        for name in ("sketch", "basis"):
-            if (found := getattr(part, name)) is not None:
+def _check_shapes(guard: Guard, state: DomainState) -> None:
+    """Check a domain's sums and local model against the guard's blocks; raises `ValueError`."""
+    for index, block in enumerate(guard.view.blocks if state.curvature.sums else ()):
+        sums = state.curvature.sums[index]
+        _fits(block, "energy", sums.energy, block.matrices, block.units)
+        for name, found in (("sketch", sums.sketch), ("basis", sums.basis)):
+            if found is not None:
                 _fits(block, name, found, block.matrices, block.width, found.shape[-1])
-
-
-def _check_model(part: LocalBlock, block: Block, residual: int) -> None:
-    _fits(block, "energy", part.energy, block.matrices, block.units)
-    _fits(block, "U", part.U, block.matrices, block.width, part.rank)
-    _fits(block, "lam", part.lam, block.matrices, part.rank)
-    _fits(block, "z0", part.z0, part.count, part.rank)
-    _fits(block, "q0", part.q0, part.count, residual)
+        if state.model is not None:
+            part = state.model.blocks[index]
+            _fits(block, "energy", part.energy, block.matrices, block.units)
+            _fits(block, "U", part.U, block.matrices, block.width, part.rank)
+            _fits(block, "lam", part.lam, block.matrices, part.rank)
+            _fits(block, "z0", part.z0, part.count, part.rank)
+            _fits(block, "q0", part.q0, part.count, guard.view.residuals[index].shape[-1])
 
 
 def _fits(block: Block, name: str, tensor: Tensor, *shape: int) -> None:

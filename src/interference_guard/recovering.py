@@ -57,6 +57,12 @@ def abandon(guard: Guard) -> None:
         _close(guard, state, None)
 
 
+def abandon_unserved(guard: Guard) -> None:
+    """Give up a phase, as that of a former run, whose domain the host has no rows of; all ranks call it."""
+    if guard.recoverable is not None and guard.recovery not in (None, *guard.recoverable):
+        abandon(guard)
+
+
 def limit_of(guard: Guard, found: Measurement) -> float:
     """The recovery budget in the unit of a measurement."""
     config = guard.config

@@ -306,10 +306,14 @@ def test_a_guard_watches_an_optimizer_once():
     assert guard.steps == 1
 
 
+def halves(net):
+    return ([p for p in net.parameters() if (p.dim() == 2) is want] for want in (True, False))
+
+
 def test_two_optimizers_that_share_the_parameters_out_are_refused():
     net = model()
     guard = Guard(net, CONFIG)
-    matrices, vectors = ([p for p in net.parameters() if (p.dim() == 2) is want] for want in (True, False))
+    matrices, vectors = halves(net)
     first = torch.optim.Muon(matrices, lr=1e-3)
     hooks = attach(first, guard)
     other = torch.optim.AdamW(vectors, lr=1e-3)
@@ -323,7 +327,7 @@ def test_two_optimizers_that_share_the_parameters_out_are_refused():
 def test_an_optimizer_that_nobody_holds_is_not_in_the_way():
     net = model()
     guard = Guard(net, CONFIG)
-    matrices, vectors = ([p for p in net.parameters() if (p.dim() == 2) is want] for want in (True, False))
+    matrices, vectors = halves(net)
     attach(torch.optim.SGD(matrices, lr=1e-3), guard)
     assert attach(torch.optim.SGD(vectors, lr=1e-3), guard).attached
 

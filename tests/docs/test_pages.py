@@ -46,6 +46,10 @@ def short(value, digits=2):
     return f"{value:.{digits}f}".replace("0.", ".", 1)
 
 
+def percent(value):
+    return f"{value:.0%}".replace("%", " %")
+
+
 def test_numbers_of_the_paper():
     page, found = (ROOT / "docs/paper.md").read_text(), results("paper")
     plain, guarded = found["observed"], found["guarded"]
@@ -59,14 +63,14 @@ def test_numbers_of_the_paper():
     for text in (
         f"two updates {short(routes['shared_cosine'], 3)} on shared neurons",
         f"neurons and {short(routes['other_cosine'], 3)} on the others",
-        f"{mean['inside']:.0%} of the predicted interference".replace("%", " %"),
-        f"{mean['damage_of_top_1_percent_of_units']:.0%} in the 1 % worst".replace("%", " %", 1),
+        f"{percent(mean['inside'])} of the predicted interference",
+        f"{percent(mean['damage_of_top_1_percent_of_units'])} in the 1 % worst",
         f"measured loss is {short(mean['spearman_loss'])}, with KL {short(mean['spearman_kl'])}",
         f"cosine {short(mean['largest_cosine'], 3)} in the mean",
         f"but {short(mean['largest_cosine_at_random'], 3)} between random",
-        f"{mean['displacement_inside']:.0%} of the next".replace("%", " %"),
-        f"would have {mean['displacement_inside_if_flat']:.0%}".replace("%", " %"),
-        f"{mean['damage_in_shared_directions']:.0%} of the interference".replace("%", " %"),
+        f"{percent(mean['displacement_inside'])} of the next",
+        f"would have {percent(mean['displacement_inside_if_flat'])}",
+        f"{percent(mean['damage_in_shared_directions'])} of the interference",
     ):
         assert text in page, text
     for kind, row in found["rollback"]["mean"].items():

@@ -94,3 +94,34 @@ def test_a_state_that_is_not_there_is_an_error(model, tmp_path):
     made = host.worker(model, {**host.SMALL, "state": str(tmp_path)})
     with pytest.raises(StateError, match="does not exist"):
         host.train(made, ["math"])
+
+
+def test_a_phase_of_a_former_run_is_given_up_where_its_rows_are_missing(model, tmp_path, monkeypatch):
+    told = []
+
+    class Link:
+        served = frozenset({"math", "code"})
+
+        def domains(self):
+            return self.served
+
+        def report(self, wanted):
+            told.append(wanted)
+
+    monkeypatch.setattr("interference_guard.integrations.verl.session.Link", Link)
+    settings = {"project": False, "recovery": True, "recovery_budget": 1e-4, "recovery_tolerance": 5e-5}
+    settings |= host.SMALL | {"recovery_share": 0.9, "recovery_cooldown": 1}
+    former = host.worker(model, settings)
+    host.train(former, ["math"] * 3, rows=32, mini=8)
+    step = 3
+    while former.engine.interference.guard.recovery is None and step < 20:
+        host.train(former, ["code"], start=step, rows=32, mini=8)
+        step += 1
+    assert told[-1] == "math"
+    former.save_checkpoint(str(tmp_path / "actor"), global_step=step)
+    Link.served = frozenset({"code"})
+    told.clear()
+    made = host.worker(model, {**settings, "state": str(tmp_path / "actor")})
+    host.train(made, ["code"], start=step)
+    assert made.engine.interference.guard.recovery is None
+    assert set(told) == {None}

@@ -105,8 +105,13 @@ def _evaluated_in_time(run: Run, name: str) -> bool:
     """Whether an evaluation shows what the domain had when its own training ended."""
     if run.interleaved or not run.followed(name):
         return True
-    begin = max((phase.first for phase in run.planned if name in phase.active), default=math.inf)
-    return any(begin < step <= run.own_end(name) for step, _ in run.evaluations.get(name, []))
+    begin, end = _own_begin(run, name), run.own_end(name)
+    return any(begin < step <= end for step, _ in run.evaluations.get(name, []))
+
+
+def _own_begin(run: Run, name: str) -> float:
+    """Where a domain's last phase began; minus infinity where it had none."""
+    return max((phase.first for phase in run.planned if name in phase.active), default=-math.inf)
 
 
 def _evaluated(run: Run, name: str) -> float | None:
@@ -123,5 +128,4 @@ def _evaluated(run: Run, name: str) -> float | None:
     if points[-1][0] <= end:
         return None
     # Before its own phase there was less to lose.
-    begin = max((phase.first for phase in run.planned if name in phase.active), default=-1.0)
-    return max(value for step, value in points if step > begin) - points[-1][1]
+    return max(value for step, value in points if step > _own_begin(run, name)) - points[-1][1]
