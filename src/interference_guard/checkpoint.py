@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -40,8 +42,10 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
             that saves does.
 
     Raises:
-        StateError: If the files cannot be written, for instance on a full disk. Earlier files stay.
+        StateError: If the files cannot be written, for instance on a full disk, or ranks that hold the same
+            weights and each their own completions would write the same files. Earlier files stay.
     """
+    _check_writers(guard, folders)
     packed = pack(guard, folders, place)
     tensors = {
         # Shared and strided memory cannot be stored as it is.
@@ -49,7 +53,7 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         for name, tensor in packed["tensors"].items()
     }
     names = file_names(guard)
-    temporary = [directory / f".{name}.tmp-{os.getpid()}" for name in names]
+    temporary = [directory / f".{name}.tmp-{_writer()}" for name in names]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary[0])
@@ -70,12 +74,30 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
                 path.unlink(missing_ok=True)
 
 
+def _check_writers(guard: Guard, folders: int) -> None:
+    """Replicas would overwrite each other's files, which are named by the part of the model that they hold."""
+    writers = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if guard.ranks.reduce is not None and folders == 1 and writers > guard.view.shards.world:
+        raise StateError(
+            f"{writers} ranks keep completions of their own, and their model lies in {guard.view.shards.world} "
+            "different parts, by which files are named: in one folder they would overwrite each other. Give each "
+            "rank a folder of its own: guard.save(folder / str(rank), folders=ranks, place=(rank, ranks))."
+        )
+
+
+def _writer() -> str:
+    """Names who writes: another thread may save at the same time."""
+    return f"{os.getpid()}-{threading.get_ident()}"
+
+
 def _move(directory: Path, written: Sequence[Path], names: Sequence[str]) -> None:
     """Flush both files and put them in place; where the second cannot be, the first is what it was before."""
     for path in written:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    tensors, before = directory / names[0], directory / f".{names[0]}.old-{os.getpid()}"
+    tensors, before = directory / names[0], directory / f".{names[0]}.old-{_writer()}"
+    # Of a process that was killed here, whose number came again.
+    before.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         # Nothing to keep, or a file system without links.
         os.link(tensors, before)
@@ -132,7 +154,7 @@ def load(
         raise _missing(own)
     try:
         part = recut(guard, [_read(guard, path) for path in paths], place)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise incomplete(error) from error
     _take(guard, part)
 

@@ -30,6 +30,11 @@ def exact_products(device: torch.device) -> Iterator[None]:
         device: Where the guard computes.
     """
     before = [(switch, name, getattr(switch, name)) for switch, name in _switches(device)]
+    # One that says nothing reads as the backend's or the general one above it, and goes on following that.
+    above = {getattr(part, "fp32_precision", None) for part in (_library(device), torch.backends)} - {
+        None,
+        "none",
+    }
     reduced = [item for item in before if item[2] not in _FULL]
     cast = torch.is_autocast_enabled(device.type)
     for switch, name, value in reduced:
@@ -39,16 +44,18 @@ def exact_products(device: torch.device) -> Iterator[None]:
             yield
     finally:
         for switch, name, value in reduced:
-            setattr(switch, name, value)
+            setattr(switch, name, "none" if value in above else value)
 
 
 _FULL = (False, "none", "ieee")
 
 
+def _library(device: torch.device) -> Any:
+    return torch.backends.cuda if device.type == "cuda" else getattr(torch.backends, "mkldnn", None)
+
+
 def _switches(device: torch.device) -> list[tuple[Any, str]]:
     """Where torch keeps the precision of fp32 products; since 2.9 by words, before by a flag."""
-    backends = torch.backends
-    library = backends.cuda if device.type == "cuda" else getattr(backends, "mkldnn", None)
-    products = getattr(library, "matmul", None)
+    products = getattr(_library(device), "matmul", None)
     names = [name for name in ("fp32_precision", "allow_tf32") if hasattr(products, name)]
     return [(products, name) for name in names[:1]]

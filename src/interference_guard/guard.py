@@ -17,6 +17,7 @@ from torch import nn
 
 from . import checkpoint, measuring, packing, recovering, reference, renewing, stepping
 from .errors import MissingDomainError, ShapeError, UnknownDomainError
+from .evaluating import bare
 from .exact import exact_products
 from .first_order import first_order
 from .guard_state import GuardState
@@ -73,9 +74,9 @@ class Guard(GuardState):
             share_out(self, model)
         else:
             self.view.bind(model, known=list(self._domains))
-        self.model = model
+        self.model = bare(model)
         if self._own_policy:
-            self.policy = model_policy(model)
+            self.policy = model_policy(self.model)
 
     def retain(self, domain: str, completions: Completions) -> None:
         """Keep a domain's latest completions, to measure its interference on later.

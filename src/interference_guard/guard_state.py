@@ -18,6 +18,7 @@ from .correcting import Grams
 from .curvature import DomainCurvature
 from .domain import DomainState
 from .errors import ConfigError, MissingDomainError, UnknownDomainError
+from .evaluating import bare
 from .metering import Clock, TensorMean
 from .model_view import ModelView
 from .observation import Observation
@@ -55,9 +56,9 @@ class GuardState:
             )
         self.config = config if config is not None else GuardConfig()
         self.enabled = self.config.enabled
-        self.policy: Policy = policy if policy is not None else model_policy(model)
+        self.model = bare(model)
+        self.policy: Policy = policy if policy is not None else model_policy(self.model)
         self._own_policy = policy is None
-        self.model = model
         self.ranks = Ranks(reduce)
         self.clock = Clock()
         self.steps = 0

@@ -157,7 +157,11 @@ class ModelView:
 
     def arrange(self, gradients: Mapping[str, Tensor | None], scale: Tensor | None = None) -> Blocks:
         """The same of gradients given by parameter name; None reads as zero."""
-        table = {canonical_name(name): gradient for name, gradient in gradients.items()}
+        table = {
+            # `torch.autograd.grad` gives them in the layout of the activations, and not of the parameters.
+            canonical_name(name): None if gradient is None else gradient.contiguous()
+            for name, gradient in gradients.items()
+        }
         return Blocks(self.blocks, table, self.device, scale)
 
     @torch.no_grad()

@@ -124,13 +124,16 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         }
         steps = int(details["steps"])
         schedule = RecoverySchedule(**details["recovery"])
+        if schedule.domain is not None:
+            # It is asked for in the next step.
+            domains[schedule.domain]
         followed = int(details["followed"])
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
         trained, announced = tuple(details["trained"]), {*details["announced"]}
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
-        kept = TensorMean(*details["kept"])
+        kept = TensorMean(*(_plain("kept", number, 0.0) for number in details["kept"]))
         fruitless: Counter[str] = Counter(details["fruitless"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
@@ -162,6 +165,9 @@ def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
     settings, saved = details.get("settings"), details.get("parameters")
     if not isinstance(settings, dict) or not isinstance(saved, dict):
         raise StateError(f"{source} is damaged: it names no settings or no parameters. Use another one.")
+    shards = details.get("shards", [0, 1])
+    if not (isinstance(shards, list) and list(map(type, shards)) == [int, int]):
+        raise StateError(f"{source} is damaged: its rank and their number are {shards!r}. Use another one.")
     for name in BINDING:
         if settings.get(name) != getattr(guard.config, name):
             raise StateError(
@@ -260,10 +266,11 @@ def _unpack_domain(
 
     state = guard.new_state(name)
     for key in PLAIN:
-        setattr(state, key, details[key])
+        setattr(state, key, _plain(key, details[key], getattr(state, key)))
     for key in MEANS:
         getattr(state, key).add(*details[key])
-    region = dict(details["region"])
+    known = state.region.state()
+    region = {key: _plain(key, value, known[key]) for key, value in details["region"].items()}
     region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}
     state.region = TrustRegion(**region)
     if details["measurement"] is not None:
@@ -319,6 +326,14 @@ def _unpack_domain(
     if guard.view.spread is None:
         _check_shapes(guard, state)
     return state
+
+
+def _plain(name: str, value: Any, like: object) -> Any:
+    """A value read from JSON, which must be of a kind with the one there is: a word, a list, a number or None."""
+    kind = type(like) if isinstance(like, str | list) else float | int | None
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r} where {like!r} or the like belongs")
+    return value
 
 
 def _check_shapes(guard: Guard, state: DomainState) -> None:

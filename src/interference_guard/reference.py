@@ -37,11 +37,11 @@ def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_siz
             f"Domain {domain!r} is known already: {sorted(guard.domains)}. A reference domain is protected once, "
             "before training, under a name of its own."
         )
-    if guard.view.spread is not None or guard.view.zero is not None:
+    if guard.view.shards.managed:
         raise UnsupportedError(
-            f"The model's parameters lie on {guard.view.shards.world} ranks in pieces, and a reference domain's "
-            "backward passes need them whole. Protect it before the model is sharded and load the guard's state, "
-            "or train data parallel (DDP)."
+            f"The model's parameters are sharded over {guard.view.shards.world} ranks, and their engine takes "
+            "the gradients of a reference domain's backward passes. Protect it before the model is sharded and "
+            "load the guard's state, or train data parallel (DDP)."
         )
     bare = (rows.completion_mask[:, 1:] != 0).sum(-1) == 0
     if not len(rows) or bool(bare.any()):

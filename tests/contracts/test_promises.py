@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from benchmarks.traffic import Traffic
 from interference_guard import Guard, GuardConfig, GuardedOptimizer
@@ -41,6 +42,33 @@ def test_several_domains_end_within_five_percent():
         step(model, optimizer, guard, "qa", seed)
         for name, (inside, *_) in guard.raw_parts(["math", "code"]).items():
             assert inside <= guard.domains[name].radius.item() * 1.05
+
+
+def regressions(sweeps):
+    """Excess after each step of a third regression, which pushes out of two regions that are nearly parallel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
+    guard = Guard(model, GuardConfig(rank=4, sketch=8, residual=4, sweeps=sweeps))
+    optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), guard)
+    tasks = {domain: (torch.randn(32, 6), torch.randn(32, 3)) for domain in "abc"}
+    excess = []
+    for domain in "a" * 6 + "b" * 8 + "c" * 12:
+        inputs, targets = tasks[domain]
+        with guard.domain(domain):
+            (model(inputs) - targets).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if domain == "c":
+            excess.append(max(guard.metrics()[f"guard/{name}/excess"] for name in "ab"))
+    return excess
+
+
+@pytest.mark.filterwarnings("ignore:No completions of domain")
+def test_sweeps_bring_regions_within_five_percent_whose_surfaces_are_nearly_parallel():
+    # The page on limits tells of these two.
+    few, many = regressions(3), regressions(10)
+    assert few[-1] == pytest.approx(0.49, abs=0.05)
+    assert max(many) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -235,6 +235,11 @@ def refusal(kind, folder):
     elif kind == "flat":
         linear = FullyShardedDataParallel(torch.nn.Linear(4, 4, bias=False), device_id=torch.device("cpu"))
         attempt = lambda: Guard(linear)  # noqa: E731
+    elif kind == "reference":
+        # One rank: every piece is whole, and still its engine takes the gradients.
+        one = init_device_mesh("cpu", (2, 1), mesh_dim_names=("all", "one"))["one"]
+        guard = Guard(fully_shard(Toy(), mesh=one), CONFIG)
+        attempt = lambda: guard.protect("math", rollout(Toy(), "math"))  # noqa: E731
     elif kind == "in place":
         model, guard, optimizer = guarded("fsdp2")
         inner = optimizer.detach()

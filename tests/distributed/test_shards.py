@@ -181,6 +181,7 @@ REFUSALS = {
     2: {
         "grid": r"UnsupportedError: Parameter 'weight' is placed as .* Use fully_shard alone",
         "flat": r"UnsupportedError: The model is wrapped by FullyShardedDataParallel .* Use fully_shard",
+        "reference": r"UnsupportedError: .* sharded over 1 ranks, and their engine takes .* Protect it before",
         "in place": r"HostError: The optimizer changed the gradients in place",
         "other rank": r"StateError: The guard's files are not .* ranks \[\(1, 2\)\] .* rank \[0\] is missing",
     },

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import threading
 
 import pytest
 import torch
@@ -41,6 +43,16 @@ def edit(**values):
     return apply
 
 
+def edit_domain(**values):
+    def apply(folder):
+        path = folder / DETAILS
+        details = json.loads(path.read_text())
+        details["domains"]["math"] |= values
+        path.write_text(json.dumps(details))
+
+    return apply
+
+
 @pytest.mark.parametrize(
     ("harm", "error", "message"),
     [
@@ -55,6 +67,14 @@ def edit(**values):
         (edit(domains={"math": {}}), StateError, "incomplete"),
         (edit(domains=[1]), StateError, "incomplete"),
         (edit(settings=[]), StateError, "names no settings"),
+        (edit(shards=None), StateError, "its rank and their number are None"),
+        (edit(shards=[0]), StateError, r"its rank and their number are \[0\]"),
+        (edit(steps=math.inf), StateError, "incomplete: OverflowError"),
+        (edit(kept=["a", 1]), StateError, "incomplete: ValueError: kept is 'a'"),
+        (edit_domain(own_steps="a"), StateError, "incomplete: ValueError: own_steps is 'a' where"),
+        (edit_domain(recent=3), StateError, "incomplete: ValueError: recent is 3 where"),
+        (edit_domain(region={"radius": "x"}), StateError, "incomplete: ValueError: radius is 'x' where"),
+        (edit(recovery={"phase": "recovering", "domain": "other"}), StateError, "incomplete: KeyError: 'other'"),
         (lambda folder: (folder / TENSORS).unlink(), StateError, "does not exist.*side by side"),
         (lambda folder: (folder / DETAILS).unlink(), StateError, "does not exist"),
     ],
@@ -137,6 +157,26 @@ def test_a_torn_pair_is_found(trained, monkeypatch):
         guard.save(folder)
     with pytest.raises(StateError, match="is damaged"):
         guard.load(folder)
+
+
+def test_threads_may_save_at_the_same_time(trained):
+    model, guard, folder = trained
+    failures = []
+
+    def save():
+        try:
+            guard.save(folder)
+        except StateError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sorted(os.listdir(folder)) == sorted([DETAILS, TENSORS])
+    Guard(model, CONFIG).load(folder)
 
 
 def test_a_folder_that_cannot_be_made_is_reported(trained, tmp_path):

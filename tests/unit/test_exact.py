@@ -37,6 +37,22 @@ def test_precision_and_autocast_are_off_inside_and_as_before_outside(reduced):
     assert torch.get_float32_matmul_precision() == "medium"
 
 
+@needs_words
+def test_a_precision_that_follows_the_general_one_goes_on_to_follow_it():
+    before, own = torch.backends.fp32_precision, MATMUL.fp32_precision
+    try:
+        MATMUL.fp32_precision = "none"
+        torch.backends.fp32_precision = "bf16"
+        with exact_products(torch.device("cpu")):
+            assert MATMUL.fp32_precision == "ieee"
+        assert MATMUL.fp32_precision == "bf16"
+        torch.backends.fp32_precision = "ieee"
+        assert MATMUL.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+        MATMUL.fp32_precision = own
+
+
 def test_a_step_inside_autocast_is_that_of_one_outside():
     ends = []
     for inside in (False, True):

@@ -220,6 +220,29 @@ def test_passes_that_end_half_way_leave_the_directions(monkeypatch):
     assert state.curvature is sums
 
 
+class Convolved(Toy):
+    """With a convolution over activations in another layout, whose gradient takes that layout."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        image = x.reshape(-1, 4, 2, 2).contiguous(memory_format=torch.channels_last)
+        x = x + self.conv(image).reshape(x.shape)
+        return self.lm_head(self.norm(x + self.mlp["down_proj"](torch.tanh(self.mlp["up_proj"](x)))))
+
+
+def test_gradients_in_another_layout_than_the_weights_are_taken():
+    model = Convolved()
+    guard = Guard(model, dataclasses.replace(CONFIG, rank=1, sketch=2))
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+    train(model, guard, optimizer, ["math"] * 5 + ["code"] * 8 + ["qa"] * 12)
+    assert sum(state.renewals for state in guard.domains.values())
+    assert guard.differentiates
+
+
 def test_what_cannot_be_computed_is_known_after_resuming():
     _, guard, _, _ = astray()
     guard.differentiates = False

@@ -1,0 +1,80 @@
+"""What the ranks of the tests of replicas do, in a loop of one's own; importable by processes."""
+
+import dataclasses
+import faulthandler
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from interference_guard import Guard, GuardedOptimizer
+from tests.distributed.jobs import ORDER, answer
+from tests.unit.helpers import CONFIG, Toy, policy_gradient, rollout, train
+
+# Ranks that wait for each other for good end with their stacks.
+PATIENCE = 60
+
+
+def reduce(values, kind):
+    both = values.clone()
+    dist.all_reduce(both, dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MAX)
+    return both
+
+
+def trained(order, kept, **changes):
+    """A guarded run of DDP with a buffer, which its forward passes send to all ranks; `kept` are rows by rank."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    rank = dist.get_rank()
+    model = Toy()
+    model.register_buffer("frequencies", torch.ones(3))
+    replica = DistributedDataParallel(model)
+    guard = Guard(replica, dataclasses.replace(CONFIG, **changes), reduce=reduce)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(replica.parameters(), lr=0.02), guard)
+    for step, domain in enumerate(order):
+        rows = rollout(model, domain, seed=1000 + 2 * step + rank)
+        with guard.domain(domain):
+            if kept[rank]:
+                guard.retain(domain, rows.rows(slice(0, kept[rank])))
+            policy_gradient(replica, rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.probe()
+    faulthandler.cancel_dump_traceback_later()
+    return model, guard
+
+
+def uneven(kept, changes):
+    """What must be alike on all ranks, of a run in which each keeps another number of rows."""
+    model, guard = trained(ORDER, kept, **changes)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    state = guard.domains["math"]
+    return weights, state.renewals, state.region.loss, guard.differentiates
+
+
+def kept_rows(guard):
+    return guard.domains["math"].retained.input_ids.tolist()
+
+
+def saved(how, folder):
+    """Refusal in one folder, then the rows of every rank before saving into one each and after loading."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = Toy()
+    if how == "hybrid":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "pieces")))
+    guard = Guard(model, CONFIG, reduce=reduce)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+
+    def own(rows):
+        return rows.rows(slice(4 * rank, 4 * rank + 4))
+
+    train(model, guard, optimizer, ORDER[:8], keep=own)
+    message = answer(lambda: guard.save(folder))
+    place = Path(folder) / str(rank)
+    guard.save(place, folders=ranks, place=(rank, ranks))
+    before = kept_rows(guard)
+    dist.barrier()
+    guard.load(place, place=(rank, ranks))
+    return message, before, kept_rows(guard)
