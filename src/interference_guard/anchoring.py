@@ -79,14 +79,16 @@ def _scores_are_due(guard: Guard, state: DomainState) -> bool:
 
 def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     """Log-probabilities and mean reward of the retained completions, and the reward range over ranks."""
-    rows = 0.0 if state.retained is None else float(len(state.retained))
+    rows = scored = 0.0
+    if state.retained is not None:
+        rows, scored = float(len(state.retained)), float((state.retained.completion_mask != 0).any(1).sum())
     rewarded = state.retained is not None and state.retained.rewards is not None
-    every, with_rewards = guard.ranks.totals([rows, rows if rewarded else 0.0], guard.device)
+    every, with_rewards = guard.ranks.totals([scored, rows if rewarded else 0.0], guard.device)
     state.measurable = every > 0
     if not state.measurable:
         warnings.warn(
-            f"No completions of domain {state.name!r} were retained, so its interference cannot be "
-            "measured: its radius stays what the first foreign step sets. Call guard.retain().",
+            f"No completions of domain {state.name!r} with a token to score were retained, so its interference "
+            "cannot be measured: its radius stays what the first foreign step sets. Call guard.retain().",
             stacklevel=6,
         )
         return

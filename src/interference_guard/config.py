@@ -254,7 +254,8 @@ class GuardConfig:
                     f"unit_overrides entry {entry!r} is not allowed: it must read 'pattern=kind' with a kind "
                     f"of {list(UNIT_KINDS)}, for instance '*.mix.weight=column'."
                 )
-            table[pattern] = kind
+            # The first one decides.
+            table.setdefault(pattern, kind)
         return table
 
 

@@ -293,6 +293,7 @@ class Guard(GuardState):
         Raises:
             UnknownDomainError: If the domain has no anchor.
         """
+        self.anchored(domain)
         return self.raw_parts([domain])[domain].quadratic
 
     @torch.no_grad()

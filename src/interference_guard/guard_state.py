@@ -33,6 +33,14 @@ FRUITLESS = 5
 Own = TypeVar("Own", bound="GuardState")
 
 
+def check_name(name: object) -> None:
+    """Raise `MissingDomainError` for a domain's name that is not a non-empty string."""
+    if not isinstance(name, str) or not name:
+        raise MissingDomainError(
+            f"A domain is named {name!r}; it must be a non-empty string. Give every row of the data a domain."
+        )
+
+
 class GuardState:
     """State of a `Guard`, and what its parts ask of it; see there for the arguments."""
 
@@ -126,11 +134,7 @@ class GuardState:
                 "instance {'math': 1.0}."
             )
         for name, share in shares.items():
-            if not isinstance(name, str) or not name:
-                raise MissingDomainError(
-                    f"A domain is named {name!r}; it must be a non-empty string. "
-                    "Give every row of the data a domain."
-                )
+            check_name(name)
             if not (math.isfinite(share) and share >= 0):
                 raise MissingDomainError(f"Domain {name!r} has share {share!r}; shares are numbers from 0 to 1.")
         total = sum(shares.values())
@@ -268,6 +272,7 @@ class GuardState:
 
     def state_of(self, name: str) -> DomainState:
         """A domain's state, made at its first mention."""
+        check_name(name)
         if name not in self._domains:
             self._domains[name] = self.new_state(name)
         return self._domains[name]

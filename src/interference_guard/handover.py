@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .model_view import ModelView
+from .stepping import follow
+
+if TYPE_CHECKING:
+    from .guard import Guard
 
 # Numbers of a parameter that its checksum is of, evenly spaced: any training changes nearly all of them.
 SAMPLED = 1024
+# How many times as far as when it was saved a domain must be from its anchor: a host may have rounded the weights.
+FAR = 10.0
+TRAINERS = (
+    "Trainers given a model's name load it anew, and a peft_config makes a new adapter: give each of them the same "
+    "model object, or load it from the checkpoint that the state is of (an adapter by "
+    "PeftModel.from_pretrained(base, checkpoint, is_trainable=True))."
+)
 
 
 def checksums(view: ModelView) -> dict[str, str] | None:
@@ -28,17 +41,21 @@ def checksums(view: ModelView) -> dict[str, str] | None:
     return {name: _checksum(tensor.detach()) for name, tensor in whole.items() if tensor.device.type != "meta"}
 
 
-def compare(before: Mapping[str, str] | None, view: ModelView, where: str) -> None:
+def compare(before: Mapping[str, str] | None, view: ModelView, where: str, advice: str = TRAINERS) -> bool:
     """Warn where the weights are others than before.
 
     Args:
         before: What `checksums` returned; None where it is not known.
         view: The model of the run that begins.
         where: What has those weights, to follow "those".
+        advice: What to do about it.
+
+    Returns:
+        Whether any could be compared.
     """
     after = checksums(view) if before else None
     if not before or after is None:
-        return
+        return False
     # A model in another number format is rounded anew.
     pairs = [(name, before[name], found) for name, found in after.items() if name in before]
     known = [(name, a, b) for name, a, b in pairs if a.rpartition(" ")[0] == b.rpartition(" ")[0]]
@@ -46,12 +63,39 @@ def compare(before: Mapping[str, str] | None, view: ModelView, where: str) -> No
     if other:
         warnings.warn(
             f"The weights are not those {where}: {len(other)} of {len(known)} parameters differ, for instance "
-            f"{other[0]!r}. What the guard knows is of those before. Trainers given a model's name load it anew, "
-            "and a peft_config makes a new adapter: give each of them the same model object, or load it from the "
-            "checkpoint that the state is of (an adapter by PeftModel.from_pretrained(base, checkpoint, "
-            "is_trainable=True)).",
+            f"{other[0]!r}. What the guard knows is of those before. {advice}",
             stacklevel=5,
         )
+    return bool(known)
+
+
+def compare_regions(guard: Guard, where: str, advice: str) -> None:
+    """Warn where a protected domain is much farther from its anchor than when its state was saved.
+
+    For sharded models, of which there are no checksums; every rank must call it, right after the state was read.
+    Where no domain is protected yet it says nothing.
+
+    Args:
+        guard: With a state just read.
+        where: As for `compare`.
+        advice: As for `compare`.
+    """
+    follow(guard)
+    # All of them, so that all ranks sum the same.
+    for name, raw in guard.raw_parts().items():
+        state = guard.domains[name]
+        radius, before = (0.0 if item is None else item.item() for item in (state.radius, state.subspace))
+        # One that was being trained was not held.
+        if state.own_steps or state.mixed_steps or not 0 < radius < math.inf:
+            continue
+        if raw.inside > FAR * max(radius, before):
+            warnings.warn(
+                f"The weights are not those {where}, or were rounded since: the predicted interference of domain "
+                f"{name!r} is {raw.inside / radius:.3g} times its radius, and was {before / radius:.3g} times it "
+                f"when the state was saved. Projections would pull the weights towards those. {advice}",
+                stacklevel=5,
+            )
+            return
 
 
 def _checksum(weight: Tensor) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .errors import ShapeError
 from .probe import Completions, Measurement, Policy, estimate
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def score(guard: Guard, state: DomainState, policy: Policy) -> Tensor | None:
 def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: float) -> Tensor | None:
     """Where all ranks pass forward at once (a sharded model), each scores as many: short of rows, some again."""
     if not (guard.view.shards.sharded or guard.scores_together):
-        found = None if rows is None else policy(rows)
+        found = None if rows is None else _scored(rows, policy)
         guard.view.reshard()
         return found
     count = 0 if rows is None else len(rows)
@@ -42,9 +43,21 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
         ids = torch.zeros(1, 2, dtype=torch.int64, device=guard.device)
         rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids), temperature=temperature)
     repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
-    scores = policy(rows.rows(repeated))[:count]
+    scores = _scored(rows.rows(repeated), policy)[:count]
     guard.view.reshard()
     return scores if count else None
+
+
+def _scored(rows: Completions, policy: Policy) -> Tensor:
+    scores = policy(rows)
+    wanted = tuple(rows.input_ids.shape)
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ShapeError(
+            f"The policy returned {found} for rows of shape {wanted}. It must return the log-probability of each "
+            "token given those before it, one tensor of the rows' shape: see interference_guard.probe.Policy."
+        )
+    return scores
 
 
 def share_span(guard: Guard, state: DomainState) -> None:

@@ -152,16 +152,18 @@ class ModelView:
 
     def gradients(self, scale: Tensor | None = None) -> Blocks:
         """The parameters' gradients, laid out as `weights`, divided by a loss scale that is still in them."""
-        table = {name: self.shards.gradient(name, parameter) for name, parameter in self._parameters.items()}
+        table = {
+            name: _dense(self.shards.gradient(name, parameter)) for name, parameter in self._parameters.items()
+        }
         return Blocks(self.blocks, table, self.device, scale)
 
     def arrange(self, gradients: Mapping[str, Tensor | None], scale: Tensor | None = None) -> Blocks:
-        """The same of gradients given by parameter name; None reads as zero."""
-        table = {
+        """The same of gradients given by parameter name; None, or a name that is not given, reads as zero."""
+        table: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
+        for name, gradient in gradients.items():
             # `torch.autograd.grad` gives them in the layout of the activations, and not of the parameters.
-            canonical_name(name): None if gradient is None else gradient.contiguous()
-            for name, gradient in gradients.items()
-        }
+            dense = _dense(gradient)
+            table[canonical_name(name)] = None if dense is None else dense.contiguous()
         return Blocks(self.blocks, table, self.device, scale)
 
     @torch.no_grad()
@@ -184,6 +186,11 @@ class ModelView:
             else:
                 _subtract(block.targets(tensors), correction, generator)
         self.shards.publish(self._parameters.values())
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """A gradient that has all rows, also where an embedding keeps those of its batch alone."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
 def _subtract_ranges(block: Block, tensors: Mapping[str, Tensor], correction: Correction) -> None:

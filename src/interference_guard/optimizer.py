@@ -171,11 +171,12 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
 
 
 def _rate(optimizer: Optimizer) -> float:
-    """The largest learning rate of the groups; NaN where it lies on an accelerator, whose reading would stall."""
-    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+    """The largest learning rate of the groups; NaN where there is none, or reading it would stall a device."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
     if any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates):
         return math.nan
-    return max(map(float, rates), default=math.nan)
+    # Some optimizers find their rate themselves, and say None.
+    return max((float(rate) for rate in rates if rate is not None), default=math.nan)
 
 
 def _watches(guard: Any, optimizer: Optimizer) -> bool:

@@ -10,16 +10,16 @@ answers nobody sampled must count as a loss, and self-normalisation would hide e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .batching import in_batches
-from .errors import ShapeError
+from .errors import ShapeError, UnsupportedError
 from .evaluating import evaluating
 from .exact import doubled
 
@@ -206,11 +206,38 @@ def model_policy(model: nn.Module, batch_size: int = 64) -> Policy:
     return policy
 
 
-def _scores(model: nn.Module, batch: Completions) -> Tensor:
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    logits = output if isinstance(output, Tensor) else output.logits
+def logits_of(model: nn.Module, rows: Completions) -> Tensor:
+    """Logits of every token's successor, ``(rows, length, vocabulary)``, in the model's dtype.
+
+    Raises:
+        UnsupportedError: If the model cannot be called with token ids and their mask, or returns no logits.
+    """
+    try:
+        output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{type(model).__name__} was given token ids and their mask, as input_ids and attention_mask, and "
+            f"raised {type(error).__name__}: {error}. {_TAKES}"
+        ) from error
+    if not isinstance(output, Tensor):
+        output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(output, Tensor) or output.dim() != 3:
+        raise UnsupportedError(
+            f"{type(model).__name__} returned no logits of shape (rows, length, vocabulary), as a tensor or as "
+            f"`logits` of what it returns. {_TAKES}"
+        )
     # Counted from the end: prompt tuning puts virtual tokens in front.
-    logits = logits[:, -batch.input_ids.shape[1] : -1]
+    return output[:, -rows.input_ids.shape[1] :]
+
+
+_TAKES = (
+    "Give the guard a causal language model that is called so, or scores of your own: Guard(model, policy=...), "
+    "see interference_guard.probe.Policy."
+)
+
+
+def _scores(model: nn.Module, batch: Completions) -> Tensor:
+    logits = logits_of(model, batch)[:, :-1]
     scores = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=logits.device)
     # The logits are most of the memory of a probe, so few of them at a time are turned into fp32.
     for places in torch.split((batch.completion_mask[:, 1:] != 0).nonzero(), POSITIONS):

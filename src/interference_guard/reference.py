@@ -8,7 +8,7 @@ has mastered its data its output is near certain, drawn labels agree with it, an
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from .curvature import DomainCurvature
 from .errors import ConfigError, ShapeError, UnsupportedError
 from .evaluating import evaluating
 from .exact import exact_products
-from .probe import Completions
+from .guard_state import check_name
+from .probe import Completions, logits_of
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -32,6 +33,7 @@ LOSS_SCALE = 1024.0
 
 def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_size: int) -> None:
     """Anchor a domain at the present weights from given rows; see `Guard.protect`."""
+    check_name(domain)
     if domain in guard.domains:
         raise ConfigError(
             f"Domain {domain!r} is known already: {sorted(guard.domains)}. A reference domain is protected once, "
@@ -129,21 +131,8 @@ def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) 
     """Gradients of the scaled loss on labels drawn from the softened output; no ``grad`` is touched."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        try:
-            output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
-        except (TypeError, ValueError) as error:
-            raise UnsupportedError(
-                f"{type(model).__name__} was given token ids and their mask, all that the guard has, and raised "
-                f"{type(error).__name__}: {error}. Give the guard the causal language model itself."
-            ) from error
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if logits is None or logits.dim() != 3:
-            raise UnsupportedError(
-                f"{type(model).__name__} returned no logits of shape (rows, length, vocabulary), from which "
-                "labels are drawn. Give the guard the causal language model itself."
-            )
-        # Counted from the end: prompt tuning puts virtual tokens in front.
-        soft = logits[:, -rows.input_ids.shape[1] : -1][rows.completion_mask[:, 1:] != 0].float() / TEMPERATURE
+        logits = logits_of(model, rows)[:, :-1]
+        soft = logits[rows.completion_mask[:, 1:] != 0].float() / TEMPERATURE
         labels = torch.multinomial(soft.detach().softmax(-1), 1, generator=generator).squeeze(-1)
         loss = torch.nn.functional.cross_entropy(soft, labels) * LOSS_SCALE
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -183,6 +183,7 @@ class UnitLayout:
             unused.discard(pattern)
             kinds[name] = _chosen(name, shape, pattern, overrides[pattern])
         if unused:
+            _check_reached(sorted(unused)[0], overrides, shapes)
             raise ConfigError(
                 f"unit_overrides pattern {sorted(unused)[0]!r} matches no trainable parameter. "
                 f"Names look like {next(iter(shapes), '')!r}; use a pattern with * or remove the entry."
@@ -192,6 +193,17 @@ class UnitLayout:
             name: UnitView(name, kinds[name], shape, _is_stack(name, shape), *channels.get(name, (None, 0)))
             for name, shape in shapes.items()
         }
+
+
+def _check_reached(pattern: str, overrides: Mapping[str, str], names: Iterable[str]) -> None:
+    """Earlier patterns may take all that one of them matches."""
+    first = next((name for name in names if fnmatchcase(name, pattern)), None)
+    if first is not None:
+        before = next(item for item in overrides if fnmatchcase(first, item))
+        raise ConfigError(
+            f"unit_overrides pattern {pattern!r} is never reached: {before!r} stands before it and takes "
+            f"{first!r}. The first pattern that matches decides; put the narrower one first."
+        )
 
 
 def _layer(name: str) -> tuple[str, str, bool]:

@@ -24,7 +24,7 @@ def trains_nothing(optimizer: Optimizer, named: bool) -> bool:
         return True
     if optimizer.state or named:
         return False
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    rates = [rate for group in optimizer.param_groups if (rate := group.get("lr")) is not None]
     return bool(rates) and not any(map(float, rates)) and not any(bool(g.any()) for g in _gradients(optimizer))
 
 

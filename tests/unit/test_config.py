@@ -53,6 +53,7 @@ def test_overrides_are_a_table():
 
 
 def test_overrides_are_kept_as_a_list():
+    assert GuardConfig(unit_overrides=["*.w=column", "*.w=row"]).overrides() == {"*.w": "column"}
     assert GuardConfig(unit_overrides=("*.mix=column",)) == GuardConfig(unit_overrides=["*.mix=column"])
 
 

@@ -5,8 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from interference_guard import Completions, ConfigError, Guard, ShapeError, UnsupportedError
-from tests.unit.helpers import guarded
+from interference_guard import (
+    Completions,
+    ConfigError,
+    Guard,
+    GuardConfig,
+    GuardedOptimizer,
+    MissingDomainError,
+    ShapeError,
+    UnknownDomainError,
+    UnsupportedError,
+)
+from interference_guard.probe import model_policy
+from tests.unit.helpers import CONFIG, Toy, guarded, rollout, train
 
 
 def test_other_objects_are_refused():
@@ -43,3 +54,81 @@ def test_a_reward_far_outside_the_range_is_warned_about():
     with pytest.warns(UserWarning, match=r"192 rewards .*'math' lay in 0 to 2, and now .* from -100 to 1"):
         guard.retain("math", rows)
     guard.retain("math", rows)
+
+
+@pytest.mark.parametrize("name", [1, None, ""])
+def test_a_name_that_is_no_text_is_refused_wherever_it_is_given(name):
+    model, guard, _ = guarded()
+    rows = rollout(model, "math")
+    for call in (guard.retain, guard.protect, lambda name, _: guard.begin({name: 1.0})):
+        with pytest.raises(MissingDomainError, match="must be a non-empty string"):
+            call(name, rows)
+    assert not guard.domains
+
+
+def test_a_guard_that_is_off_knows_no_domain():
+    guard = Guard(Toy(), GuardConfig(enabled=False))
+    for ask in (guard.raw, guard.predicted, guard.measure):
+        with pytest.raises(UnknownDomainError, match="has no anchor"):
+            ask("math")
+
+
+class Tokens(Toy):
+    def forward(self, idx):
+        return super().forward(idx)
+
+
+class Pair(Toy):
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids), None
+
+
+class Table(Toy):
+    def forward(self, input_ids, attention_mask=None):
+        return {"logits": super().forward(input_ids)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Tokens, r"Tokens was given token ids .* raised TypeError: .*unexpected keyword.*policy=\.\.\."),
+        (Pair, r"Pair returned no logits of shape .*policy=\.\.\."),
+    ],
+)
+def test_a_model_that_is_no_language_model_is_told_of_policies(kind, message):
+    rows = rollout(Toy(), "math")
+    with pytest.raises(UnsupportedError, match=message):
+        model_policy(kind())(rows)
+
+
+def test_logits_may_lie_in_a_table():
+    rows = rollout(Toy(), "math")
+    assert torch.equal(model_policy(Table())(rows), model_policy(Toy())(rows))
+
+
+@pytest.mark.parametrize(
+    ("policy", "found"),
+    [
+        (lambda rows: None, "NoneType"),
+        (lambda rows: rows.input_ids[:, :1].float(), r"shape \(\d+, 1\)"),
+        (lambda rows: rows.input_ids.float().tolist(), "list"),
+    ],
+)
+def test_a_policy_must_score_every_token(policy, found):
+    model = Toy()
+    guard = Guard(model, CONFIG, policy=policy)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+    with pytest.raises(ShapeError, match=rf"The policy returned {found} for rows of shape \(\d+, 2\)"):
+        train(model, guard, optimizer, ["math", "code"])
+
+
+def test_rows_without_a_token_to_score_measure_nothing():
+    model, guard, optimizer = guarded()
+
+    def bare(rows):
+        return dataclasses.replace(rows, completion_mask=torch.zeros_like(rows.completion_mask))
+
+    with pytest.warns(UserWarning, match="No completions of domain 'math' with a token to score"):
+        train(model, guard, optimizer, ["math"] * 3 + ["code"] * 3, keep=bare)
+    assert not guard.domains["math"].measurable
+    assert "guard/math/measured" not in guard.metrics()

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from interference_guard import Completions, Guard, GuardConfig, StateError, curvature
+from interference_guard import Completions, Guard, GuardConfig, GuardedOptimizer, StateError, curvature
 from interference_guard.analysis.measured import read_rows
 from interference_guard.local_block import Correction
 from interference_guard.reference import add_softened
 from interference_guard.renewing import renew
-from tests.unit.helpers import guarded, train
+from tests.unit.helpers import CONFIG, Toy, guarded, train
 from tests.unit.test_renewing import astray
 
 
@@ -157,3 +157,67 @@ def _raises(*arguments):
 def _nothing(block):
     matrices, units, width = block.region.size
     return Correction(torch.zeros(matrices, units, 1), torch.zeros(matrices, width, 1))
+
+
+def test_rewards_count_once_a_domain_that_had_none_has_some():
+    model, guard, optimizer = guarded()
+
+    def bare(rows):
+        return replace(rows, rewards=None)
+
+    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 3, keep=bare)
+    # Few rows a time: without the earlier ones the probe is smaller, and in reward.
+    order = ["math", "code"] * 3
+    train(model, guard, optimizer, order, start=6, keep=lambda rows: rows.rows(slice(0, 8)))
+    train(model, guard, optimizer, ["qa"] * 6, start=12)
+    for name in ("math", "code"):
+        assert guard.domains[name].retained.rewards is not None
+        assert guard.metrics()[f"guard/{name}/nats"] == 0.0
+
+
+def test_a_weight_that_is_frozen_on_the_way_has_no_gradient():
+    model = Toy()
+    guard = Guard(model, replace(CONFIG, rank=1, sketch=2))
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+    train(model, guard, optimizer, ["math"] * 5)
+    model.embed.requires_grad_(False)
+    train(model, guard, optimizer, ["code"] * 8 + ["qa"] * 12, start=5)
+    assert sum(state.renewals for state in guard.domains.values())
+    assert guard.differentiates
+
+
+def test_gradients_of_some_rows_of_an_embedding_are_taken():
+    found = {}
+    for sparse in (False, True):
+        model = Toy()
+        model.embed = torch.nn.Embedding.from_pretrained(model.embed.weight.detach(), freeze=False, sparse=sparse)
+        guard = Guard(model, CONFIG)
+        optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), guard)
+        train(model, guard, optimizer, ["math"] * 3 + ["code"] * 3)
+        found[sparse] = guard.raw("math")
+    assert found[True] == pytest.approx(found[False], rel=1e-4)
+    assert found[True] > 0
+
+
+@pytest.mark.filterwarnings("ignore:No completions of domain")
+def test_an_optimizer_may_find_its_rate_itself():
+    model = Toy()
+    guard, inner = Guard(model, CONFIG), torch.optim.SGD(model.parameters(), lr=0.02)
+    optimizer = GuardedOptimizer(inner, guard)
+
+    def no_rate(*_):
+        inner.param_groups[0]["lr"] = None
+
+    def rate(*_):
+        inner.param_groups[0]["lr"] = 0.02
+
+    # What adafactor's groups say outside of its own step.
+    for step, domain in enumerate(["math", "code"]):
+        no_rate()
+        with guard.domain(domain):
+            guard.begin({domain: 1.0})
+            model(torch.tensor([[step]])).square().mean().backward()
+            handle = inner.register_step_pre_hook(rate)
+            optimizer.step()
+            handle.remove()
+    assert guard.steps == 2

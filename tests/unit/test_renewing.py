@@ -191,7 +191,8 @@ def test_a_host_whose_forward_pass_wants_more_goes_on():
 
     def policy(rows):
         logits = model.inner(rows.input_ids)[:, :-1].float()
-        return torch.log_softmax(logits, -1).gather(2, rows.input_ids[:, 1:].unsqueeze(2)).squeeze(2).detach()
+        scores = torch.log_softmax(logits, -1).gather(2, rows.input_ids[:, 1:].unsqueeze(2)).squeeze(2)
+        return nn.functional.pad(scores.detach(), (1, 0))
 
     guard = Guard(model, config, policy=policy)
     optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)

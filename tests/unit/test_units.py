@@ -74,6 +74,8 @@ def test_overrides_win_and_must_match():
     assert (views["b.mix.weight"].units, views["b.mix.weight"].width) == (5, 4)
     with pytest.raises(ConfigError, match=r"'\*.typo' matches no trainable parameter"):
         layout({"*.typo": "row"}, a__w=(2, 3))
+    with pytest.raises(ConfigError, match=r"'b\.\*' is never reached: '\*\.w' stands before it and takes 'b\.w'"):
+        layout({"*.w": "row", "b.*": "column"}, b__w=(2, 3))
     with pytest.raises(ConfigError, match="asks for columns"):
         layout({"a": "column"}, a=(3,))
     with pytest.raises(ConfigError, match="must be one of"):
