@@ -84,12 +84,16 @@ def _show(found: dict[str, Any]) -> None:
         for name, values in found["domains"].items()
     ]
     output.table(f"{found['run']}: {found['steps']:g} steps", ["domain", *COLUMNS, "unit"], rows)
+    kinds = {name: values["reward_kind"] for name, values in found["domains"].items() if "reward" in values}
+    training = [name for name, kind in kinds.items() if kind == "training"]
+    if training and len(training) < len(kinds):
+        output.line(f"Not evaluated, so that the reward is that of training: {', '.join(training)}.")
     if found["skipped_lines"]:
         output.line(f"{found['skipped_lines']} damaged lines of the history were skipped.")
 
 
 def _domains(run: Run) -> dict[str, dict[str, Any]]:
-    rates, _ = run.rates()
+    rates, kinds = run.rates()
     lost = losses(run)
     found: dict[str, dict[str, Any]] = {}
     for name in run.domains:
@@ -97,8 +101,8 @@ def _domains(run: Run) -> dict[str, dict[str, Any]]:
         values: dict[str, Any] = {key: points[-1][1] for key in keys if (points := run.metric(name, key))}
         now = {key: run.current(name, key) for key in ("predicted", "measured")}
         values |= {key: value for key, value in now.items() if value is not None}
-        if rates.get(name):
-            values["reward"] = rates[name][-1][1]
+        if name in rates:
+            values |= {"reward": rates[name][-1][1], "reward_kind": kinds[name]}
         if name in lost:
             values["lost"] = lost[name]
         # Of the prediction and the measurement; before the first one there is none.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,16 +19,40 @@ from interference_guard.report.text import plain
 
 # What interference is measured in, by the unit of a trust region.
 UNITS = {"reward": "reward range", "nats": "nats per token"}
+# Cells that a table leaves to the names in its first column, however narrow the terminal is.
+NAME = 8
+# Cells between two columns: a space, a line, a space.
+BETWEEN = 3
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is text, the others are numbers."""
-    made = Table(title=_text(title, "table.title"), title_justify="left")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    """Print a table; the first column is text and folds where it must, the others are numbers and stay whole."""
+    console = Console()
+    between = BETWEEN * (len(columns) - 1)
+    widths = _widths(columns, rows, console.width - between)
+    # A line that the terminal breaks can still be read, a number that lost its end cannot.
+    console.width = max(console.width, sum(widths) + between)
+    # Without a frame there is more room for names.
+    made = Table(title=_text(title, "table.title"), title_justify="left", show_edge=False, pad_edge=False)
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold", width=width)
     for row in rows:
         made.add_row(*map(_text, row))
-    Console().print(made)
+    console.print(made)
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Cells of each column: the widest give way until all fit; only in the first column words are broken."""
+    texts = [[plain(value) for value in column] for column in zip(columns, *rows, strict=True)]
+    widths = [max(map(cell_len, column)) for column in texts]
+    least = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
+    least[0] = min(NAME, widths[0])
+    while sum(widths) > room:
+        giving = [index for index, width in enumerate(widths) if width > least[index]]
+        if not giving:
+            break
+        widths[max(giving, key=lambda index: widths[index])] -= 1
+    return widths
 
 
 def line(text: str) -> None:

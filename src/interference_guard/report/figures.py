@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ from .text import plain
 
 # Points of one line that a figure can show; more would only make the page larger.
 POINTS = 240
+# Points of one line from which it needs no marks.
+DENSE = 60
 # Points of one domain in a cloud.
 SPOTS = 80
 WIDE, NARROW = (9.2, 3.7), (4.4, 4.0)
@@ -62,20 +64,20 @@ def thinned(run: Run, name: str) -> dict[str, Series]:
     return run.once(f"thin/{name}", lambda: {domain: thin(run.metric(domain, name)) for domain in run.domains})
 
 
-def lines(axis: Any, run: Run, table: dict[str, Series], *, marker: str = "") -> None:
-    """One line a domain, in its colour and dash."""
+def lines(axis: Any, run: Run, table: dict[str, Series], *, mark: bool = False) -> None:
+    """One line a domain, in its colour and dash; with `mark` the points of those that have few are marked."""
     for number, name in enumerate(run.domains):
         points = table.get(name, [])
         if points:
             x, y = zip(*points, strict=True)
             axis.plot(
-                x, y, color=colour(number), linestyle=dash(number), linewidth=1.8, marker=marker, markersize=3,
-                label=str(number),
+                x, y, color=colour(number), linestyle=dash(number), linewidth=1.8, markersize=3,
+                marker="o" if mark and len(points) < DENSE else "", label=str(number),
             )  # fmt: skip
 
 
-def legend(figure: Any, axis: Any, run: Run, narrow: bool, *, units: bool = False) -> None:
-    """The names, beside the axes or below them; with `units` those in nats per token are marked."""
+def legend(figure: Any, axis: Any, run: Run, narrow: bool, marks: Mapping[str, str] | None = None) -> None:
+    """The names, beside the axes or below them, with what `marks` says of a domain behind its name."""
     handles, numbers = axis.get_legend_handles_labels()
     if not handles:
         return
@@ -86,7 +88,12 @@ def legend(figure: Any, axis: Any, run: Run, narrow: bool, *, units: bool = Fals
     for text, number in zip(made.get_texts(), numbers, strict=True):
         # Only now: a legend leaves out what has a label that begins with an underscore.
         name = run.domains[int(number)]
-        text.set_text(plain(name) + (" (nats)" if units and run.in_nats(name) else ""))
+        text.set_text(plain(name) + (f" ({marks[name]})" if marks and name in marks else ""))
+
+
+def in_nats(run: Run) -> dict[str, str]:
+    """Marks of the domains whose interference is in nats per token."""
+    return {name: "nats" for name in run.domains if run.in_nats(name)}
 
 
 def budgets(run: Run) -> list[tuple[float, str]]:
@@ -98,21 +105,23 @@ def budgets(run: Run) -> list[tuple[float, str]]:
 
 def rewards(run: Run, narrow: bool) -> Any:
     """Reward of each domain over the steps."""
-    table, kind = run.once("rates", lambda: _thin_rates(run))
-    if not any(table.values()):
+    table, kinds = run.once("rates", lambda: _thin_rates(run))
+    if not table:
         return None
     figure, (axis,) = canvas(narrow, height=1.15)
     shade(axis, run, narrow)
-    lines(axis, run, table, marker="o" if max(map(len, table.values())) < 60 else "")
-    axis.set_ylabel(kind)
+    lines(axis, run, table, mark=True)
+    # Evaluations and training rows are not the same rows: lines of both must not pass for one kind.
+    mixed = len(set(kinds.values())) > 1
+    axis.set_ylabel("reward" if mixed else f"{next(iter(kinds.values()))} reward")
     axis.set_xlabel("optimizer step")
-    legend(figure, axis, run, narrow)
+    legend(figure, axis, run, narrow, kinds if mixed else None)
     return figure
 
 
-def _thin_rates(run: Run) -> tuple[dict[str, Series], str]:
-    table, kind = run.rates()
-    return {name: thin(points) for name, points in table.items()}, kind
+def _thin_rates(run: Run) -> tuple[dict[str, Series], dict[str, str]]:
+    table, kinds = run.rates()
+    return {name: thin(points) for name, points in table.items()}, kinds
 
 
 def interference(run: Run, narrow: bool) -> Any:
@@ -136,7 +145,7 @@ def interference(run: Run, narrow: bool) -> Any:
         ranked = run.once(f"ranked/{title}", partial(_ranked, run, title))
         _roof(axis, ranked, max((budget for budget, _ in allowed), default=None))
     axes[-1].set_xlabel("optimizer step")
-    legend(figure, axes[0], run, narrow, units=True)
+    legend(figure, axes[0], run, narrow, in_nats(run))
     return figure
 
 
@@ -201,7 +210,7 @@ def agreement(run: Run, narrow: bool) -> Any:
     axis.set_ylim(low, high)
     axis.set_xlabel("predicted interference")
     axis.set_ylabel("measured interference")
-    legend(figure, axis, run, narrow, units=True)
+    legend(figure, axis, run, narrow, in_nats(run))
     return figure
 
 

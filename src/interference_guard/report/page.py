@@ -59,7 +59,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
         force: Replace an existing report, its figures included.
 
     Raises:
-        StateError: If there is no readable history.
+        StateError: If there is no readable history, or `state` cannot be read; nothing is written then.
         ReportError: If the run is empty, a package is missing, or the report exists and `force` is not set.
     """
     try:

@@ -121,11 +121,15 @@ class Run:
         points = self.metric(domain, "nats")
         return bool(points) and points[-1][1] > 0
 
-    def rates(self) -> tuple[dict[str, Series], str]:
-        """Evaluated rewards where there are any, else the training rewards; and which of the two."""
-        if self.evaluations:
-            return self.evaluations, "evaluated reward"
-        return {name: self.metric(name, "reward") for name in self.domains}, "training reward"
+    def rates(self) -> tuple[dict[str, Series], dict[str, str]]:
+        """Rewards by domain, and of which kind each domain's are.
+
+        A domain that was evaluated has its evaluated rewards, another one those of its training; one without
+        either is missing.
+        """
+        training = {name: points for name in self.domains if (points := self.metric(name, "reward"))}
+        kinds = dict.fromkeys(training, "training") | dict.fromkeys(self.evaluations, "evaluated")
+        return {**training, **self.evaluations}, kinds
 
     def overlaps(self) -> dict[tuple[str, str], float]:
         """Last Jaccard index of each pair of protected sets; pairs as the names are listed."""
@@ -156,13 +160,15 @@ def read_run(run: Path) -> Run:
 
     Raises:
         StateError: If there is none or it is damaged from end to end.
-        ReportError: If the run has not logged anything yet.
+        ReportError: If the run has not logged or evaluated anything yet.
     """
     path = find_history(run)
     recorded = read_history(path)
-    if not recorded.lines:
+    # The sums by layer and module that a run ends with say nothing of any step.
+    if not recorded.steps and not recorded.evaluations:
         raise ReportError(
-            f"{path} holds no step yet: the run is empty. Come back after its first log (logging_steps)."
+            f"{path} holds no step yet: the run is empty. Come back after its first log, or, where the run has "
+            "ended, log in the next one (logging_steps below its length)."
         )
     return Run(path, recorded)
 
@@ -189,10 +195,14 @@ def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Place
             newest state under the run.
 
     Returns:
-        Tables by domain, ``"curvature"`` and ``"projected"``, and what was wrong with a state that could not be
-        read.
+        Tables by domain, ``"curvature"`` and ``"projected"``, and what was wrong with a state that was found and
+        could not be read.
+
+    Raises:
+        GuardError: If a state that was given cannot be read.
     """
-    if state is None and run.recorded.places:
+    given = state is not None
+    if not given and run.recorded.places:
         return run.recorded.places, None
     state = state if state is not None else find_state(run.path)
     if state is None:
@@ -206,6 +216,8 @@ def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Place
         projected = {name: record.projected_places() for name, record in records.items()}
         tables = {"curvature": curvature, "projected": {name: item for name, item in projected.items() if item}}
     except GuardError as error:
+        if given:
+            raise
         return {}, str(error)
     return tables, None
 

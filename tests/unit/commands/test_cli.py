@@ -243,3 +243,21 @@ def test_report_of_a_history_with_a_damaged_field(capsys, tmp_path):
     code, out, _ = run(capsys, "report", tmp_path)
     assert code == 0
     assert "1 damaged lines" in out
+
+
+def test_report_of_a_state_that_cannot_be_read(capsys, toy_run, tmp_path):
+    page = tmp_path / "x.html"
+    code, _, err = run(capsys, "report", toy_run[0], "-o", page, "--state", tmp_path / "typo", "--force")
+    assert code == 2
+    assert "typo has no guard state" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["report"], ["check", "--max-forgetting", "1"]])
+def test_a_run_that_ended_without_a_log(capsys, tmp_path, words):
+    # What a run writes at its end is no step.
+    History(tmp_path / HISTORY).places(6, {"curvature": {"math": {(0, "q_proj"): 1.0}}})
+    code, _, err = run(capsys, *words, tmp_path)
+    assert code == 2
+    assert "holds no step yet" in err
+    assert "logging_steps" in err

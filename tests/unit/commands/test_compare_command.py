@@ -54,4 +54,4 @@ def test_a_prediction_names_its_unit(capsys, toy_run, tmp_path, region, unit, sh
     assert by_domain["math"]["unit"] == unit
     assert by_domain["code"]["unit"] == "reward"
     (row,) = (line for line in compare(capsys, *words).splitlines() if ", math" in line)
-    assert row.rpartition("│")[0].rpartition("│")[2].strip() == shown
+    assert row.rpartition("│")[2].strip() == shown

@@ -1,7 +1,10 @@
 import json
 import shutil
 
+import pytest
+
 from interference_guard.cli import main
+from interference_guard.commands import output
 from interference_guard.history import HISTORY, History
 
 
@@ -77,3 +80,42 @@ def test_a_path_that_does_not_exist_is_no_other_run(capsys, toy_run, tmp_path):
     shutil.copytree(toy_run[0] / "phase-3", tmp_path / "other")
     assert main(["inspect", str(tmp_path / "typo")]) == 2
     assert "holds neither a guard's history nor a guard's state" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 30])
+def test_names_fold_and_numbers_stay_whole(capsys, monkeypatch, tmp_path, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    keys = {"reward": 0.409, "predicted": 0.0052, "measured": 0.0033, "radius": 4.65e-3, "protected_share": 1.0}
+    name = "reasoning_about_numbers"
+    values = {f"guard/{name}/{key}": value for key, value in keys.items()}
+    History(tmp_path / HISTORY).report(1, ["new"], values | {f"guard/{name}/nats": 0.0})
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
+    assert rows[1][1:] == ["0.409", "-", "0.0052", "0.0033", "4.65e-03", "100%", "reward"]
+    assert "".join(row[0] for row in rows) == "new" + name
+    assert any("predicted" in line for line in lines)
+    if width == 80:
+        assert max(map(len, lines)) <= width
+
+
+def test_headers_give_way_before_names(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    output.table("", ["domain", "length of all weights"], [["reasoning_about", "1.234567"]])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [cell.strip() for cell in rows[0].split("│")] == ["reasoning_about", "1.234567"]
+
+
+def test_a_domain_without_evaluations_shows_its_training_reward(capsys, tmp_path):
+    history = History(tmp_path / HISTORY)
+    history.report(1, ["math"], {"guard/math/reward": 0.3})
+    history.evaluation(1, {"math": 0.4})
+    history.report(2, ["code"], {"guard/code/reward": 0.5})
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["domains"]
+    assert [(item["reward"], item["reward_kind"]) for item in found.values()] == [
+        (0.4, "evaluated"),
+        (0.5, "training"),
+    ]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "the reward is that of training: code." in capsys.readouterr().out

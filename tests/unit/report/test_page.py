@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 
 from interference_guard.errors import ReportError
 from interference_guard.history import HISTORY, History
+from interference_guard.report.figures import rewards
 from interference_guard.report.page import build_report
+from interference_guard.report.run import read_run
 from interference_guard.report.style import DOMAINS, colour, dash, drawing, svg
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -188,6 +190,20 @@ def test_a_run_without_rewards_shows_the_budget_in_nats_alone(tmp_path):
     text = made.page.read_text()
     assert "as probes measured it; in nats per token." in text
     assert "reward range" not in text
+
+
+def test_rewards_of_two_kinds_are_told_apart(tmp_path):
+    history = History(tmp_path / HISTORY)
+    for step in range(1, 101):
+        history.report(step, ["a" if step <= 50 else "b"], {"guard/a/reward": 0.1, "guard/b/reward": 0.2})
+    history.evaluation(100, {"a": 0.5})
+    folder = build_report(tmp_path).page.with_suffix("")
+    shown = labels(folder / "rewards.svg")
+    assert {"reward", "a (evaluated)", "b (training)"} <= set(shown)
+    # The one evaluation is a point that a line without marks would not show.
+    with drawing("mixed"):
+        marks = [line.get_marker() for line in rewards(read_run(tmp_path), narrow=False).axes[0].lines]
+    assert marks == ["o", ""]
 
 
 def test_figures_of_an_earlier_report_go_and_other_files_stay(toy_run, tmp_path):

@@ -102,3 +102,14 @@ def test_domains_are_also_those_that_metrics_name(tmp_path):
     history.report(1, ["a"], metrics)
     history.evaluation(1, {"b": 0.5})
     assert read_run(tmp_path).domains == ["a", "general", "openai/gsm8k", "recovery", "b"]
+
+
+def test_each_domain_has_rewards_of_one_kind(tmp_path):
+    history = History(tmp_path / HISTORY)
+    history.report(1, ["a"], {"guard/a/reward": 0.1, "guard/b/reward": 0.2, "guard/c/measured": 0.3})
+    assert read_run(tmp_path).rates()[1] == {"a": "training", "b": "training"}
+    history.evaluation(1, {"a": 0.5, "b": float("nan")})
+    assert read_run(tmp_path).rates() == (
+        {"a": [(1, 0.5)], "b": [(1, 0.2)]},
+        {"a": "evaluated", "b": "training"},
+    )
