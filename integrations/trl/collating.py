@@ -10,10 +10,14 @@ from torch import Tensor
 
 from interference_guard.errors import HostError
 
+from .rows import named
+
 # No name that a host could have for a tensor of its own.
 DOMAIN_ID = "interference_guard_domain"
 # Of a name in UTF-8. One width for all batches: accelerate joins those of several ranks.
 WIDTH = 256
+# Before what is no name: no UTF-8 has this byte.
+UNNAMED = b"\xff"
 
 
 class NamingCollator:
@@ -46,24 +50,29 @@ class NamingCollator:
 
 
 def pack(names: Sequence[object], width: int = WIDTH) -> Tensor:
-    """Names as ``(names, width)`` uint8; what is no string is all zeros, as an empty name is.
+    """Names as ``(names, width)`` uint8; of what is no name, its `repr` as far as there is room.
 
     Raises:
         HostError: If a name is too long.
     """
     table = torch.zeros(len(names), width, dtype=torch.uint8)
     for row, name in zip(table, names, strict=True):
-        written = name.encode() if isinstance(name, str) else b""
+        written = name.encode() if named(name) else (UNNAMED + repr(name).encode())[:width]
         if len(written) > width:
             raise HostError(
                 f"The domain {str(name)[:40]!r}... has {len(written)} bytes in UTF-8; {width} are allowed in a "
                 "stream of rows. Give it a shorter name."
             )
-        if written:
-            row[: len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+        row[: len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
     return table
 
 
 def unpack(table: Tensor) -> list[str]:
-    """The names that `pack` wrote."""
-    return [bytes(row).rstrip(b"\0").decode() for row in table.tolist()]
+    """The names that `pack` wrote, and empty ones for what is none."""
+    written = [bytes(row).rstrip(b"\0") for row in table.tolist()]
+    return ["" if name.startswith(UNNAMED) else name.decode() for name in written]
+
+
+def unnamed(row: Tensor) -> str:
+    """What `pack` found in place of a name, as `repr` writes it, from the row of its table."""
+    return bytes(row.tolist()).rstrip(b"\0").removeprefix(UNNAMED).decode(errors="ignore")

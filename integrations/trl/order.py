@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -72,12 +73,14 @@ def order_by_domain(
         ConfigError: If the order, a weight, a number of batches or the rehearsal cannot be served.
         MissingDomainError: If a row has no domain.
     """
-    if not isinstance(prompts, int) or prompts < 1:
+    size = integer(prompts)
+    if size is None or size < 1:
         found = repr(prompts) if isinstance(prompts, int | float | str) else f"a {type(prompts).__name__}"
         raise ConfigError(
             f"prompts={found} is not allowed: it must be an integer of at least 1. For a GRPOTrainer give "
             "prompts_per_generation(args)."
         )
+    prompts = size
     if not hasattr(dataset, "select"):
         raise ConfigError(
             f"A {type(dataset).__name__} cannot be put in another order. Give a datasets.Dataset (one split of "
@@ -96,11 +99,11 @@ def order_by_domain(
     counts = _counts(rows, prompts, None if isinstance(order, Mapping) else batches, least)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(order, Mapping):
-        if batches is not None and (not isinstance(batches, int) or batches < 1):
+        total = sum(counts.values()) if batches is None else integer(batches)
+        if total is None or total < 1:
             raise ConfigError(
                 f"batches={batches!r} is not allowed: with weights it is the number of all batches, at least 1."
             )
-        total = batches if batches is not None else sum(counts.values())
         sequence = _draw(order, rows, total, generator)
     elif order == "sequential":
         sequence = [name for name in rows for _ in range(counts[name])]
@@ -128,10 +131,11 @@ def _counts(
                 "generation batch. Say how many batches it gets with batches=..., or use smaller batches."
             )
         return counts
-    counts = dict(batches) if isinstance(batches, Mapping) else dict.fromkeys(rows, batches)
-    wrong = [number for number in counts.values() if isinstance(number, bool) or not isinstance(number, int)]
+    given = dict(batches) if isinstance(batches, Mapping) else dict.fromkeys(rows, batches)
+    wrong = [number for number in given.values() if integer(number) is None]
     if wrong:
         raise ConfigError(f"batches={batches!r} is not allowed: {wrong[0]!r} is no integer.")
+    counts = {name: operator.index(number) for name, number in given.items()}
     if set(counts) != set(rows) or min(counts.values()) < least:
         raise ConfigError(
             f"batches={batches!r} is not allowed: it must be at least {least} for each of the domains "
@@ -143,7 +147,13 @@ def _counts(
 def _draw(
     weights: Mapping[str, float], rows: Mapping[str, list[int]], total: int, generator: torch.Generator
 ) -> list[str]:
-    if set(weights) != set(rows) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+    wrong = [name for name, weight in weights.items() if not is_weight(weight)]
+    if wrong:
+        raise ConfigError(
+            f"order={dict(weights)!r} is not allowed: the weight of domain {wrong[0]!r} is "
+            f"{weights[wrong[0]]!r}, and must be a number of at least 0."
+        )
+    if set(weights) != set(rows) or sum(weights.values()) <= 0:
         raise ConfigError(
             f"order={dict(weights)!r} is not allowed: it must give each of the domains {list(rows)} a weight of "
             "at least 0, and one of them more."
@@ -152,6 +162,19 @@ def _draw(
     drawn = torch.multinomial(chances, total, replacement=True, generator=generator)
     names = list(rows)
     return [names[index] for index in drawn.tolist()]
+
+
+def integer(value: Any) -> int | None:
+    """An integer as Python's own, also one of NumPy's; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value can be a domain's weight: a finite number of at least 0."""
+    return isinstance(value, SupportsFloat) and 0 <= float(value) < math.inf
 
 
 def _stream(indices: list[int], generator: torch.Generator) -> Any:

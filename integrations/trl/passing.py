@@ -12,7 +12,7 @@ from torch import Tensor
 from interference_guard.errors import HostError
 from interference_guard.guard import Guard
 
-from .collating import DOMAIN_ID, WIDTH, NamingCollator, unpack
+from .collating import DOMAIN_ID, WIDTH, NamingCollator, unnamed, unpack
 from .completions import generated, labelled, sampling_temperature
 from .engines import reduce
 from .evaluation import EvaluationRounds
@@ -150,21 +150,21 @@ class PassingRows:
             # A stream may have shown further domains since this generation.
             rows = dict(zip(self.domains.names, found.sum(0).tolist(), strict=False))
         else:
-            numbers = self._arrived(inputs, unpack(found))
+            numbers = self._arrived(inputs, found)
             rows = dict(self.domains.counts(numbers))
             self._retain_labelled(inputs, numbers)
         for name, count in rows.items():
             if count:
                 self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def _arrived(self, batch: Mapping[str, Any], names: list[str]) -> Tensor:
-        column = self.domains.column
+    def _arrived(self, batch: Mapping[str, Any], table: Tensor) -> Tensor:
+        column, names = self.domains.column, unpack(table)
         if "" in names:
             index, ids = names.index(""), batch.get("input_ids")
             text = ""
             if isinstance(ids, Tensor) and len(ids) == len(names):
                 text = self.trainer.processing_class.decode(ids[index], skip_special_tokens=True)
-            raise missing(column, index, None, {"text": text})
+            raise missing(column, index, unnamed(table[index]), {"text": text})
         return self._number([{column: name} for name in names])
 
     def _number(self, rows: list[dict[str, Any]], needed: bool = True) -> Tensor:

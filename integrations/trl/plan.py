@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from .order import prompts_per_generation
+from .rows import DomainTable, check_dataset
 
 
 class Pace(NamedTuple):
@@ -53,7 +54,13 @@ def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: f
         args: The trainer's settings.
         state: The trainer's, of which the length of the run is read and where it resumes.
         active_share: From which share of a batch's rows a domain counts as in training.
+
+    Raises:
+        HostError: If the rows have no such column.
+        MissingDomainError: If a row has no domain.
     """
+    # The trainer may have been given other rows since it was looked through.
+    check_dataset(dataset, DomainTable(column))
     rows = [str(name) for name in dataset[column][:]] if hasattr(dataset, "select") else []
     if len(set(rows)) > 1:
         for trouble in _troubles(rows, args, state, active_share):

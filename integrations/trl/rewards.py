@@ -72,6 +72,7 @@ def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "doma
 
     Raises:
         ConfigError: If a domain has none: its rows would all be without a reward. Or a function without a list.
+            The functions raise it where one does not return a reward for each row.
     """
     single = sorted(name for name, chosen in functions.items() if callable(chosen))
     if single:
@@ -103,7 +104,7 @@ def for_domain(function: RewardFunction, domain: str, column: str = "domain") ->
             f"Domain {domain!r} has {type(function).__name__} {str(function)[:40]!r} as a reward; it must be a "
             "function. Wrap a reward model in one, or give it to the trainer beside what route() returns."
         )
-    share = _Share(domain, column)
+    share = _Share(domain, column, getattr(function, "__name__", type(function).__name__))
     scored: RewardFunction
     # Of an object that is called it is its class that says whether it is async.
     if any(inspect.iscoroutinefunction(item) for item in (function, type(function).__call__)):
@@ -129,8 +130,8 @@ def for_domain(function: RewardFunction, domain: str, column: str = "domain") ->
 class _Share:
     """What of a batch one domain's reward function sees, and how its answers meet the whole batch."""
 
-    def __init__(self, domain: str, column: str) -> None:
-        self.domain, self.column = domain, column
+    def __init__(self, domain: str, column: str, function: str) -> None:
+        self.domain, self.column, self.function = domain, column, function
         # Of the trainer's table of completions: a column that is there must be filled for every batch.
         self._logged: set[str] = set()
         self._filled: set[str] = set()
@@ -159,20 +160,41 @@ class _Share:
             chosen["log_extra"] = partial(self._log, log, mine, count)
         return mine, chosen
 
-    def spread(self, mine: list[int], found: Sequence[Any], count: int, columns: Mapping[str, Any]) -> list[Any]:
-        """The answers at their places, None elsewhere."""
+    def spread(self, mine: list[int], found: Any, count: int, columns: Mapping[str, Any]) -> list[Any]:
+        """The answers at their places, None elsewhere.
+
+        Raises:
+            ConfigError: If there is not one for each row.
+        """
+        rewards = self._each(found, len(mine), "returned", "rewards", "Return a number or None")
         if callable(log := columns.get("log_extra")):
             for name in sorted(self._logged - self._filled):
                 log(name, [None] * count)
-        return _at(mine, found, count)
+        return _at(mine, rewards, count)
 
     def _log(
         self, log: Callable[..., None], mine: list[int], count: int, column: str, values: Sequence[Any]
     ) -> None:
+        logged = self._each(values, len(mine), f"logged in {column!r}", "values", "Log a value")
         name = f"{self.domain}_{column}"
         self._logged.add(name)
         self._filled.add(name)
-        log(name, _at(mine, values, count))
+        log(name, _at(mine, logged, count))
+
+    def _each(self, values: Any, rows: int, did: str, what: str, do: str) -> list[Any]:
+        try:
+            several = iter(values)
+        except TypeError:
+            found = repr(values)[:60]
+        else:
+            made = list(several)
+            if len(made) == rows:
+                return made
+            found = f"{len(made)} {what}"
+        raise ConfigError(
+            f"Reward function {self.function!r} of domain {self.domain!r} {did} {found}; of this batch it was "
+            f"given the {rows} completions of its domain, so it must be {rows} {what}. {do} for each."
+        )
 
 
 def _at(places: list[int], values: Sequence[Any], count: int) -> list[Any]:

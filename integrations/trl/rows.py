@@ -34,7 +34,7 @@ class DomainTable:
         """
         name = row.get(self.column)
         if not named(name):
-            raise missing(self.column, index, name, row)
+            raise missing(self.column, index, repr(name), row)
         if name not in self.names:
             self.names.append(name)
         return self.names.index(name)
@@ -61,11 +61,11 @@ def named(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and name != ""
 
 
-def missing(column: str, index: int, found: object, row: Mapping[str, Any]) -> MissingDomainError:
-    """The error for a row whose domain is not a non-empty string."""
+def missing(column: str, index: int, found: str, row: Mapping[str, Any]) -> MissingDomainError:
+    """The error for a row whose domain is not a non-empty string; `found` is its `repr`."""
     shown = {key: str(value)[:60] for key, value in row.items() if key != column}
     return MissingDomainError(
-        f"Row {index} has {column}={found!r}: every row needs a non-empty string there. The row: {shown}. "
+        f"Row {index} has {column}={found}: every row needs a non-empty string there. The row: {shown}. "
         f"Fill the {column!r} column, or name another one with GuardConfig(domain_column=...)."
     )
 
@@ -77,7 +77,7 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
 
     Raises:
         HostError: If there is no dataset, or it has no such column.
-        MissingDomainError: If a row's domain is empty.
+        MissingDomainError: If a row's domain is no string, or empty.
     """
     if dataset is None:
         raise HostError("The trainer has no train_dataset. Build the trainer with one, then attach the guard.")
@@ -94,10 +94,14 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
         )
     if not numbered_ahead(dataset):
         return
-    names = dataset.unique(table.column)
+    try:
+        names = dataset.unique(table.column)
+    except NotImplementedError:
+        # Of lists and structs, which no domain is.
+        names = dataset[table.column][:]
     if not all(map(named, names)):
         index = next(i for i, name in enumerate(dataset[table.column]) if not named(name))
-        raise missing(table.column, index, dataset[index][table.column], dataset[index])
+        raise missing(table.column, index, repr(dataset[index][table.column]), dataset[index])
     table.add(sorted(names))
 
 

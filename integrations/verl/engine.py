@@ -52,12 +52,22 @@ class GuardMixin:
         self.interference.end(data, outputs)
         return outputs
 
-    def save_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> Any:
-        """The engine's checkpoint, and when it is complete the guard's beside it; without a path neither."""
-        result = super().save_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+    def save_checkpoint(
+        self,
+        local_path: str | None,
+        hdfs_path: str | None = None,
+        global_step: int = 0,
+        max_ckpt_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The guard's state, then the engine's checkpoint beside it; without a path neither."""
         if self.interference is not None and local_path is not None:
-            self.interference.save(self._state_folder(local_path))
-        return result
+            # First, since the engine deletes former checkpoints, which must stay where this one lacks the state.
+            written = self.interference.save(self._state_folder(local_path))
+            max_ckpt_to_keep = max_ckpt_to_keep if written else None
+        return super().save_checkpoint(  # type: ignore[misc]
+            local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs
+        )
 
     def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> Any:
         """The engine's checkpoint, then the guard's; without a path neither."""
@@ -84,8 +94,10 @@ def check_strategy(strategy: str) -> None:
         else "lays parameters out in a way the guard does not know"
     )
     raise UnsupportedError(
-        f"actor_rollout_ref.actor.strategy={strategy!r} {why}. Set actor_rollout_ref.actor.strategy=fsdp2 (and "
-        "actor_rollout_ref.ref.strategy=fsdp2), or take the guard out of actor_rollout_ref.model.external_lib."
+        f"The actor's engine is built with strategy={strategy!r}, which {why}. Set "
+        "actor_rollout_ref.actor.strategy=fsdp2 (and actor_rollout_ref.ref.strategy=fsdp2), with veRL 0.7 also "
+        "actor_rollout_ref.actor.fsdp_config.strategy=fsdp2, or take the guard out of "
+        "actor_rollout_ref.model.external_lib."
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,9 +16,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 
 from interference_guard import checkpoint
-from interference_guard.errors import GuardError, HostError
+from interference_guard.errors import GuardError, HostError, StateError
 from interference_guard.files import HISTORY
 from interference_guard.guard import Guard
+from interference_guard.handover import compare, compare_regions
 from interference_guard.history import History
 from interference_guard.optimizer import attach
 from interference_guard.probe import Completions, spread
@@ -28,6 +28,12 @@ from interference_guard.recovering import abandon_unserved
 from . import batch
 from .coordinator import Link
 from .settings import RunSettings
+
+ADVICE = (
+    "Set actor_rollout_ref.model.path to the weights of the checkpoint that +guard.state names: its folder "
+    "huggingface, if it was saved with actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,"
+    "hf_model]. verl.model_merger rounds to bf16."
+)
 
 
 class Session:
@@ -70,8 +76,7 @@ class Session:
         if self.link is not None:
             self.guard.recoverable = self.link.domains()
         self.hooks = attach(engine.optimizer, self.guard)
-        if engine.rank == 0:
-            self._introduce()
+        self._introduce()
 
     # One update
 
@@ -88,7 +93,8 @@ class Session:
                 complete; or if that of a former run cannot be read.
         """
         if self._former is not None:
-            self.load(self._former)
+            self._take_over(self._former)
+            self._former = None
         error, self._failed = self._failed, None
         if error is not None:
             raise error
@@ -144,22 +150,36 @@ class Session:
 
     # State
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> bool:
         """Write this rank's state, and the sums by layer and module so far into the history.
 
-        What cannot be written is warned of, and an error of the next step: the trainer's own checkpoint, of which
-        the engine's is a part, is complete only after this.
+        What cannot be written is said, and an error of all ranks' next step: the trainer's own checkpoint, of
+        which the engine's is a part, is complete only after this.
+
+        Returns:
+            Whether all ranks' states are written.
         """
         if self.settings.folder is not None:
             # All ranks: energies of a sharded model are sums over them. An engine is not told of a run's end.
             places = self.guard.places()
             if self.history is not None:
                 self.history.places(self.guard.steps, places)
+        ranks, failed = dist.get_world_size(), None
         try:
-            self.guard.save(folder, folders=dist.get_world_size(), place=(self.rank, self.world))
+            self.guard.save(folder, folders=ranks, place=(self.rank, self.world))
         except GuardError as error:
-            self._failed = error
-            warnings.warn(f"A checkpoint is without the guard's state: {error}", stacklevel=3)
+            failed = error
+        found: list[str | None] = [None] * ranks
+        dist.all_gather_object(found, None if failed is None else str(failed))
+        messages = [message for message in found if message is not None]
+        if messages:
+            self._failed = failed or StateError(messages[0])
+            self._say(
+                f"A checkpoint is without the guard's state on {len(messages)} of {ranks} ranks, so a guarded "
+                f"run cannot resume from it: {messages[0]} Former checkpoints are kept, and the next step is an "
+                "error."
+            )
+        return not messages
 
     def load(self, folder: Path) -> None:
         """Read this rank's state, or what belongs to it of the states of another number of ranks.
@@ -167,7 +187,6 @@ class Session:
         Raises:
             StateError: If it is missing, damaged, of another model, or if a rank's folder is missing.
         """
-        self._former = None
         stem = folder.name.rstrip("0123456789")
         checkpoint.load_own(
             self.guard,
@@ -176,8 +195,18 @@ class Session:
             dist.get_world_size(),
             (self.rank, self.world),
         )
+        # A run that had trained nothing yet, as veRL's critic_warmup lets it, still has to begin with it.
+        if self.guard.steps or self.guard.domains:
+            self._former = None
         self._start = self.guard.steps
         self._tell()
+
+    def _take_over(self, folder: Path) -> None:
+        """Read the state of a former run, and see whether the weights are those that it was saved beside."""
+        self.load(folder)
+        where = f"saved beside {folder}"
+        if not compare(checkpoint.weights_beside(folder), self.guard.view, where, ADVICE):
+            compare_regions(self.guard, where, ADVICE)
 
     # Parts
 
@@ -227,12 +256,16 @@ class Session:
         dist.all_gather_object(found, mine, group=self.group)
         return found
 
-    def _introduce(self) -> None:
+    def _say(self, line: str) -> None:
         from .plugin import say
 
+        if self.engine.rank == 0:
+            say(line)
+
+    def _introduce(self) -> None:
         config = self.guard.config
         count = sum(parameter.numel() for parameter in self.engine.module.parameters() if parameter.requires_grad)
-        say(
+        self._say(
             f"guards {count:,} parameters of {type(self.engine).__name__} on {self.world} ranks: budget "
             f"{config.budget}, rank {config.rank}, domains by {config.domain_column!r}, "
             f"recovery {'on' if config.recovery else 'off'}."

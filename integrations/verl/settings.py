@@ -17,6 +17,7 @@ NODE = "guard"
 # Of the node what is a path and no setting of the guard.
 STATE = "state"
 LIBRARY = "interference_guard.integrations.verl"
+PACKAGE = "interference_guard"
 # veRL's own column of a row's origin, by which it also groups rewards and validation.
 DOMAIN_COLUMN = "data_source"
 
@@ -87,18 +88,37 @@ class RunSettings:
 
 
 def warn_unguarded(config: DictConfig) -> None:
-    """Say that a run which has settings of the guard does not load it in its workers."""
-    if config.get(NODE) is not None and not _loads(config):
+    """Say that a run does not load the guard in its workers; a warning where it seems to be meant to."""
+    from .plugin import say
+
+    if _loads(config):
+        return
+    where = "actor_rollout_ref.model.external_lib"
+    wrong = [name for name in _libraries(config) if name.split(".")[0] == PACKAGE]
+    if wrong:
         warnings.warn(
-            f"The run has +guard.* settings, and actor_rollout_ref.model.external_lib without {LIBRARY}: it "
-            "trains unguarded. Add the library there, or set +guard.enabled=false.",
+            f"{where} names {wrong[0]!r}, which guards nothing: the run trains unguarded. Name {LIBRARY} there, "
+            "or set +guard.enabled=false.",
             stacklevel=2,
         )
+    elif config.get(NODE) is not None:
+        warnings.warn(
+            f"The run has +guard.* settings, and {where} without {LIBRARY}: it trains unguarded. Add the library "
+            "there, or set +guard.enabled=false.",
+            stacklevel=2,
+        )
+    else:
+        say(f"DomainDataset orders the rows, and the run trains unguarded: {where} does not name {LIBRARY}.")
 
 
 def _loads(config: DictConfig) -> bool:
+    # A module of the library brings the whole of it.
+    return any(f"{name}.".startswith(f"{LIBRARY}.") for name in _libraries(config))
+
+
+def _libraries(config: DictConfig) -> list[str]:
     found = OmegaConf.select(config, "actor_rollout_ref.model.external_lib", default=None)
-    return LIBRARY in ([found] if isinstance(found, str) else list(found or ()))
+    return [str(name) for name in ([found] if isinstance(found, str) else found or ())]
 
 
 _found: RunSettings | None = None

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 # Numbers of a parameter that its checksum is of, evenly spaced: any training changes nearly all of them.
 SAMPLED = 1024
-# How many times as far as when it was saved a domain must be from its anchor: a host may have rounded the weights.
-FAR = 10.0
+# Part of its radius by which a domain's prediction may differ from the saved one: other numbers of ranks round
+# sums otherwise, and weights in less than fp32 are rounded after the step that the saved one is of.
+SAME, SAME_ROUNDED = 0.1, 1.0
 TRAINERS = (
-    "Trainers given a model's name load it anew, and a peft_config makes a new adapter: give each of them the same "
-    "model object, or load it from the checkpoint that the state is of (an adapter by "
+    "Trainers given a model's name load it anew, and a peft_config makes a new adapter: give each of them the "
+    "same model object, or load it from the checkpoint that the state is of (an adapter by "
     "PeftModel.from_pretrained(base, checkpoint, is_trainable=True))."
 )
 
@@ -70,10 +71,10 @@ def compare(before: Mapping[str, str] | None, view: ModelView, where: str, advic
 
 
 def compare_regions(guard: Guard, where: str, advice: str) -> None:
-    """Warn where a protected domain is much farther from its anchor than when its state was saved.
+    """Warn where a protected domain is predicted to lose something else than when its state was saved.
 
-    For sharded models, of which there are no checksums; every rank must call it, right after the state was read.
-    Where no domain is protected yet it says nothing.
+    For sharded models, of which there are no checksums: the prediction is the same on any number of ranks. Every
+    rank must call it, right after the state was read. Where no domain is protected yet it says nothing.
 
     Args:
         guard: With a state just read.
@@ -81,14 +82,17 @@ def compare_regions(guard: Guard, where: str, advice: str) -> None:
         advice: As for `compare`.
     """
     follow(guard)
+    full = all(tensor.dtype == torch.float32 for tensor in guard.view.pieces().values())
     # All of them, so that all ranks sum the same.
     for name, raw in guard.raw_parts().items():
         state = guard.domains[name]
-        radius, before = (0.0 if item is None else item.item() for item in (state.radius, state.subspace))
-        # One that was being trained was not held.
-        if state.own_steps or state.mixed_steps or not 0 < radius < math.inf:
+        # The latter is of its last step as a protected one.
+        if state.radius is None or state.subspace is None or state.own_steps or state.mixed_steps:
             continue
-        if raw.inside > FAR * max(radius, before):
+        radius, before = state.radius.item(), state.subspace.item()
+        if not 0 < radius < math.inf:
+            continue
+        if abs(raw.inside - before) > (SAME if full else SAME_ROUNDED) * max(radius, before):
             warnings.warn(
                 f"The weights are not those {where}, or were rounded since: the predicted interference of domain "
                 f"{name!r} is {raw.inside / radius:.3g} times its radius, and was {before / radius:.3g} times it "

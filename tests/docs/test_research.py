@@ -81,6 +81,24 @@ def test_the_table_of_moved_regions_is_the_result():
     assert f"ends {with_it[0] - without[0]:.3f} higher and forgets {without[1] - with_it[1]:.3f} less" in PAGE
 
 
+def test_the_settings_tried_on_another_processor_are_the_result():
+    found = json.loads((ROOT / "benchmarks/results/ablations_digits_amd.json").read_text())
+    assert json.loads(json.dumps(ablations.summarise(found["runs"]))) == found["rows"]
+    assert ablations.markdown(found["rows"]) in PAGE
+    rows = {row["variant"]: row for row in found["rows"]}
+    default = rows["default"]
+    assert default["runs"] == rows["probe every 50"]["runs"] == 6
+    assert f"end at {default['average']:.3f} there and forget {default['forgetting']:.3f}" in PAGE
+    seldom = [fmean(rows["probe every 50"][key]) for key in ("differences", "more_forgotten")]
+    assert f"{-seldom[0]:.3f} lower in the average and forgets {-seldom[1]:.3f} less" in PAGE
+    energy, drawn = (
+        [fmean(rows[name][key]) for key in ("differences", "more_forgotten")]
+        for name in ("coverage 0.5", "coverage 0.5 at random")
+    )
+    # No worse by more than half of what changes from run to run.
+    assert all(abs(a - b) < 0.015 for a, b in zip(energy, drawn, strict=True))
+
+
 def test_the_table_of_ablations_is_the_result():
     assert json.loads(json.dumps(ablations.summarise(ABLATIONS["runs"]))) == ABLATIONS["rows"]
     assert ablations.markdown(ABLATIONS["rows"]) in PAGE

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import yaml
+from datasets import Dataset, LargeList, Value
 
 from interference_guard import ConfigError, GuardConfig
 from interference_guard.integrations.trl import grpo
@@ -103,6 +104,42 @@ def test_bad_files_are_refused(tmp_path, settings, change, message):
         grpo.main(written(tmp_path, settings | change))
 
 
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        (["math", "code"], r"The domain 'math' is a str; .* Write '- name: math'"),
+        ({"math": {"path": "b"}}, r"domains=\{'math': .* is a dict; it must be a list"),
+        ([{"name": 1}], r"has name=1; it must be text"),
+        ([{"path": None}], r"'math' has path=None; it must be a file"),
+        ([{"rewards": None}], r"'math' has rewards=None; it must be a list of functions"),
+        ([{"rewards": [["b.py:f"]]}], r"'math' has rewards=\[\['b.py:f'\]\]; it must be a list of functions"),
+        ([{"weight": "2"}], r"'math' has weight='2'; it must be a number of at least 0"),
+        ([{"weight": float("nan")}], r"'math' has weight=nan; it must be a number"),
+        ([{"batches": "2"}], r"'math' has batches='2'; it must be an integer"),
+    ],
+)
+def test_slips_in_the_domains_are_named(tmp_path, settings, domains, message):
+    if isinstance(domains, list):
+        whole = settings["domains"][0]
+        domains = [whole | entry if isinstance(entry, dict) else entry for entry in domains]
+    with pytest.raises(ConfigError, match=message):
+        grpo.main(written(tmp_path, settings | {"domains": domains, "order": "weights"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", "", r"'a' has path='\S+a\.jsonl', which cannot be read as json: it holds no rows"),
+        ("a.jsonl", "{oops\n", r"'a' has path='\S+a\.jsonl', which cannot be read as json: \w+: \w+"),
+        ("a.csv", "prompt,answer\n", r"'a' has path='\S+a\.csv', which cannot be read as csv: .* no data"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        grpo.load_rows([grpo.DomainSettings("a", str(tmp_path / name), ["b.py:f"])], "domain")
+
+
 def test_rows_without_prompts_are_refused(tmp_path, settings):
     (tmp_path / "math.jsonl").write_text('{"question": "1 + 1"}')
     with pytest.raises(ConfigError, match=r"domain 'math' .* have no column 'prompt'; they have \['question'\]"):
@@ -141,6 +178,32 @@ def test_routed_rewards_say_which_column_is_missing():
     scored = for_domain(len, "math", "task")
     with pytest.raises(ConfigError, match=r"no column 'task', .* domain 'math'; they have"):
         scored(["p"], ["x"], answer=[1])
+
+
+def uneven(log_extra, completions, **columns):
+    log_extra("judged", [1])
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda **columns: [1.0],
+            r"'<lambda>' of domain 'math' returned 1 rewards; .* the 2 completions of its",
+        ),
+        (
+            lambda **columns: [1.0] * 3,
+            r"'<lambda>' of domain 'math' returned 3 rewards; .* Return a number",
+        ),
+        (lambda **columns: None, r"'<lambda>' of domain 'math' returned None; .* must be 2 rewards"),
+        (uneven, r"'uneven' of domain 'math' logged in 'judged' 1 values; .* Log a value"),
+    ],
+)
+def test_a_routed_reward_that_is_not_one_a_row_is_named(function, message):
+    (scored,) = route({"math": [function]})
+    with pytest.raises(ConfigError, match=message):
+        scored(["p"] * 3, ["x"] * 3, domain=["math", "code", "math"], log_extra=lambda name, values: None)
 
 
 FILE = """
@@ -197,6 +260,23 @@ def test_what_goes_into_one_table_by_itself_is_left_as_it_is(tmp_path, settings)
         {"a": "x", "b": None},
         {"a": None, "b": ["y"]},
     ]
+
+
+@pytest.mark.parametrize("prompt", ["1 + 1 =", [{"role": "user", "content": "1 + 1 ="}]])
+def test_text_is_text_whichever_file_it_is_from(tmp_path, prompt):
+    rows = [{"prompt": prompt, "answer": "two"}]
+    text = Value("large_string")
+    chat = LargeList({"role": text, "content": text})
+    large = Dataset.from_list(rows).cast_column("prompt", chat if isinstance(prompt, list) else text)
+    large.cast_column("answer", text).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[0]))
+    files = {"a": "a.parquet", "b": "b.jsonl"}
+    if isinstance(prompt, str):
+        (tmp_path / "c.csv").write_text(f"prompt,answer\n{prompt},two\n")
+        files["c"] = "c.csv"
+    domains = [grpo.DomainSettings(name, str(tmp_path / file), ["b.py:f"]) for name, file in files.items()]
+    found = grpo.load_rows(domains, "domain")
+    assert found.to_list() == [rows[0] | {"domain": name} for name in files]
 
 
 def test_columns_of_one_name_and_two_types_are_named(tmp_path, settings):

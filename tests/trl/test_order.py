@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -83,6 +84,9 @@ def test_domains_of_former_runs_are_rehearsed(data):
         ({"order": "random"}, "order='random' is not allowed"),
         ({"order": {"math": 1.0}}, "a weight of"),
         ({"order": {"math": 0.0, "code": 0.0, "qa": 0.0}}, "a weight of"),
+        ({"order": {"math": "2", "code": 1.0, "qa": 1.0}}, "the weight of domain 'math' is '2', and must be"),
+        ({"order": {"math": 2, "code": 1.0, "qa": torch.nan}}, "the weight of domain 'qa' is nan, and must be"),
+        ({"prompts": 2.0}, "prompts=2.0 is not allowed"),
         ({"batches": {"math": 1}}, "at least 1 for each"),
         ({"batches": 0}, "at least 1 for each"),
     ],
@@ -90,6 +94,21 @@ def test_domains_of_former_runs_are_rehearsed(data):
 def test_refusals(data, options, message):
     with pytest.raises(ConfigError, match=message):
         order_by_domain(data, **({"prompts": 4} | options))
+
+
+def test_integers_of_numpy_are_integers(data):
+    four, two = np.int64(4), np.int64(2)
+    assert order_by_domain(data, four)["index"][:] == order_by_domain(data, 4)["index"][:]
+    for order in ("round_robin", {"math": np.float32(1), "code": 1, "qa": 1}):
+        found = order_by_domain(data, four, order, batches=two)["index"][:]
+        assert found == order_by_domain(data, 4, order, batches=2)["index"][:]
+
+
+@pytest.mark.parametrize("wrap", [lambda name: [name], lambda name: {"is": name}])
+def test_domains_of_a_kind_that_cannot_be_read_are_told_with_their_row(data, wrap):
+    rows = Dataset.from_list([row | {"domain": wrap(row["domain"])} for row in data.to_list()])
+    with pytest.raises(MissingDomainError, match=r"Row 0 has domain=[\[{].*'math'.*'index': '0'"):
+        order_by_domain(rows, 4)
 
 
 def test_bad_rows(data):

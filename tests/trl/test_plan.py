@@ -12,7 +12,7 @@ from interference_guard.integrations.trl import (
     prompts_per_generation,
 )
 from interference_guard.integrations.trl.plan import look_ahead
-from tests.trl.host import TWO_PHASES, online, rows, supervised
+from tests.trl.host import TWO_PHASES, guarded, online, rows, supervised
 
 
 def begin(trainer, active_share=0.05, epochs=1, steps=1000):
@@ -75,6 +75,14 @@ def test_packing_is_named_as_what_took_the_column(tmp_path):
     trainer = supervised(tmp_path, data, packing=True, max_length=16, padding_free=False)
     with pytest.raises(HostError, match=r"packing=True joins rows.* Set packing=False"):
         InterferenceGuardCallback(trainer)
+
+
+def test_rows_that_were_replaced_by_others_without_a_domain_are_refused(tmp_path):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+    guarded(trainer)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("domain")
+    with pytest.raises(HostError, match=r"no column 'domain'; it has \['answer', 'prompt'\]"):
+        trainer.train()
 
 
 def trained(trainer):

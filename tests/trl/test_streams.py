@@ -1,12 +1,13 @@
 """Supervised streams: their domains pass worker processes, and are numbered behind them."""
 
 import pickle
+import re
 
 import pytest
 from datasets import IterableDataset
 
 from interference_guard import HostError, MissingDomainError
-from interference_guard.integrations.trl.collating import DOMAIN_ID, NamingCollator, pack, unpack
+from interference_guard.integrations.trl.collating import DOMAIN_ID, NamingCollator, pack, unnamed, unpack
 from tests.trl.host import guarded, rows, supervised
 
 pytestmark = pytest.mark.filterwarnings(
@@ -28,24 +29,26 @@ def test_a_stream_behind_worker_processes(workers, tmp_path):
     assert callback.guard.domains["math"].foreign_steps == callback.guard.domains["code"].own_steps == 3
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_streamed_row_without_a_domain(workers, tmp_path):
+@pytest.mark.parametrize(("value", "workers"), [(None, 0), (None, 1), ("", 0), (7, 1), (["math"], 0)])
+def test_a_streamed_row_without_a_domain(value, workers, tmp_path):
     table = completed([("math", 4)]).to_list()
-    table[1]["domain"] = None
+    table[1]["domain"] = value
 
     def stream():
         yield from table
 
     trainer = supervised(tmp_path, IterableDataset.from_generator(stream), dataloader_num_workers=workers)
     guarded(trainer)
-    with pytest.raises(MissingDomainError, match=r"Row 1 has domain=None.*1 \+ 1 ="):
+    with pytest.raises(MissingDomainError, match=rf"Row 1 has domain={re.escape(repr(value))}:.*1 \+ 1 ="):
         trainer.train()
 
 
 def test_names_survive_as_bytes():
     names = ["math", "数学", "x" * 256, ""]
     assert unpack(pack(names)) == names
-    assert unpack(pack([None, 3])) == ["", ""]
+    table = pack([None, 3, "", ["é" * 256]])
+    assert unpack(table) == [""] * 4
+    assert [unnamed(row)[:6] for row in table] == ["None", "3", "''", "['éééé"]
     with pytest.raises(HostError, match=r"'xxx.* has 257 bytes in UTF-8; 256 are allowed"):
         pack(["x" * 257])
 

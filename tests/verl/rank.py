@@ -10,10 +10,10 @@ from tests.verl import host
 
 def main(rank, world, port, model, out, plan, begun=None, start=0):
     host.join_group(rank, world, port)
-    made = host.worker(model, host.SMALL)
-    if begun is not None:
+    state = {} if begun is None else {"state": str(begun / "checkpoint")}
+    made = host.worker(model, host.SMALL | state)
+    if begun is not None and (begun / "weights0.pt").exists():
         host.put_weights(made, host.torch.load(begun / "weights0.pt"))
-        made.engine.interference.load(begun / f"checkpoint/interference_guard_rank{rank}")
     metrics = host.train(made, plan, start, rank=rank, world=world)
     guard = made.engine.interference.guard
     made.save_checkpoint(str(out / "checkpoint"), global_step=len(plan))

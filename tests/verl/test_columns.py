@@ -122,6 +122,7 @@ def test_a_phase_of_a_former_run_is_given_up_where_its_rows_are_missing(model, t
     Link.served = frozenset({"code"})
     told.clear()
     made = host.worker(model, {**settings, "state": str(tmp_path / "actor")})
+    host.put_weights(made, host.weights(former))
     host.train(made, ["code"], start=step)
     assert made.engine.interference.guard.recovery is None
     assert set(told) == {None}

@@ -131,6 +131,10 @@ def test_a_rehearsal_that_would_end_the_protection_is_refused(tmp_path):
         (["+guard.budget=0.05", f"{LIBRARY}=[something.else]"], True),
         (["+guard.budget=0.05", f"{LIBRARY}=[something.else,interference_guard.integrations.verl]"], False),
         (["+guard.budget=0.05"], False),
+        ([f"{LIBRARY}=interference_guard"], True),
+        ([f"{LIBRARY}=interference_guard.integrations"], True),
+        ([f"{LIBRARY}=interference_guard.integrations.verl.plugin"], False),
+        ([f"{LIBRARY}=interference_guard", "+guard.enabled=false"], False),
         # A run to compare with has no settings of the guard.
         ([f"{LIBRARY}=null"], False),
     ],
@@ -141,6 +145,13 @@ def test_settings_without_the_library_are_told(tmp_path, overrides, told):
         warnings.simplefilter("always")
         DomainDataset([path], SimpleNamespace(), config)
     assert any("trains unguarded" in str(item.message) for item in found) is told
+
+
+def test_a_run_that_nothing_guards_is_said_to_be(tmp_path, capsys):
+    for overrides in ([], [f"{LIBRARY}=null"]):
+        config, path = data(tmp_path, *overrides)
+        DomainDataset([path], SimpleNamespace(), config)
+        assert capsys.readouterr().out.count("trains unguarded") == len(overrides)
 
 
 def test_a_trainer_that_loses_the_domains_is_refused(tmp_path):

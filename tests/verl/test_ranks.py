@@ -119,6 +119,17 @@ def test_two_ranks_take_over_from_one(model, tmp_path):
         assert found["loss"] == pytest.approx(look(guard, guard.domains["math"]).loss, abs=5e-3)
         assert found["rows"] == host.SMALL["retain"] / 2
         assert found["inside"] <= found["radius"] * (1 + 1e-3)
+    assert "weights are not those" not in (tmp_path / "two/out0").read_text()
+
+
+def test_two_ranks_say_that_the_weights_are_others(two, model, tmp_path):
+    """Of sharded models there are no checksums. Here the model is the one before training."""
+    (tmp_path / "begun").mkdir()
+    shutil.copytree(two / "checkpoint", tmp_path / "begun/checkpoint")
+    (tmp_path / "two").mkdir()
+    two_ranks(model, tmp_path / "two", ["code"], tmp_path / "begun", len(PLAN))
+    for rank in range(2):
+        assert "The weights are not those saved beside" in (tmp_path / f"two/out{rank}").read_text()
 
 
 def test_a_missing_ranks_folder_is_an_error(two, model, tmp_path):
