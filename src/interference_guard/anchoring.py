@@ -92,6 +92,9 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
             stacklevel=6,
         )
         return
+    if with_rewards and not rewarded:
+        # Rows of a supervised warm start, on a rank that saw no others: ranks must measure the same.
+        state.retained = None
     share_span(guard, state)
     temperature = -math.inf if state.retained is None else state.retained.temperature
     state.temperature = guard.ranks.limits(0.0, temperature, guard.device)[1]

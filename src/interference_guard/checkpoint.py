@@ -45,7 +45,8 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         StateError: If the files cannot be written, for instance on a full disk, or ranks that hold the same
             weights and each their own completions would write the same files. Earlier files stay.
     """
-    _check_writers(guard, folders)
+    if folders == 1 and place is None:
+        _check_writers(guard)
     packed = pack(guard, folders, place)
     tensors = {
         # Shared and strided memory cannot be stored as it is.
@@ -74,10 +75,11 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
                 path.unlink(missing_ok=True)
 
 
-def _check_writers(guard: Guard, folders: int) -> None:
+def _check_writers(guard: Guard) -> None:
     """Replicas would overwrite each other's files, which are named by the part of the model that they hold."""
-    writers = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if guard.ranks.reduce is not None and folders == 1 and writers > guard.view.shards.world:
+    everybody = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    writers = guard.view.shards.holders or everybody
+    if guard.ranks.reduce is not None and writers > guard.view.shards.world:
         raise StateError(
             f"{writers} ranks keep completions of their own, and their model lies in {guard.view.shards.world} "
             "different parts, by which files are named: in one folder they would overwrite each other. Give each "

@@ -30,11 +30,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
         device: Where the guard computes.
     """
     before = [(switch, name, getattr(switch, name)) for switch, name in _switches(device)]
-    # One that says nothing reads as the backend's or the general one above it, and goes on following that.
-    above = {getattr(part, "fp32_precision", None) for part in (_library(device), torch.backends)} - {
-        None,
-        "none",
-    }
+    # One that says nothing reads as the library's or the general one above it, and goes on following that.
+    above = {getattr(part, "fp32_precision", None) for part in _above(device)} - {None, "none"}
     reduced = [item for item in before if item[2] not in _FULL]
     cast = torch.is_autocast_enabled(device.type)
     for switch, name, value in reduced:
@@ -50,12 +47,15 @@ def exact_products(device: torch.device) -> Iterator[None]:
 _FULL = (False, "none", "ieee")
 
 
-def _library(device: torch.device) -> Any:
-    return torch.backends.cuda if device.type == "cuda" else getattr(torch.backends, "mkldnn", None)
+def _above(device: torch.device) -> tuple[Any, ...]:
+    """Where torch keeps what those say that say nothing: for a library as a whole, and for all."""
+    return getattr(torch.backends, "cudnn" if device.type == "cuda" else "mkldnn", None), torch.backends
 
 
 def _switches(device: torch.device) -> list[tuple[Any, str]]:
     """Where torch keeps the precision of fp32 products; since 2.9 by words, before by a flag."""
-    products = getattr(_library(device), "matmul", None)
-    names = [name for name in ("fp32_precision", "allow_tf32") if hasattr(products, name)]
-    return [(products, name) for name in names[:1]]
+    library = getattr(torch.backends, "cuda" if device.type == "cuda" else "mkldnn", None)
+    products = getattr(library, "matmul", None)
+    # The flag is not even asked for where there are words: torch raises where they say what a flag cannot.
+    name = next((name for name in ("fp32_precision", "allow_tf32") if hasattr(products, name)), None)
+    return [] if name is None else [(products, name)]

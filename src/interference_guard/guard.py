@@ -265,7 +265,8 @@ class Guard(GuardState):
         if not math.isfinite(reward):
             # An evaluation in which nothing was scored; in the running sums it would stay for good.
             return
-        measuring.calibrate(self, self._domains[domain], reward)
+        # NumPy's numbers and tensors are no plain ones, which a state is made of.
+        measuring.calibrate(self, self._domains[domain], float(reward))
 
     def abandon_recovery(self) -> None:
         """Give up the present recovery phase, for instance because the host has no rows of its domain.

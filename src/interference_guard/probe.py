@@ -314,17 +314,19 @@ def estimate(
     seen = (tokens > 0).to(whole)
     R = torch.zeros_like(whole) if rewards is None else (doubled(rewards).to(whole) - low) * seen
     kinds = [ratio.exp().clamp(max=TRUNCATION) * seen for ratio in (whole, mean)]
-    sums = [kl, tokens.sum(), seen.sum(), R.sum()]
+    # Ranks must agree on the unit, and one of them may have no rows.
+    rewarded = torch.full_like(kl, 0.0 if rewards is None else float(len(R)))
+    sums = [rewarded, kl, tokens.sum(), seen.sum(), R.sum()]
     for ratio in kinds:
         sums += [(ratio * R).sum(), ratio.sum(), ratio.square().sum()]
     table = torch.stack(sums)
     if reduce is not None:
         table = reduce(table)
-    total_kl, count_tokens, rows, reward, *rest = table.tolist()
+    any_rewards, total_kl, count_tokens, rows, reward, *rest = table.tolist()
     kl_mean = total_kl / max(count_tokens, 1.0)
     parts = [rest[:3], rest[3:]]
     shares = [part[1] ** 2 / max(part[2] * rows, 1e-300) for part in parts]
-    if rewards is None or high <= low:
+    if not any_rewards or high <= low:
         return Measurement(domain, kl_mean, kl_mean, shares[0], "nats")
     kind = 0 if shares[0] >= LEAST_EFFECTIVE else 1
     loss = (reward - parts[kind][0]) / max(rows, 1.0) / (high - low)

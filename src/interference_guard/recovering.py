@@ -142,6 +142,8 @@ def _close(guard: Guard, state: DomainState, policy: Policy | None) -> None:
         # Its region stands where the domain had lost, and would take back what its own steps have brought.
         move(guard, state, look(guard, state, policy).loss)
     state.own_steps = 0
+    # That of its last step as a protected one; its own steps have moved the weights since.
+    state.subspace = None
     state.forget_pending()
 
 

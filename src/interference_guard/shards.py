@@ -70,6 +70,11 @@ class Shards:
         self.parts: dict[str, Part] = {}
         self.group: Any = None
         self.zero = zero
+        self.holders = max(
+            [tensor.device_mesh.size() for tensor in parameters.values() if is_sharded(tensor)],  # type: ignore[attr-defined]
+            default=None,
+        )
+        """Ranks that hold pieces of the parameters, copies included; None where nothing says."""
         self.managed = zero is not None or any(is_sharded(tensor) for tensor in parameters.values())
         """Whether an engine takes their gradients, so that its own backward passes alone reach them."""
         if zero is not None:
@@ -78,6 +83,7 @@ class Shards:
                 self.parts[name] = _range(whole_shape(tensor), place.cut, zero.rank)
                 zero.check(name, tensor)
             self.group, self.rank, self.world = zero.group, zero.rank, zero.world
+            self.holders = zero.world
             return
         for name, tensor in parameters.items():
             self.parts[name], group = _part(name, tensor)

@@ -72,6 +72,8 @@ def saved(how, folder):
 
     train(model, guard, optimizer, ORDER[:8], keep=own)
     message = answer(lambda: guard.save(folder))
+    # Where it is said whose rows these are, each has seen to it.
+    guard.save(Path(folder) / f"own{rank}", place=(rank, ranks))
     place = Path(folder) / str(rank)
     guard.save(place, folders=ranks, place=(rank, ranks))
     before = kept_rows(guard)

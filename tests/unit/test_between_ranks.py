@@ -1,5 +1,7 @@
 """What ranks with rows of their own share: means, the domains they know, and completions when others go on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -140,3 +142,28 @@ def test_means_go_on_where_a_run_is_resumed_between_two_reports(tmp_path):
             key = f"guard/{domain}/{name}"
             assert found[key] == pytest.approx(reported[key])
     assert resumed.announced == {"math", "code"}
+
+
+@pytest.mark.parametrize("later", [(True, False), (False, True), (True, True)])
+def test_ranks_measure_in_one_unit_where_one_saw_no_rewards_after_a_warm_start(later):
+    models = [Toy(), Toy()]
+
+    def rank(number, reduce):
+        model, found = models[number], []
+        guard = Guard(model, CONFIG, reduce=reduce)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        for step, domain in enumerate(["math"] * 4 + ["code"] * 4):
+            rows = rollout(model, domain, seed=10 * step + number)
+            if domain == "math" and step < 2:
+                rows = replace(rows, rewards=None)
+            elif domain == "math" and not later[number]:
+                rows = None
+            step_by_hand(model, guard, optimizer, domain, step, rows)
+            found += [(item.ratio, item.loss) for item in guard.probe().values()]
+        state = guard.domains["math"]
+        return found, state.region.unit, state.radius.item()
+
+    first, second = two_ranks(rank)
+    assert first == second
+    assert {ratio for ratio, _ in first[0]} == {"sequence"}
+    assert first[1] == "reward"

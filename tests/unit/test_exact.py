@@ -53,6 +53,27 @@ def test_a_precision_that_follows_the_general_one_goes_on_to_follow_it():
         MATMUL.fp32_precision = own
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has flags for CUDA alone"
+)
+@pytest.mark.parametrize("where", [torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul])
+def test_words_of_cuda_are_asked_for_no_flag(where):
+    """Torch raises where a flag is read that words have set, as transformers' `tf32=True` does."""
+    products, device = torch.backends.cuda.matmul, torch.device("cuda")
+    before, own = where.fp32_precision, products.fp32_precision
+    try:
+        products.fp32_precision = "none"
+        where.fp32_precision = "tf32"
+        with exact_products(device):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+        where.fp32_precision = "ieee"
+        assert products.fp32_precision == "ieee"
+    finally:
+        where.fp32_precision = before
+        products.fp32_precision = own
+
+
 def test_a_step_inside_autocast_is_that_of_one_outside():
     ends = []
     for inside in (False, True):

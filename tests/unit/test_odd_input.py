@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,6 +174,17 @@ def test_rewards_count_once_a_domain_that_had_none_has_some():
     for name in ("math", "code"):
         assert guard.domains[name].retained.rewards is not None
         assert guard.metrics()[f"guard/{name}/nats"] == 0.0
+
+
+@pytest.mark.parametrize("reward", [np.float32(0.5), torch.tensor(0.5)])
+def test_an_evaluation_in_other_numbers_can_be_saved(reward, tmp_path):
+    _model, guard, _ = guarded()
+    guard.retain("math", rows([0.0, 1.0]))
+    guard.calibrate("math", reward)
+    guard.load_state_dict(guard.state_dict())
+    guard.save(tmp_path)
+    guard.load(tmp_path)
+    assert guard.domains["math"].anchor_reward == 0.5
 
 
 def test_a_weight_that_is_frozen_on_the_way_has_no_gradient():

@@ -132,7 +132,10 @@ def test_a_domain_that_must_recover_is_held_closer(project):
     # A phase's own steps leave it so; the domain's planned ones do not.
     train(model, guard, optimizer, ["math"], start=46)
     assert state.region.ceiling == before / 2
+    assert state.subspace is not None
     guard.abandon_recovery()
+    # Where the domain stands after its own steps is not known before the next step of another one.
+    assert state.subspace is None
     train(model, guard, optimizer, ["math"], start=47)
     assert state.region.ceiling == math.inf
 
