@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
 
-from datasets import LargeList, List, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetsError
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from interference_guard.config import GuardConfig
@@ -30,14 +27,11 @@ from interference_guard.errors import ConfigError
 from interference_guard.rehearsal import check_active_share
 
 from .callback import InterferenceGuardCallback
-from .order import ORDERS, integer, is_weight, order_by_domain, prompts_per_generation
+from .loading import DomainSettings, load_rows
+from .order import ORDERS, order_by_domain, prompts_per_generation
 from .rewards import load, route
-from .rows import named
 
 PREFIX = "guard_"
-# How the types of numbers begin.
-NUMBERS = ("int", "uint", "float")
-FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 GuardArguments = make_dataclass(
     "GuardArguments",
@@ -54,58 +48,6 @@ GuardArguments = make_dataclass(
     ],
     namespace={"__doc__": "The fields of `GuardConfig`, each with the prefix ``guard_``."},
 )
-
-
-@dataclass
-class DomainSettings:
-    """One domain of a run.
-
-    Args:
-        name (`str`): Its name, as metrics show it.
-        path (`str`): A local .json, .jsonl, .parquet or .csv file, or a data set's name for `load_dataset`. Its
-            rows need a `prompt`.
-        rewards (`list[str]`): Reward functions, ``"package.module.function"`` or ``"file.py:function"``; they
-            see the domain's rows alone, and are added up.
-        batches (`int`, *optional*): Generation batches; by default as many full ones as there are rows for.
-        weight (`float`, *optional*, defaults to `1.0`): Chance of a batch with ``order: weights``.
-        config (`str`, *optional*): Configuration of the data set.
-        split (`str`, *optional*, defaults to `"train"`): Its split.
-
-    Raises:
-        ConfigError: If a field has no value that it may have.
-    """
-
-    name: str
-    path: str
-    rewards: list[str]
-    batches: int | None = None
-    weight: float = 1.0
-    config: str | None = None
-    split: str = "train"
-
-    def __post_init__(self) -> None:
-        if not named(self.name):
-            raise ConfigError(
-                f"A domain (path={self.path!r}) has name={self.name!r}; it must be text, of one character "
-                "at least. Put it in quotes where YAML reads something else."
-            )
-        if not isinstance(self.path, str) or not self.path:
-            raise self._refused("path", "it must be a file, or the name of a data set.")
-        # As it stands in the file.
-        rewards: Any = self.rewards
-        if isinstance(rewards, str):
-            raise self._refused("rewards", f"it must be a list, [{rewards}].")
-        if not isinstance(rewards, list | tuple) or not all(isinstance(path, str) for path in rewards):
-            raise self._refused("rewards", "it must be a list of functions, ['file.py:function'].")
-        if self.batches is not None and (integer(self.batches) is None or self.batches < 0):
-            raise self._refused("batches", "it must be an integer of at least 0, without quotes.")
-        if not is_weight(self.weight):
-            raise self._refused(
-                "weight", "it must be a number of at least 0. Write it as 0.01, without quotes or an exponent."
-            )
-
-    def _refused(self, setting: str, allowed: str) -> ConfigError:
-        return ConfigError(f"The domain {self.name!r} has {setting}={getattr(self, setting)!r}; {allowed}")
 
 
 @dataclass
@@ -169,107 +111,6 @@ def make_parser() -> Any:
 def guard_config(arguments: Any) -> GuardConfig:
     """The `GuardConfig` that ``guard_`` arguments describe."""
     return GuardConfig(**{item.name: getattr(arguments, PREFIX + item.name) for item in fields(GuardConfig)})
-
-
-def load_rows(domains: list[DomainSettings], column: str) -> Any:
-    """All domains' rows in one data set, each with its domain in `column`.
-
-    Raises:
-        ConfigError: If there is no domain, two have one name, a file is missing or cannot be read, a data set has
-            no prompts, or columns of one name have types that do not go together.
-    """
-    names = [domain.name for domain in domains]
-    if not domains or len(set(names)) < len(names):
-        raise ConfigError(f"domains are {names}; a run needs at least one, and each name once.")
-    parts = []
-    for domain in domains:
-        rows = _read(domain)
-        if "prompt" not in rows.column_names:
-            raise ConfigError(
-                f"The rows of domain {domain.name!r} ({domain.path}) have no column 'prompt'; they have "
-                f"{rows.column_names}. Prepare them first, see examples/trl/prepare.py."
-            )
-        if column in rows.column_names:
-            rows = rows.remove_columns(column)
-        parts.append(rows.add_column(column, [domain.name] * len(rows)))
-    try:
-        return concatenate_datasets(_alike(parts))
-    except ValueError as error:
-        kinds = {name: dict(part.features) for name, part in zip(names, parts, strict=True)}
-        raise ConfigError(
-            f"The rows of the domains {names} do not go into one table: {error} Their columns are {kinds}. Give "
-            "columns of one name one type, for instance text, or other names."
-        ) from error
-
-
-def _read(domain: DomainSettings) -> Any:
-    suffix = os.path.splitext(domain.path)[1].lower()
-    if suffix not in FILES:
-        return load_dataset(domain.path, domain.config, split=domain.split)
-    try:
-        return load_dataset(FILES[suffix], data_files=domain.path, split="train")
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"Domain {domain.name!r} has path={domain.path!r}, and {os.getcwd()!r} has no such file."
-        ) from error
-    except (DatasetsError, StopIteration, OSError, ValueError) as error:
-        # Each format fails in a way of its own, and an empty file without a word.
-        cause = error.__cause__ or error
-        why = f"{type(cause).__name__}: {cause}" if str(cause) else "it holds no rows"
-        raise ConfigError(
-            f"Domain {domain.name!r} has path={domain.path!r}, which cannot be read as {FILES[suffix]}: {why}. "
-            "Mend the file, or write it anew."
-        ) from error
-
-
-def _alike(parts: list[Any]) -> list[Any]:
-    """The same data sets with each column's numbers in one type, and its text in one.
-
-    Numbers become floats where any are, else 64-bit integers.
-    """
-    kinds: dict[str, set[str]] = {}
-    for part in parts:
-        for column, kind in part.features.items():
-            if _is_number(kind):
-                kinds.setdefault(column, set()).add(kind.dtype)
-    for column, found in kinds.items():
-        if len(found) > 1:
-            wide = "float64" if any(kind.startswith("float") for kind in found) else "int64"
-            if wide == "float64" and not all(kind.startswith("float") for kind in found):
-                warnings.warn(
-                    f"Column {column!r} holds integers in some domains and other numbers elsewhere: its integers "
-                    "become floats (2 is 2.0), also for reward functions. Write text where that matters.",
-                    stacklevel=4,
-                )
-            parts = [
-                part.cast_column(column, Value(wide)) if _is_number(part.features.get(column)) else part
-                for part in parts
-            ]
-    for column in dict.fromkeys(name for part in parts for name in part.features):
-        present = [part.features[column] for part in parts if column in part.features]
-        if any(kind != present[0] for kind in present):
-            parts = [_with_plain(part, column) for part in parts]
-    return parts
-
-
-def _with_plain(part: Any, column: str) -> Any:
-    kind = part.features.get(column)
-    return part if kind == _plain(kind) else part.cast_column(column, _plain(kind))
-
-
-def _plain(kind: Any) -> Any:
-    """A type with text and lists as JSON brings them; from CSV, pandas and polars they have 64-bit offsets."""
-    if isinstance(kind, dict):
-        return {name: _plain(inner) for name, inner in kind.items()}
-    if isinstance(kind, LargeList):
-        return List(_plain(kind.feature))
-    if isinstance(kind, List):
-        return List(_plain(kind.feature), kind.length)
-    return Value("string") if kind == Value("large_string") else kind
-
-
-def _is_number(kind: Any) -> bool:
-    return isinstance(kind, Value) and str(kind.dtype).startswith(NUMBERS)
 
 
 def arrange(rows: Any, arguments: DomainArguments, training: Any, column: str) -> Any:

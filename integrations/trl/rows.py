@@ -94,15 +94,12 @@ def check_dataset(dataset: Any, table: DomainTable) -> None:
         )
     if not numbered_ahead(dataset):
         return
-    try:
-        names = dataset.unique(table.column)
-    except NotImplementedError:
-        # Of lists and structs, which no domain is.
-        names = dataset[table.column][:]
-    if not all(map(named, names)):
-        index = next(i for i, name in enumerate(dataset[table.column]) if not named(name))
-        raise missing(table.column, index, repr(dataset[index][table.column]), dataset[index])
-    table.add(sorted(names))
+    # As they are stored, whatever the rows are turned into.
+    names = dataset.with_format(None)[table.column][:]
+    unnamed = next((index for index, name in enumerate(names) if not named(name)), None)
+    if unnamed is not None:
+        raise missing(table.column, unnamed, repr(names[unnamed]), dataset[unnamed])
+    table.add(sorted(set(names)))
 
 
 def numbered_ahead(dataset: Any) -> bool:

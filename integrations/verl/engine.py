@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interference_guard.errors import UnsupportedError
 
@@ -14,14 +14,27 @@ from .settings import recall
 STRATEGY = "fsdp2"
 
 
-class GuardMixin:
+if TYPE_CHECKING:
+
+    class _Engine:
+        """What the engine class behind the mixin provides."""
+
+        engine_config: Any
+        rank: int
+
+        def initialize(self) -> None: ...
+        def train_batch(self, data: Any, loss_function: Any) -> Any: ...
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any: ...
+        def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any: ...
+
+else:
+    _Engine = object
+
+
+class GuardMixin(_Engine):
     """Guards an engine that trains; one that only runs forward is left alone."""
 
     interference: Session | None = None
-
-    # What the engine class behind the mixin provides.
-    engine_config: Any
-    rank: int
 
     def initialize(self) -> None:
         """Build the engine, then its guard.
@@ -33,12 +46,12 @@ class GuardMixin:
         # Here and not on import, since a process with no engine, as that of a reward function, may use TRL.
         hide_trl()
         if self.engine_config.forward_only:
-            super().initialize()  # type: ignore[misc]
+            super().initialize()
             return
         settings = recall()
         if settings.guard.enabled:
             check_strategy(self.engine_config.strategy)
-        super().initialize()  # type: ignore[misc]
+        super().initialize()
         if settings.guard.enabled:
             former = None if settings.state is None else self._state_folder(settings.state)
             self.interference = Session(self, settings, former)
@@ -46,9 +59,9 @@ class GuardMixin:
     def train_batch(self, data: Any, loss_function: Any) -> Any:
         """One mini-batch of veRL's: one optimizer step."""
         if self.interference is None:
-            return super().train_batch(data, loss_function)  # type: ignore[misc]
+            return super().train_batch(data, loss_function)
         self.interference.begin(data)
-        outputs = super().train_batch(data, loss_function)  # type: ignore[misc]
+        outputs = super().train_batch(data, loss_function)
         self.interference.end(data, outputs)
         return outputs
 
@@ -65,13 +78,11 @@ class GuardMixin:
             # First, since the engine deletes former checkpoints, which must stay where this one lacks the state.
             written = self.interference.save(self._state_folder(local_path))
             max_ckpt_to_keep = max_ckpt_to_keep if written else None
-        return super().save_checkpoint(  # type: ignore[misc]
-            local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs
-        )
+        return super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
 
     def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> Any:
         """The engine's checkpoint, then the guard's; without a path neither."""
-        result = super().load_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+        result = super().load_checkpoint(local_path, *args, **kwargs)
         if self.interference is not None and local_path is not None:
             self.interference.load(self._state_folder(local_path))
         return result

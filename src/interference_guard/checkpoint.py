@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import StateError
-from .files import DETAILS, TENSORS, digest
+from .files import DETAILS, TENSORS, beside, digest
 from .handover import checksums
-from .packing import check, incomplete, pack, shards_of, unpack
+from .packing import BROKEN, check, incomplete, pack, shards_of, unpack
 from .recut import Part, recut
 
 if TYPE_CHECKING:
@@ -54,23 +53,23 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         for name, tensor in packed["tensors"].items()
     }
     names = file_names(guard)
-    temporary = [directory / f".{name}.tmp-{_writer()}" for name in names]
+    written = [beside(directory / name) for name in names]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary[0])
+        save_file(tensors, written[0])
         details = dict(packed["details"])
-        details["tensor_bytes"] = temporary[0].stat().st_size
-        details["tensor_sha256"] = digest(temporary[0])
+        details["tensor_bytes"] = written[0].stat().st_size
+        details["tensor_sha256"] = digest(written[0])
         details["weights"] = checksums(guard.view)
-        temporary[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
-        _move(directory, temporary, names)
+        written[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
+        _move(directory, written, names)
     except (OSError, SafetensorError) as error:
         raise StateError(
             f"The guard's state could not be written to {directory}: {error}. The checkpoint of the host is "
             "not touched. Free space or choose another folder, then save again."
         ) from error
     finally:
-        for path in temporary:
+        for path in written:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -87,17 +86,12 @@ def _check_writers(guard: Guard) -> None:
         )
 
 
-def _writer() -> str:
-    """Names who writes: another thread may save at the same time."""
-    return f"{os.getpid()}-{threading.get_ident()}"
-
-
 def _move(directory: Path, written: Sequence[Path], names: Sequence[str]) -> None:
     """Flush both files and put them in place; where the second cannot be, the first is what it was before."""
     for path in written:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    tensors, before = directory / names[0], directory / f".{names[0]}.old-{_writer()}"
+    tensors, before = directory / names[0], beside(directory / f"{names[0]}.old")
     # Of a process that was killed here, whose number came again.
     before.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -156,7 +150,7 @@ def load(
         raise _missing(own)
     try:
         part = recut(guard, [_read(guard, path) for path in paths], place)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except BROKEN as error:
         raise incomplete(error) from error
     _take(guard, part)
 

@@ -183,9 +183,6 @@ class DomainState:
             step: The guard's steps so far: rows of one step belong together.
         """
         rows = completions.spread(limit).detached()
-        if rows.rewards is not None and any(part.rewards is None for part in self.pending):
-            # Those of a supervised warm start: beside them the rewards of all would be lost.
-            self.pending, self.kept_at = [part for part in self.pending if part.rewards is not None], -1
         if self.kept_at == step and self.pending:
             # Of one step, whose batch comes in parts.
             rows = join([self.pending.pop(), rows]).spread(limit)
@@ -206,11 +203,7 @@ class DomainState:
         rows = join(self.pending).spread(limit) if self.pending else None
         if self.retained is None or (rows is not None and len(rows) >= limit):
             return rows
-        if rows is None:
-            return self.retained
-        if self.retained.rewards is None and rows.rewards is not None:
-            return rows
-        return join([self.retained.spread(limit - len(rows)), rows])
+        return self.retained if rows is None else join([self.retained.spread(limit - len(rows)), rows])
 
     def forget_pending(self) -> None:
         """Begin a new list of retained rows."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, StateError
-from .files import HISTORY
+from .files import HISTORY, beside
 from .thinning import Key, Line, active_of, halved, has_phases, key_of
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class History:
 
     def _rewrite(self, lines: Sequence[Line]) -> None:
         head = {"kind": "run", "version": VERSION, "stride": self.stride, "settings": self._settings}
-        temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        temporary = beside(self.path)
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(_dumped(line) for line in (head, *lines))

@@ -58,6 +58,10 @@ PLAIN = (
 )
 
 
+# What a part that lacks, or is of another kind, makes of reading a state.
+BROKEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 class Packed(TypedDict):
     """A guard's state: what JSON can hold, and tensors by name."""
 
@@ -124,16 +128,15 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
         }
         steps = int(details["steps"])
         schedule = RecoverySchedule(**details["recovery"])
-        if schedule.domain is not None:
-            # It is asked for in the next step.
-            domains[schedule.domain]
+        if schedule.domain not in (None, *domains):
+            raise ValueError(f"its recovery is of {schedule.domain!r}, and its domains are {list(domains)}")
         followed = int(details["followed"])
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
         trained, announced = tuple(details["trained"]), {*details["announced"]}
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
         kept = TensorMean(*(_plain("kept", number, 0.0) for number in details["kept"]))
         fruitless: Counter[str] = Counter(details["fruitless"])
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (*BROKEN, RuntimeError) as error:
         raise incomplete(error) from error
     guard.replace_domains(domains, steps, schedule)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained

@@ -161,8 +161,12 @@ class Completions:
 def join(parts: Sequence[Completions]) -> Completions:
     """Rows of several batches as one; shorter ones are padded on the right, where both masks are 0.
 
-    The temperature is that of the last batch: a policy that has moved on is best known by its latest rows.
+    The temperature is that of the last batch: a policy that has moved on is best known by its latest rows. Where
+    that has rewards, batches without any (of a supervised warm start) are left out, since beside them the rewards
+    of all would be lost.
     """
+    if parts[-1].rewards is not None:
+        parts = [part for part in parts if part.rewards is not None]
     length, device = max(part.input_ids.shape[1] for part in parts), parts[-1].input_ids.device
     # An engine that offloads its model may have been on the CPU when the first of them were kept.
     parts = [part.to(device) for part in parts]

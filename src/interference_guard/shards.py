@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from .flat import Cut, FlatView
 from .regions import Region
 from .units import UnitView
 from .zero import Zero, is_put_away, whole_shape
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,7 @@ class Shards:
         self.group: Any = None
         self.zero = zero
         self.holders = max(
-            [tensor.device_mesh.size() for tensor in parameters.values() if is_sharded(tensor)],  # type: ignore[attr-defined]
-            default=None,
+            (tensor.device_mesh.size() for tensor in parameters.values() if is_sharded(tensor)), default=None
         )
         """Ranks that hold pieces of the parameters, copies included; None where nothing says."""
         self.managed = zero is not None or any(is_sharded(tensor) for tensor in parameters.values())
@@ -162,7 +164,7 @@ class Shards:
         if is_put_away(tensor):
             # Not yet shared out: there is an optimizer only once training begins.
             return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
-        return tensor.to_local().detach() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        return tensor.to_local().detach() if is_sharded(tensor) else tensor
 
     def gradient(self, name: str, parameter: Tensor) -> Tensor | None:
         """The piece of a parameter's gradient that belongs to the parameter's own piece.
@@ -179,12 +181,12 @@ class Shards:
                 f"Parameter {name!r} belongs to a DeepSpeed engine, whose optimizer steps on parts of it. Build "
                 "the guard on what deepspeed.initialize returned, Guard(engine), and attach it to its optimizer."
             )
-        if gradient is None or not is_sharded(gradient):
+        if gradient is None or not (is_sharded(gradient) and is_sharded(parameter)):
             return gradient
-        if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        if gradient.placements != parameter.placements:
             raise UnsupportedError(
-                f"The gradient of {name!r} is placed as {gradient.placements}, "  # type: ignore[attr-defined]
-                f"the parameter as {parameter.placements}. "  # type: ignore[attr-defined]
+                f"The gradient of {name!r} is placed as {gradient.placements}, "
+                f"the parameter as {parameter.placements}. "
                 "Gradients must be reduced before the optimizer steps, as fully_shard does."
             )
         return self.local(name, gradient)
@@ -289,7 +291,7 @@ def _fully_sharded() -> tuple[type[Any], ...]:
     return () if kind is None else (kind,)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor; by name, so that its module is not imported where nobody uses it."""
     return type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor"
 
@@ -304,8 +306,8 @@ def _part(name: str, tensor: Tensor) -> tuple[Part, Any]:
         return Part(shape), None
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    cuts = [place for place, item in enumerate(placements) if type(item) is Shard]
+    mesh, placements = tensor.device_mesh, tensor.placements
+    cuts = [(place, item.dim) for place, item in enumerate(placements) if type(item) is Shard]
     if len(cuts) > 1 or any(type(item) not in (Shard, Replicate) for item in placements):
         raise UnsupportedError(
             f"Parameter {name!r} is placed as {tuple(map(str, placements))}. The guard follows parameters that "
@@ -314,11 +316,11 @@ def _part(name: str, tensor: Tensor) -> tuple[Part, Any]:
         )
     if not cuts:
         return Part(shape), None
-    group = mesh.get_group(cuts[0])
-    axis = placements[cuts[0]].dim % len(shape)
+    ((place, dim),) = cuts
+    group, axis = mesh.get_group(place), dim % len(shape)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     part = _piece(shape, axis, rank, world)
-    found = tuple(tensor.to_local().shape)  # type: ignore[attr-defined]
+    found = tuple(tensor.to_local().shape)
     if found != part.local_shape:
         raise ShapeError(
             f"Parameter {name!r} has a local piece of shape {found} on rank {rank} of {world}, expected was "

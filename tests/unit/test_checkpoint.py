@@ -74,7 +74,11 @@ def edit_domain(**values):
         (edit_domain(own_steps="a"), StateError, "incomplete: ValueError: own_steps is 'a' where"),
         (edit_domain(recent=3), StateError, "incomplete: ValueError: recent is 3 where"),
         (edit_domain(region={"radius": "x"}), StateError, "incomplete: ValueError: radius is 'x' where"),
-        (edit(recovery={"phase": "recovering", "domain": "other"}), StateError, "incomplete: KeyError: 'other'"),
+        (
+            edit(recovery={"phase": "recovering", "domain": "other"}),
+            StateError,
+            "recovery is of 'other', and its domains",
+        ),
         (lambda folder: (folder / TENSORS).unlink(), StateError, "does not exist.*side by side"),
         (lambda folder: (folder / DETAILS).unlink(), StateError, "does not exist"),
     ],

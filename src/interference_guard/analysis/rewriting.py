@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from interference_guard.errors import CheckpointError
-from interference_guard.files import STATE
+from interference_guard.files import STATE, beside
 from interference_guard.rounding import round_at_random
 
 from .checkpoints import Advance, open_checkpoint, pieces, stored_twice
@@ -60,7 +60,7 @@ def write_rollback(
     # Whole: "." has no name that a folder beside it could be called by.
     target, source = Path(os.path.abspath(out)), plan.after.path
     check_target(target, (*plan.after.paths, *plan.before.paths, plan.record.state.folder), force=force)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    temporary = beside(target)
     try:
         temporary.mkdir(parents=True)
         files = (

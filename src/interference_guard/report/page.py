@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interference_guard.errors import ReportError
+from interference_guard.files import beside
 
 from . import figures, tables
 from .run import Run, read_places, read_run
@@ -253,7 +254,7 @@ def _clear(folder: Path, written: list[Path]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = beside(path)
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
