@@ -20,7 +20,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Shapes:
-    """A dense decoder with gated MLPs.
+    """A decoder with gated MLPs.
 
     Args:
         name: Of the published model.
@@ -33,6 +33,7 @@ class Shapes:
         tied: Whether the output layer is the embedding.
         head: Size of a head.
         head_norms: Whether queries and keys are normalised.
+        experts: MLPs of each layer, whose gate and up projections are one matrix, and a router; 0 for a single MLP.
     """
 
     name: str
@@ -45,13 +46,19 @@ class Shapes:
     tied: bool
     head: int = 128
     head_norms: bool = True
+    experts: int = 0
 
     def matrices(self) -> Iterator[tuple[int, int]]:
         """Units and number of every kind of matrix; all are of width `hidden`."""
         # Rows of q, k, v, gate and up, columns of o and down.
         yield self.heads * self.head, 2 * self.layers
         yield self.key_heads * self.head, 2 * self.layers
-        yield self.inner, 3 * self.layers
+        if self.experts:
+            yield 2 * self.inner, self.layers * self.experts
+            yield self.inner, self.layers * self.experts
+            yield self.experts, self.layers
+        else:
+            yield self.inner, 3 * self.layers
         yield self.vocabulary, 1 if self.tied else 2
 
     def vectors(self) -> Iterator[tuple[int, int]]:
@@ -87,6 +94,8 @@ MODELS = (
     Shapes("Qwen3-32B", 5120, 25_600, 64, 64, 8, 151_936, False),
     Shapes("Llama-3-70B", 8192, 28_672, 80, 64, 8, 128_256, False, head_norms=False),
 )
+# Its arithmetic is that of the experts a token goes to, which the other tables do not count.
+MIXTURE = Shapes("Qwen3-30B-A3B", 2048, 768, 48, 32, 4, 151_936, False, experts=128)
 DOMAINS = 3
 WORLDS = (1, 8, 64, 1024)
 
@@ -147,7 +156,7 @@ def size(count: float) -> str:
 def memory_table(config: GuardConfig) -> str:
     """Memory of one protected domain by model."""
     rows = []
-    for shapes in MODELS:
+    for shapes in (*MODELS, MIXTURE):
         weights = FP32 * (shapes.parameters + shapes.norms)
         anchor, sums = local_model(shapes, config), running_sums(shapes, config)
         kept = anchor + directions(shapes, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -183,14 +183,16 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if name not in known
         }
         model = guarded_model(trainer)
+        accelerator = trainer.accelerator
+        processes = accelerator.num_processes
         if self.guard is None:
-            self.guard = Guard(model, self.config)
+            # Each process keeps its part of the completions.
+            retain = max(self.config.retain // processes, 1)
+            self.guard = Guard(model, replace(self.config, retain=retain))
         elif model is not trainer.model or not steps_in_backward(trainer):
             self.guard.bind(model)
         self.guard.policy = trainer_policy(trainer)
-        accelerator = trainer.accelerator
-        several = accelerator.num_processes > 1
-        self.guard.ranks.reduce = partial(reduce, accelerator) if several else None
+        self.guard.ranks.reduce = partial(reduce, accelerator) if processes > 1 else None
         self.detach()
         self._seams, self._recovery = seams, recovery
         compare(self._left, self.guard.view, "the run before ended with")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,20 @@ from .projection import shrinkage
 # Excess over the radius that a sweep after the first leaves alone; the promise for several domains is 1.05.
 SLACK = 1.02
 
-Grams = dict[tuple[int, int], list[Tensor]]
+
+class Overlap(NamedTuple):
+    """What two domains' directions have in common in blocks that lie side by side in both displacements.
+
+    Args:
+        blocks: Their indices; several where all units of all of them are protected and they have one shape.
+        gram: U' of one domain times U of the other, ``(matrices of all of them, rank, rank)`` fp32.
+    """
+
+    blocks: list[int]
+    gram: Tensor
+
+
+Grams = dict[tuple[int, int], list[Overlap]]
 
 
 def project(
@@ -25,7 +39,7 @@ def project(
     sweeps: int,
     grams: Grams | None = None,
     metrics: Sequence[Tensor] | None = None,
-) -> list[Correction] | None:
+) -> Iterator[Correction] | None:
     """Bring the displacement of every domain inside its radius, by cyclic passes.
 
     One domain is served exactly by one pass; with several, a later domain's correction can push an
@@ -43,8 +57,8 @@ def project(
             the units; None counts all alike.
 
     Returns:
-        Per block the change to subtract from the weights (from this rank's part of them), or None when nothing is
-        outside.
+        Per block, each made when it is asked for, the change to subtract from the weights (from this rank's part
+        of them), or None when nothing is outside.
     """
     bounds = torch.stack(list(radii))
     # One number, which saves all else where none is outside.
@@ -63,10 +77,9 @@ def project(
             change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, metric))
             seen.flat.sub_(change)
             seen.taken = change if seen.taken is None else seen.taken.add_(change)
-            parts = seen.split(change)
             for j, other in enumerate(displacements):
                 if j != i:
-                    _push(parts, models[i], models[j], other, grams)
+                    _push(change, models[i], models[j], other, grams)
         if still:
             break
     moved = [
@@ -76,28 +89,56 @@ def project(
     ]
     if not moved:
         return None
-    changes = []
-    for b in range(len(models[0].blocks)):
+    return _corrections(moved)
+
+
+def _corrections(moved: Sequence[tuple[LocalModel, Sequence[Tensor]]]) -> Iterator[Correction]:
+    """What the domains' corrections come to in each block; all of them at once would be many times their size."""
+    for b, block in enumerate(moved[0][0].blocks):
         coefficients = [model.blocks[b].scatter(parts[b]) for model, parts in moved]
         directions = [model.blocks[b].directions() for model, _ in moved]
-        block = models[0].blocks[b]
         if len(moved) == 1:
-            changes.append(block.correction(coefficients[0], directions[0]))
+            yield block.correction(coefficients[0], directions[0])
         else:
-            changes.append(block.correction(torch.cat(coefficients, -1), torch.cat(directions, -1)))
-    return changes
+            yield block.correction(torch.cat(coefficients, -1), torch.cat(directions, -1))
 
 
-def _push(
-    parts: Sequence[Tensor], mine: LocalModel, theirs: LocalModel, other: Displacement, grams: Grams
-) -> None:
+def _push(change: Tensor, mine: LocalModel, theirs: LocalModel, other: Displacement, grams: Grams) -> None:
     """What a correction in one domain's directions does to another's coordinates, in place."""
     key = (id(mine), id(theirs))
     if key not in grams:
-        grams[key] = [a.U.mT @ b.U for a, b in zip(mine.blocks, theirs.blocks, strict=True)]
-    for part, view, a, b, gram in zip(parts, other.views, mine.blocks, theirs.blocks, grams[key], strict=True):
+        grams[key] = _overlaps(mine, theirs)
+    for blocks, gram in grams[key]:
+        first = blocks[0]
+        a, b = mine.blocks[first], theirs.blocks[first]
+        matrices, units = len(gram), a.energy.shape[1]
+        part = _side_by_side(change, mine, blocks)
+        view = _side_by_side(other.flat, theirs, blocks)
         if a.rows is None and b.rows is None:
-            matrices = a.energy.shape[0]
-            view.view(matrices, -1, b.rank).baddbmm_(part.view(matrices, -1, a.rank), gram, alpha=-1)
+            view.view(matrices, units, -1).baddbmm_(part.view(matrices, units, -1), gram, alpha=-1)
         else:
-            view.sub_(b.select(a.scatter(part) @ gram))
+            view.view(-1, b.rank).sub_(b.select(a.scatter(part.view(-1, a.rank)) @ gram))
+
+
+def _side_by_side(flat: Tensor, model: LocalModel, blocks: Sequence[int]) -> Tensor:
+    last = model.blocks[blocks[-1]]
+    return flat[model.starts[blocks[0]] : model.starts[blocks[-1]] + last.count * last.rank]
+
+
+def _overlaps(mine: LocalModel, theirs: LocalModel) -> list[Overlap]:
+    """Products of two domains' directions, of neighbours of one shape together."""
+    runs: list[list[int]] = []
+    former: tuple[int, ...] | None = None
+    for index in mine.order:
+        a, b = mine.blocks[index], theirs.blocks[index]
+        whole = a.rows is None and b.rows is None
+        shape = (a.energy.shape[1], a.width, a.rank, b.rank) if whole else None
+        if shape is not None and shape == former:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+        former = shape
+    return [
+        Overlap(run, torch.cat([mine.blocks[index].U.mT @ theirs.blocks[index].U for index in run]))
+        for run in runs
+    ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class LocalModel:
     Args:
         blocks: By block.
         spread: How the blocks lie on several ranks, or None.
-        noise: What `rounding` returns, kept where it takes a sum over ranks; a 0-d tensor.
+        noise: What `rounding` returns, kept from the first time it is asked for; a 0-d tensor.
     """
 
     blocks: list[LocalBlock]
@@ -53,30 +54,57 @@ class LocalModel:
             del W
         self.settle()
 
-    def displacement(self, passes: Sequence[Tensor]) -> Displacement:
-        """Coordinates of the present weights relative to the anchor.
+    @cached_property
+    def order(self) -> list[int]:
+        """The blocks as their coordinates lie in `Displacement.flat`: those of one shape side by side.
 
-        Over several ranks `flat` is what this one adds; it must be summed in place before anything else.
+        What is done to neighbours of one shape is one call, however many layers a model has. It is the same for
+        all domains of a model.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, block in enumerate(self.blocks):
+            groups.setdefault((block.energy.shape[1], block.width), []).append(index)
+        return [index for group in groups.values() for index in group]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each block's coordinates begin in `Displacement.flat`, by block."""
+        starts, start = [0] * len(self.blocks), 0
+        for index in self.order:
+            starts[index] = start
+            start += self.blocks[index].count * self.blocks[index].rank
+        return starts
+
+    def displacement(self) -> Displacement:
+        """Room for the coordinates of the present weights relative to the anchor; `see` fills it by block.
+
+        Over several ranks `flat` is then what this one adds; it must be summed in place before anything else.
+        """
+        sizes = [block.count * block.rank for block in self.blocks]
+        make = self.blocks[0].U.new_empty if self.spread is None else self.blocks[0].U.new_zeros
+        flat = make(sum(sizes))
+        views = [
+            flat[start : start + size].view(-1, block.rank)
+            for block, start, size in zip(self.blocks, self.starts, sizes, strict=True)
+        ]
+        weights = torch.cat([self.blocks[index].weights().flatten() for index in self.order])
+        return Displacement(flat, views, weights, self.order)
+
+    def see(self, index: int, seen: Tensor, out: Displacement) -> None:
+        """Put one block's coordinates into a `displacement`.
 
         Args:
-            passes: Per block W U, ``(matrices, units, rank)`` fp32.
+            index: Of the block.
+            seen: Its W U, ``(matrices, units, rank)`` fp32.
+            out: Changed in place.
         """
-        sizes = [(block.count, block.rank) for block in self.blocks]
-        make = passes[0].new_empty if self.spread is None else passes[0].new_zeros
-        flat = make(sum(rows * rank for rows, rank in sizes))
-        views, start = [], 0
-        for block, seen, (rows, rank) in zip(self.blocks, passes, sizes, strict=True):
-            view = flat[start : start + rows * rank].view(rows, rank)
-            if block.region is not None:
-                block.put(block.take(seen) - block.z0, view)
-            elif block.rows is None:
-                torch.sub(seen, block.z0.view_as(seen), out=view.view(seen.shape))
-            else:
-                torch.sub(block.select(seen), block.z0, out=view)
-            views.append(view)
-            start += rows * rank
-        weights = torch.cat([block.weights().flatten() for block in self.blocks])
-        return Displacement(flat, views, weights)
+        block, view = self.blocks[index], out.views[index]
+        if block.region is not None:
+            block.put(block.take(seen) - block.z0, view)
+        elif block.rows is None:
+            torch.sub(seen, block.z0.view_as(seen), out=view.view(seen.shape))
+        else:
+            torch.sub(block.select(seen), block.z0, out=view)
 
     def keep_energy(self) -> None:
         """Hold the units' energies as they are now, where the curvature's own go on changing."""
@@ -85,10 +113,13 @@ class LocalModel:
 
     def rounding(self) -> Tensor:
         """What rounding of the coordinates alone adds to the subspace term, about; a 0-d tensor."""
-        return self._rounding([block.z0 for block in self.blocks]) if self.noise is None else self.noise
+        if self.noise is None:
+            self.noise = self._rounding([block.z0 for block in self.blocks])
+        return self.noise
 
     def settle(self) -> None:
-        """Compute `rounding` of a model spread over ranks, once; all ranks call it."""
+        """Compute `rounding` of a model spread over ranks, at a new anchor; all ranks call it."""
+        self.noise = None
         if self.spread is None:
             return
         full = [block.U.new_zeros(block.count, block.rank) for block in self.blocks]
@@ -157,12 +188,14 @@ class Displacement:
         flat: z of all blocks, ``(n,)`` fp32; changed in place by `project`.
         views: The same memory by block, each ``(rows, rank)``.
         weights: w, ``(n,)`` fp32.
+        order: The blocks as they lie in it, see `LocalModel.order`.
         taken: What `project` took from `flat`, ``(n,)`` fp32; None where it took nothing.
     """
 
     flat: Tensor
     views: list[Tensor]
     weights: Tensor
+    order: Sequence[int]
     taken: Tensor | None = None
 
     def energy(self) -> Tensor:
@@ -171,8 +204,11 @@ class Displacement:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """A vector of the length of `flat` by block, each part ``(rows, rank)`` and a view."""
-        pieces = torch.split(flat, [view.numel() for view in self.views])
-        return [piece.view_as(view) for piece, view in zip(pieces, self.views, strict=True)]
+        pieces = torch.split(flat, [self.views[index].numel() for index in self.order])
+        found = list(self.views)
+        for index, piece in zip(self.order, pieces, strict=True):
+            found[index] = piece.view_as(found[index])
+        return found
 
 
 def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> list[Displacement]:
@@ -182,19 +218,19 @@ def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> li
         weights: Per block ``(matrices, units, width)`` fp32; read by index, one at a time.
         models: The domains' local models. Over several ranks every `flat` must still be summed.
     """
-    return _displacements(models, [_along(models, index, weights[index]) for index in range(len(weights))])
+    found = [model.displacement() for model in models]
+    for index in range(len(weights)):
+        _see(models, index, weights[index], found)
+    return found
 
 
-def _along(models: Sequence[LocalModel], index: int, W: Tensor) -> Sequence[Tensor]:
-    """One block along the directions of each domain."""
+def _see(models: Sequence[LocalModel], index: int, W: Tensor, found: Sequence[Displacement]) -> None:
+    """Put one block along the directions of each domain into their displacements."""
     directions = [model.blocks[index].directions() for model in models]
     product = W @ (directions[0] if len(directions) == 1 else torch.cat(directions, -1))
-    return torch.split(product, [U.shape[2] for U in directions], -1)
-
-
-def _displacements(models: Sequence[LocalModel], passes: Sequence[Sequence[Tensor]]) -> list[Displacement]:
-    """From what `_along` returned for every block."""
-    return [model.displacement(own) for model, own in zip(models, zip(*passes, strict=True), strict=True)]
+    parts = torch.split(product, [U.shape[2] for U in directions], -1)
+    for model, part, out in zip(models, parts, found, strict=True):
+        model.see(index, part, out)
 
 
 def predict(
@@ -212,15 +248,14 @@ def predict(
         outside, 0-d tensors. Over several ranks one sum is made, so all of them call it.
     """
     spread = models[0].spread
-    passes, along = [], []
+    seen, passes = [model.displacement() for model in models], []
     for index, R in enumerate(matrices):
         W = weights[index]
         passes.append(W @ _across(R, index, spread))
-        along.append(_along(models, index, W))
+        _see(models, index, W, seen)
         # Let go before the next block is made.
         del W
     through = [model.through(passes) for model in models]
-    seen = _displacements(models, along)
     if spread is not None:
         spread.add([item.flat for item in seen] + [q for part in through for q in part])
     return [

@@ -30,22 +30,26 @@ def score(guard: Guard, state: DomainState, policy: Policy) -> Tensor | None:
 
 
 def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: float) -> Tensor | None:
-    """Where all ranks pass forward at once (a sharded model), each scores as many: short of rows, some again."""
+    """Where all ranks pass forward at once (a sharded model), each scores as many: short of rows, some again.
+
+    Their rows are then of one width too: how many of them a policy takes at a time may depend on it.
+    """
     if not (guard.view.shards.sharded or guard.scores_together):
         found = None if rows is None else _scored(rows, policy)
         guard.view.reshard()
         return found
-    count = 0 if rows is None else len(rows)
-    most = int(guard.ranks.limits(0.0, float(count), guard.device)[1])
+    count, length = (0, 0) if rows is None else rows.input_ids.shape
+    least, most = guard.ranks.limits(-float(length), float(count), guard.device)
+    widest, most = -int(least), int(most)
     if not most:
         return None
     if rows is None:
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=guard.device)
+        ids = torch.zeros(1, widest, dtype=torch.int64, device=guard.device)
         rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids), temperature=temperature)
     repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
-    scores = _scored(rows.rows(repeated), policy)[:count]
+    scores = _scored(rows.rows(repeated).widened(widest), policy)
     guard.view.reshard()
-    return scores if count else None
+    return scores[:count, :length] if count else None
 
 
 def _scored(rows: Completions, policy: Policy) -> Tensor:

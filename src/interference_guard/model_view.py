@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,7 @@ class ModelView:
         return Blocks(self.blocks, table, self.device, scale)
 
     @torch.no_grad()
-    def subtract(self, corrections: Sequence[Correction], step: int = 0) -> None:
+    def subtract(self, corrections: Iterable[Correction], step: int = 0) -> None:
         """Subtract a correction of every block from the parameters in place.
 
         Args:

@@ -222,7 +222,8 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
         for name in ("sketch", "energy", "basis", "eigenvalues"):
             put(f"sums/{index}/{name}", getattr(sums, name))
     details["model"] = state.model is not None
-    put("noise", None if state.model is None else state.model.noise)
+    # In a single process it is computed again.
+    put("noise", None if state.model is None or state.model.spread is None else state.model.noise)
     for index, block in enumerate(state.model.blocks if state.model is not None else ()):
         for name in ("lam", "rho", "scale", "rows", "z0", "q0"):
             put(f"model/{index}/{name}", getattr(block, name))

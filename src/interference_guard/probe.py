@@ -10,18 +10,19 @@ answers nobody sampled must count as a loss, and self-normalisation would hide e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .batching import in_batches
-from .errors import ShapeError, UnsupportedError
+from .errors import ShapeError
 from .evaluating import evaluating
 from .exact import doubled
+from .forward import logits_of
 
 TRUNCATION = 3.0
 # Under this part of the rows, sequence ratios say too little: token ratios take over.
@@ -100,6 +101,15 @@ class Completions:
             self.temperature,
         )
 
+    def widened(self, length: int) -> Completions:
+        """The same rows, padded on the right to a length, where both masks are 0."""
+        missing = length - self.input_ids.shape[1]
+        ids, attention, scored = (
+            torch.nn.functional.pad(part, (0, missing))
+            for part in (self.input_ids, self.attention_mask, self.completion_mask)
+        )
+        return Completions(ids, attention, scored, self.rewards, self.temperature)
+
     def finite(self) -> Completions:
         """The rows whose reward is a finite number; the same object where all are, or where there are no rewards.
 
@@ -169,17 +179,13 @@ def join(parts: Sequence[Completions]) -> Completions:
         parts = [part for part in parts if part.rewards is not None]
     length, device = max(part.input_ids.shape[1] for part in parts), parts[-1].input_ids.device
     # An engine that offloads its model may have been on the CPU when the first of them were kept.
-    parts = [part.to(device) for part in parts]
-
-    def pad(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))
-
+    parts = [part.to(device).widened(length) for part in parts]
     rewards = [part.rewards for part in parts]
     known = [reward for reward in rewards if reward is not None]
     return Completions(
-        torch.cat([pad(part.input_ids) for part in parts]),
-        torch.cat([pad(part.attention_mask) for part in parts]),
-        torch.cat([pad(part.completion_mask) for part in parts]),
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.attention_mask for part in parts]),
+        torch.cat([part.completion_mask for part in parts]),
         torch.cat(known) if len(known) == len(rewards) else None,
         parts[-1].temperature,
     )
@@ -191,62 +197,43 @@ t scores ``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0. A pr
 once, in any order and without its rewards."""
 
 
-def model_policy(model: nn.Module, batch_size: int = 64) -> Policy:
+def model_policy(model: nn.Module, batch_size: int = 64, tokens: int = 8192) -> Policy:
     """The policy of a causal language model.
 
     The model runs in evaluation mode without gradients; its mode is restored, and no random number is
-    drawn.
+    drawn. Its logits are most of the memory: ``tokens x vocabulary`` numbers at a time.
 
     Args:
         model: Called as ``model(input_ids=..., attention_mask=...)``; returns logits, or an object that
             has them, ``(rows, length, vocabulary)``.
-        batch_size: Rows of one forward pass; rows of like length go together, see `in_batches`.
+        batch_size: Most rows of one forward pass; rows of like length go together, see `in_batches`.
+        tokens: Most tokens of one forward pass, padding included; a single row may have more.
     """
 
     def policy(completions: Completions) -> Tensor:
+        # By the width of all rows, not by the length of each: it is alike on ranks that pass forward together.
+        size = max(1, min(batch_size, tokens // completions.input_ids.shape[1]))
         with evaluating(model), torch.no_grad():
-            return in_batches(completions, batch_size, partial(_scores, model))
+            return in_batches(completions, size, partial(_scores, model))
 
     return policy
 
 
-def logits_of(model: nn.Module, rows: Completions) -> Tensor:
-    """Logits of every token's successor, ``(rows, length, vocabulary)``, in the model's dtype.
-
-    Raises:
-        UnsupportedError: If the model cannot be called with token ids and their mask, or returns no logits.
-    """
-    try:
-        output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
-    except (TypeError, ValueError) as error:
-        raise UnsupportedError(
-            f"{type(model).__name__} was given token ids and their mask, as input_ids and attention_mask, and "
-            f"raised {type(error).__name__}: {error}. {_TAKES}"
-        ) from error
-    if not isinstance(output, Tensor):
-        output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(output, Tensor) or output.dim() != 3:
-        raise UnsupportedError(
-            f"{type(model).__name__} returned no logits of shape (rows, length, vocabulary), as a tensor or as "
-            f"`logits` of what it returns. {_TAKES}"
-        )
-    # Counted from the end: prompt tuning puts virtual tokens in front.
-    return output[:, -rows.input_ids.shape[1] :]
-
-
-_TAKES = (
-    "Give the guard a causal language model that is called so, or scores of your own: Guard(model, policy=...), "
-    "see interference_guard.probe.Policy."
-)
+def scored(rows: Completions) -> Tensor:
+    """Row and column of the logits that score a token, ``(tokens, 2)`` int64; reads the device."""
+    return (rows.completion_mask[:, 1:] != 0).nonzero()
 
 
 def _scores(model: nn.Module, batch: Completions) -> Tensor:
-    logits = logits_of(model, batch)[:, :-1]
-    scores = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=logits.device)
+    places = scored(batch)
+    scores = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=batch.input_ids.device)
+    first = int(places[:, 1].min()) if len(places) else 0
+    # Also where nothing is scored: the ranks of a sharded model pass forward together.
+    logits = logits_of(model, batch, first)
     # The logits are most of the memory of a probe, so few of them at a time are turned into fp32.
-    for places in torch.split((batch.completion_mask[:, 1:] != 0).nonzero(), POSITIONS):
-        rows, columns = places.unbind(1)
-        chosen = logits[rows, columns].float()
+    for some in torch.split(places, POSITIONS):
+        rows, columns = some.unbind(1)
+        chosen = logits[rows, columns - first].float()
         if batch.temperature != 1.0:
             chosen = chosen / batch.temperature
         targets = batch.input_ids[rows, columns + 1].unsqueeze(-1)

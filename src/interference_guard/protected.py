@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .exact import SINGLE_ONLY
 from .units import UnitView
 
 
@@ -52,7 +53,11 @@ def select_units(scores: Mapping[str, Tensor], views: Mapping[str, UnitView], co
     if coverage >= 1:
         return ProtectedSet({name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()})
     members, totals = _candidates(scores, views)
-    order = totals.argsort(descending=True, stable=True)
+    # Put in order where the scores lie: the CPU takes seconds for the millions of units of many experts. It keeps
+    # the sums: on an accelerator their last bits may differ from rank to rank.
+    device = next(iter(scores.values())).device
+    there = totals.cpu() if device.type in SINGLE_ONLY else totals.to(device)
+    order = there.argsort(descending=True, stable=True).cpu()
     ranked = totals[order]
     before = ranked.cumsum(0) - ranked
     return _chosen(members, totals, order[before < coverage * totals.sum()])

@@ -19,8 +19,9 @@ from .curvature import DomainCurvature
 from .errors import ConfigError, ShapeError, UnsupportedError
 from .evaluating import evaluating
 from .exact import exact_products
+from .forward import logits_of
 from .guard_state import check_name
-from .probe import Completions, logits_of
+from .probe import POSITIONS, Completions, scored
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -81,9 +82,26 @@ def observe_softened(
         curvature: Takes the sums.
         rows: On the guard's device.
         passes: Backward passes.
-        batch_size: Rows of one pass; rows are used again when they run out.
+        batch_size: Rows of one pass; rows are used again when they run out. Where so many do not fit into the
+            memory of every rank, one at a time makes as many more passes.
+
+    Raises:
+        UnsupportedError: If a single row does not fit.
     """
-    add_softened(guard, curvature, rows, passes, batch_size)
+    for size in dict.fromkeys((batch_size, 1)):
+        failure = None
+        try:
+            add_softened(guard, curvature, rows, passes * batch_size // size, size)
+        except torch.OutOfMemoryError as error:
+            failure = error
+        if not guard.ranks.limits(0.0, float(failure is not None), guard.device)[1]:
+            break
+        curvature.clear()
+    else:
+        raise UnsupportedError(
+            "A backward pass over one row of a reference domain does not fit into the memory. Give shorter rows, "
+            "or turn on gradient checkpointing."
+        ) from failure
     merge_ranks(guard, curvature)
 
 
@@ -101,12 +119,12 @@ def add_softened(
         for number in range(passes):
             chosen = torch.arange(number * batch_size, (number + 1) * batch_size, device=guard.device)
             batch = rows.rows(chosen[: len(rows)] % len(rows))
-            if len(batch) == 1:
-                # Where memory is short, the padding of longer rows is room too.
-                batch = batch.columns(extent(batch.attention_mask))
+            batch = batch.columns(extent(batch.attention_mask))
             found = _gradients(guard.model, batch, generator)
             with exact_products(guard.device):
                 curvature.observe(guard.view.arrange(found, scale))
+            # Gradients are as large as the weights: the next pass must not make its own beside them.
+            del found
 
 
 def merge_ranks(guard: Guard, curvature: DomainCurvature) -> None:
@@ -130,10 +148,31 @@ def _checkpoints(module: nn.Module) -> bool:
 def _gradients(model: nn.Module, rows: Completions, generator: torch.Generator) -> dict[str, Tensor | None]:
     """Gradients of the scaled loss on labels drawn from the softened output; no ``grad`` is touched."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    places = scored(rows)
+    first = int(places[:, 1].min()) if len(places) else 0
     with torch.enable_grad():
-        logits = logits_of(model, rows)[:, :-1]
-        soft = logits[rows.completion_mask[:, 1:] != 0].float() / TEMPERATURE
-        labels = torch.multinomial(soft.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-        loss = torch.nn.functional.cross_entropy(soft, labels) * LOSS_SCALE
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        logits = logits_of(model, rows, first)
+        slopes = _slopes(logits.detach(), places - places.new_tensor([0, first]), generator)
+        found = torch.autograd.grad(logits, list(parameters.values()), slopes, allow_unused=True)
     return dict(zip(parameters, found, strict=True))
+
+
+def _slopes(logits: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the scaled loss, a mean of cross entropies, with respect to the logits, in their dtype.
+
+    Few of them at a time are turned into fp32: with a large vocabulary a loss of all would need several times the
+    memory of the logits.
+
+    Args:
+        logits: ``(rows, length, vocabulary)``.
+        places: Row and column of those that score a token, ``(tokens, 2)`` int64; the others get 0.
+        generator: Draws the labels.
+    """
+    slopes = torch.zeros_like(logits)
+    for some in torch.split(places, POSITIONS) if len(places) else ():
+        rows, columns = some.unbind(1)
+        chances = (logits[rows, columns].float() / TEMPERATURE).softmax(-1)
+        labels = torch.multinomial(chances, 1, generator=generator)
+        chances.scatter_add_(-1, labels, chances.new_full(labels.shape, -1.0))
+        slopes[rows, columns] = chances.mul_(LOSS_SCALE / (TEMPERATURE * len(places))).to(slopes.dtype)
+    return slopes

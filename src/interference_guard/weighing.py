@@ -47,16 +47,14 @@ def coordinate_metric(model: LocalModel, energies: Sequence[Tensor]) -> Tensor:
         energies: What `active_energies` returned, summed over ranks.
 
     Returns:
-        ``(n,)`` fp32, 1 for a unit of mean energy and at least `FLOOR`; all 1 where there is no energy.
+        ``(n,)`` fp32 in the order of `Displacement.flat`, 1 for a unit of mean energy and at least `FLOOR`; all 1
+        where there is no energy.
     """
     # Per element of a unit, so that wide and narrow matrices compare.
     units = [block.protected(energy / block.width) for block, energy in zip(model.blocks, energies, strict=True)]
     # Over units, not coordinates: how many directions a block keeps depends on what it is stacked with.
     mean = torch.cat(units).mean()
     tiny = torch.finfo(mean.dtype).tiny
-    parts = [
-        seen.unsqueeze(-1).expand(-1, block.rank).flatten()
-        for block, seen in zip(model.blocks, units, strict=True)
-    ]
+    parts = [units[index].unsqueeze(-1).expand(-1, model.blocks[index].rank).flatten() for index in model.order]
     # Energies can be as small as 1e-24: without any, or with a mean that underflowed, all count alike.
     return torch.where(mean > 0, torch.cat(parts) / mean.clamp(min=tiny), 1.0).clamp_(min=FLOOR)

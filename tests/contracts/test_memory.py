@@ -118,6 +118,36 @@ def test_a_step_upcasts_one_block_at_a_time(dtype, reads, monkeypatch):
     assert max(found.values()) < BLOCKS + UNITS, found
 
 
+@pytest.mark.filterwarnings("ignore:No completions of domain")
+def test_coordinates_of_several_domains_are_held_four_times_at_most():
+    """Displacements, their weights, what was taken, and one domain's in work; and never all blocks' products."""
+    torch.manual_seed(0)
+    model, domains, rank = Layers(), 6, 16
+    with mock.patch("interference_guard.blocks.STACK_LIMIT", LIMIT):
+        guard = Guard(model, GuardConfig(rank=rank, sketch=32, residual=2))
+    generator = torch.Generator().manual_seed(1)
+    peak = {}
+    for step, domain in enumerate([*map(str, range(domains)), "new", "inside", "outside"]):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).mul_(1e-3)
+        for state in guard.domains.values():
+            if state.radius is not None:
+                state.radius = torch.full_like(state.radius, 1e-9 if domain == "outside" else 1e9)
+        with guard.domain("new" if step > domains else domain):
+            guard.before_step()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-3 * (step + 1))
+            with Fresh() as fresh:
+                guard.after_step()
+        peak[domain] = fresh.peak
+    assert guard.metrics()["guard/update_kept"] < 0.99, "the projection must have acted"
+    numbers = 4 * domains * rank * sum(block.matrices * block.units for block in guard.view.blocks)
+    room = 4 * 4 * NARROW * WIDE
+    assert peak["inside"] < 2.1 * numbers + room
+    assert peak["outside"] < 4 * numbers + room
+
+
 @pytest.mark.distributed
 def test_a_step_on_sharded_weights_upcasts_one_block_at_a_time(tmp_path):
     ranks = 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks import cost_model, shapes, tables
 from interference_guard import Guard, GuardConfig
@@ -64,9 +65,25 @@ def test_a_protected_domain_takes_at_most_a_hundredth_of_a_model_of_four_billion
     assert _share("Qwen3-4B") < 0.01
 
 
-def test_memory_is_what_a_guard_keeps(tmp_path):
+@pytest.mark.parametrize("experts", [0, 4])
+def test_memory_is_what_a_guard_keeps(tmp_path, experts):
     model, words = model_and_words(tmp_path)
-    tiny = cost_model.Shapes("tiny", 32, 64, 2, 2, 1, len(words), True, head=16)
+    tiny = cost_model.Shapes("tiny", 32, 64, 2, 2, 1, len(words), True, head=16, experts=experts)
+    if experts:
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                vocab_size=len(words),
+                hidden_size=32,
+                moe_intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                num_experts=experts,
+                num_experts_per_tok=2,
+                tie_word_embeddings=True,
+            )
+        )
     config = GuardConfig(rank=4, sketch=8, residual=3)
     guard = Guard(model, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

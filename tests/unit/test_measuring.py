@@ -13,12 +13,12 @@ APART = Completions(*[torch.tensor([[5, 6], [7, 8], [9, 1]])] * 3)
 
 
 def rank(most, passes, sharded=True):
-    """`score` on one rank where all pass forward at once; the fullest rank has `most` different rows."""
+    """`score` on one rank where all pass forward at once; another has `most` different rows, of four tokens."""
     view = SimpleNamespace(shards=SimpleNamespace(sharded=sharded), reshard=lambda: None)
-    ranks = SimpleNamespace(limits=lambda low, high, device: (0.0, float(max(most, high))))
+    ranks = SimpleNamespace(limits=lambda low, high, device: (min(-4.0, low), float(max(most, high))))
 
     def policy(rows):
-        passes.append(len(rows))
+        passes.append(tuple(rows.input_ids.shape))
         return rows.input_ids.float()
 
     guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"), scores_together=not sharded)
@@ -27,10 +27,10 @@ def rank(most, passes, sharded=True):
 
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("rows", [ALIKE, APART, None], ids=["alike", "apart", "none"])
-def test_every_rank_scores_as_many_rows_as_the_fullest(rows, sharded):
+def test_every_rank_scores_as_many_rows_of_one_width(rows, sharded):
     passes = []
     found = rank(3, passes, sharded)(rows)
-    assert passes == [3]
+    assert passes == [(3, 4)]
     if rows is None:
         assert found is None
     else:

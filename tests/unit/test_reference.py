@@ -1,11 +1,12 @@
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
 
 from interference_guard import Completions, ConfigError, Guard, GuardedOptimizer, ShapeError, UnsupportedError
-from interference_guard.reference import LOSS_SCALE, _gradients
+from interference_guard.reference import LOSS_SCALE, _gradients, observe_softened
 from tests.unit.helpers import CONFIG, PROMPTS, VOCABULARY, Toy, guarded, pass_rate, train, wanted
 
 
@@ -137,3 +138,53 @@ class TestRefusals:
         with pytest.raises(UnsupportedError, match="returned no logits"):
             guard.protect("qa", given())
         assert not guard.domains
+
+
+def test_gradients_are_those_of_a_loss_on_all_logits_at_once(monkeypatch):
+    monkeypatch.setattr("interference_guard.reference.POSITIONS", 5)
+    model, rows = Toy(), given(repeat=3)
+    found = _gradients(model, rows, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    soft = model(rows.input_ids)[:, :1].flatten(0, 1) / 2
+    chances = soft.detach().softmax(-1)
+    labels = torch.cat([torch.multinomial(part, 1, generator=generator) for part in chances.split(5)]).squeeze(1)
+    loss = torch.nn.functional.cross_entropy(soft, labels) * LOSS_SCALE
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for name, expected in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(found[name], expected, msg=name)
+
+
+def test_gradients_of_one_pass_are_gone_before_the_next(monkeypatch):
+    made, left = [], []
+
+    def gradients(*args):
+        left.append(sum(item() is not None for item in made))
+        found = _gradients(*args)
+        made.extend(weakref.ref(item) for item in found.values())
+        return found
+
+    monkeypatch.setattr("interference_guard.reference._gradients", gradients)
+    guard = Guard(Toy(), CONFIG)
+    observe_softened(guard, guard.new_state("qa").curvature, given(), 3, 4)
+    assert left == [0, 0, 0]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_rows_that_do_not_fit_together_are_passed_one_by_one(monkeypatch, fits):
+    def gradients(model, rows, generator):
+        if len(rows) > 1 or not fits:
+            raise torch.OutOfMemoryError
+        sizes.append(len(rows))
+        return _gradients(model, rows, generator)
+
+    sizes = []
+    monkeypatch.setattr("interference_guard.reference._gradients", gradients)
+    guard = Guard(Toy(), CONFIG)
+    if not fits:
+        with pytest.raises(UnsupportedError, match="one row of a reference domain does not fit"):
+            guard.protect("qa", given(), passes=3, batch_size=4)
+        assert not guard.domains
+        return
+    guard.protect("qa", given(), passes=3, batch_size=4)
+    assert sizes == [1] * 12
+    assert guard.protected == ("qa",)
