@@ -33,7 +33,7 @@ class Shapes:
         tied: Whether the output layer is the embedding.
         head: Size of a head.
         head_norms: Whether queries and keys are normalised.
-        experts: MLPs of each layer, whose gate and up projections are one matrix, and a router; 0 for a single MLP.
+        experts: MLPs of each layer, each with gate and up as one matrix, and a router; 0 for a single MLP.
     """
 
     name: str
