@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .local_block import Correction
-from .local_model import Displacement, LocalModel
+from .local_model import Displacement, LocalModel, runs
 from .projection import shrinkage
 
 # Excess over the radius that a sweep after the first leaves alone; the promise for several domains is 1.05.
@@ -127,18 +127,13 @@ def _side_by_side(flat: Tensor, model: LocalModel, blocks: Sequence[int]) -> Ten
 
 def _overlaps(mine: LocalModel, theirs: LocalModel) -> list[Overlap]:
     """Products of two domains' directions, of neighbours of one shape together."""
-    runs: list[list[int]] = []
-    former: tuple[int, ...] | None = None
-    for index in mine.order:
+
+    def shape(index: int) -> tuple[int, ...] | None:
         a, b = mine.blocks[index], theirs.blocks[index]
         whole = a.rows is None and b.rows is None
-        shape = (a.energy.shape[1], a.width, a.rank, b.rank) if whole else None
-        if shape is not None and shape == former:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-        former = shape
+        return (a.energy.shape[1], a.width, a.rank, b.rank) if whole else None
+
     return [
         Overlap(run, torch.cat([mine.blocks[index].U.mT @ theirs.blocks[index].U for index in run]))
-        for run in runs
+        for run in runs(mine.order, shape)
     ]

@@ -12,7 +12,7 @@ them. Only z0 and q0 are kept of the anchor, so a domain costs (rank + residual)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,25 @@ from .curvature import DomainCurvature, truncate
 from .local_block import LocalBlock
 from .projection import subspace_energy
 from .shards import Spread
+
+
+def runs(order: Sequence[int], shape: Callable[[int], object]) -> list[list[int]]:
+    """Neighbours that can be handled as one.
+
+    Args:
+        order: Indices of blocks, those that lie side by side next to each other.
+        shape: What must be alike of them; None of a block that stands alone.
+    """
+    found: list[list[int]] = []
+    former = None
+    for index in order:
+        own = shape(index)
+        if own is not None and own == former:
+            found[-1].append(index)
+        else:
+            found.append([index])
+        former = own
+    return found
 
 
 @dataclass
@@ -67,6 +86,25 @@ class LocalModel:
         return [index for group in groups.values() for index in group]
 
     @cached_property
+    def _runs(self) -> list[list[int]]:
+        def shape(index: int) -> tuple[int, ...] | None:
+            block = self.blocks[index]
+            return None if block.rows is not None else (block.energy.shape[1], block.width, block.rank)
+
+        return runs(self.order, shape)
+
+    def _weights(self, run: Sequence[int]) -> Tensor:
+        """W of neighbours of one shape, as in `Displacement.weights`."""
+        blocks = [self.blocks[index] for index in run]
+        if len(blocks) == 1:
+            return blocks[0].weights().flatten()
+        energy, scale, lam = (
+            torch.cat(list(parts))
+            for parts in zip(*((block.energy, block.scale, block.lam) for block in blocks), strict=True)
+        )
+        return ((energy * scale.unsqueeze(-1)).unsqueeze(-1) * lam.unsqueeze(1)).flatten()
+
+    @cached_property
     def starts(self) -> list[int]:
         """Where each block's coordinates begin in `Displacement.flat`, by block."""
         starts, start = [0] * len(self.blocks), 0
@@ -87,8 +125,7 @@ class LocalModel:
             flat[start : start + size].view(-1, block.rank)
             for block, start, size in zip(self.blocks, self.starts, sizes, strict=True)
         ]
-        weights = torch.cat([self.blocks[index].weights().flatten() for index in self.order])
-        return Displacement(flat, views, weights, self.order)
+        return Displacement(flat, views, torch.cat([self._weights(run) for run in self._runs]), self.order)
 
     def see(self, index: int, seen: Tensor, out: Displacement) -> None:
         """Put one block's coordinates into a `displacement`.
