@@ -97,6 +97,16 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float) -> It
         )
         count = f"Of the {len(rows)} rows the run trains {len(trained)}"
         yield f"{count}, of which none is of the domains {missed}: {why}"
+    # An epoch of which nothing is dropped.
+    filled = pace.whole == 1 and args.world_size > 1 and len(trained) == len(rows)
+    rest = len(rows) % (args.train_batch_size * args.world_size) if filled else 0
+    if rest and rows[0] != rows[-1]:
+        yield (
+            f"The last {rest} of the {len(rows)} rows are no whole batch of {args.world_size} processes, and "
+            f"accelerate fills it up with the first rows, of {rows[0]!r}: that domain is trained once more. Set "
+            "dataloader_drop_last=True, or give each domain whole batches, as order_by_domain(dataset, "
+            f"{size}) does."
+        )
     # A last batch that is not full is no phase of its own.
     batches = [Counter(trained[start : start + size]) for start in range(0, len(trained) - size + 1, size)]
     for number, counts in enumerate(batches):

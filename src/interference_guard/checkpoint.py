@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,9 +138,12 @@ def load(
     """
     place = place or (guard.view.shards.rank, guard.view.shards.world)
     own = directory / file_names(guard)[1]
-    if ranks is None:
-        details = _read_details(guard, own) if own.is_file() else None
-        if details is not None and details.get("shards", [0, 1]) == shards_of(guard):
+    # A file of a rank that is beyond those of the latest save is of another moment.
+    files = _details_files(guard, directory)
+    if ranks is None and own in files:
+        details = _read_details(guard, own)
+        if details.get("shards", [0, 1]) == shards_of(guard):
+            _check_moment(guard, details, files)
             _take(guard, _read(guard, own))
             return
     paths = [
@@ -184,6 +187,13 @@ def load_own(
     saved = _folders(first if first.is_dir() else own, world)
     place = place or (rank, world)
     alone = saved == world and _is_part_of(guard, own, place)
+    if alone and (mine := _details_files(guard, own)):
+        others = [folder_of(item) for item in (range(world) if rank == 0 else (0,))]
+        _check_moment(
+            guard,
+            _read_details(guard, mine[0]),
+            [path for folder in others for path in _details_files(guard, folder)],
+        )
     load(guard, own, None if alone else [folder_of(item) for item in range(saved)], place)
 
 
@@ -194,6 +204,22 @@ def weights_beside(directory: Path) -> dict[str, str] | None:
         return None
     found: dict[str, str] | None = json.loads(path.read_text(encoding="utf-8")).get("weights")
     return found
+
+
+def _check_moment(guard: Guard, details: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Refuse files of several ranks that are not of one moment: one rank may have failed to write its own.
+
+    The first rank looks at all of those that it sees, and each other one at the first's.
+    """
+    rank = (details.get("place") or details.get("shards", (0, 1)))[0]
+    for path in files[:1] if rank else files:
+        steps = _read_details(guard, path).get("steps")
+        if steps != details.get("steps"):
+            raise StateError(
+                f"The guard's files are not those of all ranks at one moment: {path} is of step {steps}, this "
+                f"rank's is of step {details.get('steps')}. Put the files of every rank of one checkpoint there, "
+                "or resume from another one."
+            )
 
 
 def _is_part_of(guard: Guard, directory: Path, place: tuple[int, int]) -> bool:

@@ -165,19 +165,26 @@ class LocalModel:
         self.spread.add(full)
         self.noise = self._rounding(full)
 
-    def lengths(self, parts: Sequence[Tensor]) -> Tensor:
+    def lengths(self, flat: Tensor) -> Tensor:
         """Squared length of a change of the weights along the directions, by matrix; the same on all ranks.
 
         The directions are orthonormal, so the coefficients tell it and the weights need not be read again.
 
         Args:
-            parts: Its coefficients per block, ``(rows, rank)``.
+            flat: Its coefficients, laid out like `Displacement.flat`.
 
         Returns:
             ``(matrices of all blocks,)`` fp32.
         """
-        full = [block.scatter(part) for block, part in zip(self.blocks, parts, strict=True)]
-        return torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in full]).square()
+        found: list[Tensor] = [flat] * len(self.blocks)
+        for run in self._runs:
+            last, counts = self.blocks[run[-1]], [len(self.blocks[index].energy) for index in run]
+            part = flat[self.starts[run[0]] : self.starts[run[-1]] + last.count * last.rank].view(-1, last.rank)
+            whole = last.scatter(part) if last.rows is not None else part.view(sum(counts), -1, last.rank)
+            norms = torch.linalg.vector_norm(whole, dim=(1, 2))
+            for index, norm in zip(run, norms.split(counts), strict=True):
+                found[index] = norm
+        return torch.cat(found).square()
 
     def _rounding(self, anchors: Sequence[Tensor]) -> Tensor:
         eps = torch.finfo(torch.float32).eps

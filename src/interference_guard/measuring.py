@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,11 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
         return None
     if rows is None:
         ids = torch.zeros(1, widest, dtype=torch.int64, device=guard.device)
-        rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids), temperature=temperature)
+        rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids))
     repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
-    scores = _scored(rows.rows(repeated).widened(widest), policy)
+    # A policy may take rows of another temperature in another way, so ranks must agree on that too.
+    rows = replace(rows.rows(repeated).widened(widest), temperature=temperature)
+    scores = _scored(rows, policy)
     guard.view.reshard()
     return scores[:count, :length] if count else None
 

@@ -37,6 +37,8 @@ class ModelView:
 
     def __init__(self, model: nn.Module, config: GuardConfig) -> None:
         self._model = model
+        # A forward pass before, of an evaluation, leaves whole parameters in place of the pieces.
+        reshard(model)
         self._parameters = trainable_parameters(model)
         shapes = {
             name: torch.empty(whole_shape(tensor), device="meta") for name, tensor in self._parameters.items()
@@ -78,6 +80,7 @@ class ModelView:
         return not self.shards.sharded and Shards(found, zero_of(model)).sharded
 
     def _same(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        reshard(model)
         found = trainable_parameters(model)
         mine = {name: whole_shape(tensor) for name, tensor in self._parameters.items()}
         theirs = {name: whole_shape(tensor) for name, tensor in found.items()}

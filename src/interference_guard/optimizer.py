@@ -270,9 +270,11 @@ def _in_parts(
             guard.before_last_part()
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if zero().complete:
+        buffers = zero()
+        buffers.check_untouched(optimizer)
+        if buffers.complete:
             guard.after_step()
-            zero().release()
+            buffers.release()
 
     return before, after
 

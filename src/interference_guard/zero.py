@@ -192,6 +192,22 @@ class Zero:
             self._held[number] = gradient, 0 if gradient is None else gradient._version
         return begins
 
+    def check_untouched(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that changes gradients; call when it has stepped its buffers.
+
+        Not later: stage 3 may keep the gradients of several buffers in one, and unscale the next in place.
+
+        Raises:
+            HostError: If it has changed them.
+        """
+        for number in self._stepping(optimizer):
+            gradient, version = self._held.get(number, (None, 0))
+            if gradient is not None and gradient._version != version:
+                raise HostError(
+                    "The optimizer changed the gradients in place during its step, and the guard reads them once "
+                    "more after it. Use an optimizer that leaves them as they are (all of torch.optim do)."
+                )
+
     def put_away(self) -> None:
         """Let stage 3 take back whole parameters that a forward pass within the step left in place.
 
@@ -217,15 +233,8 @@ class Zero:
                 f"The gradient of {name!r} is not there: the guard's hooks are not on the engine's optimizer. "
                 "Call attach(engine.optimizer, guard), and engine.step() to step."
             )
-        gradient, version = self._held[place.buffer]
-        if gradient is None:
-            return None
-        if gradient._version != version:
-            raise HostError(
-                "The optimizer changed the gradients in place during its step, and the guard reads them once "
-                "more after it. Use an optimizer that leaves them as they are (all of torch.optim do)."
-            )
-        return gradient.detach().narrow(0, place.at, place.stop - place.start)
+        gradient, _ = self._held[place.buffer]
+        return None if gradient is None else gradient.detach().narrow(0, place.at, place.stop - place.start)
 
     def publish(self, parameter: Tensor) -> None:
         """Copy the fp32 range into the model's own weights, as DeepSpeed did before the guard changed it."""

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interference_guard import Guard, GuardedOptimizer
-from tests.unit.helpers import CONFIG, Toy, policy_gradient, rollout, train
+from tests.unit.helpers import CONFIG, Toy, pass_rate, policy_gradient, rollout, train
 
 ORDER = ["math"] * 5 + ["code"] * 8 + ["qa"] * 12
 
@@ -83,6 +83,33 @@ def run(how, order=ORDER, **options):
     model, guard, optimizer = guarded(how, **options)
     train(model, guard, optimizer, order)
     return outcome(model, guard)
+
+
+def evaluated(how, bind):
+    """A run that begins with an evaluation, after which `fully_shard` leaves whole parameters in place."""
+    model = shard(Toy(), how)
+    guard = Guard(model, CONFIG) if bind else None
+    pass_rate(model, "math")
+    if guard is None:
+        guard = Guard(model, CONFIG)
+    else:
+        guard.bind(model)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+    train(model, guard, optimizer, ORDER)
+    return outcome(model, guard)
+
+
+def torn(folder):
+    """What each rank is told where the last one could not write its part of the second save."""
+    model, guard, optimizer = guarded("fsdp2")
+    train(model, guard, optimizer, ORDER[:3])
+    guard.save(folder)
+    train(model, guard, optimizer, ORDER[3:6], start=3)
+    if dist.get_rank() < world() - 1:
+        guard.save(folder)
+    dist.barrier()
+    *_, guard, _ = guarded("fsdp2")
+    return answer(lambda: guard.load(folder))
 
 
 def moved(how, **options):

@@ -83,6 +83,34 @@ def test_ranks_equal_one_process(world, tmp_path):
         assert_agrees(found[0], expected)
 
 
+def test_an_evaluation_before_the_guard_changes_nothing(tmp_path):
+    calls = [functools.partial(jobs.evaluated, "fsdp2", bind) for bind in (True, False)]
+    for found in run_ranks(2, jobs.several, calls, folder=tmp_path):
+        for outcome in found:
+            assert_agrees(outcome, alone())
+
+
+def test_files_of_two_moments_are_refused(tmp_path):
+    for told in run_ranks(2, functools.partial(jobs.torn, tmp_path / "state"), folder=tmp_path):
+        assert re.search(
+            r"StateError: .* not those of all ranks at one moment: .* is of step \d, .* step \d\.", told
+        )
+
+
+def test_files_of_ranks_beyond_the_latest_save_are_passed_over(tmp_path):
+    """Two ranks save, one goes on and saves into the same folder, two load that."""
+    folder = tmp_path / "state"
+    run_ranks(2, functools.partial(jobs.begun, "fsdp2", 3, folder), folder=tmp_path / "first")
+    torch.set_num_threads(1)
+    jobs.begun("whole", 9, folder)
+    found = run_ranks(2, functools.partial(jobs.went_on, "fsdp2", 9, folder), folder=tmp_path / "last")
+    assert_equal(*found)
+    expected = alone()
+    assert found[0]["foreign"] == expected["foreign"]
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found[0]["weights"][name], value, **TOLERANCE)
+
+
 @pytest.mark.parametrize("options", [{}, {"hidden": 15, "coverage": 0.6}])
 def test_regions_move_alike(options, tmp_path):
     first, second = run_ranks(2, functools.partial(jobs.moved, "fsdp2", **options), folder=tmp_path)

@@ -26,6 +26,7 @@ CASES = {
     "stage 2, first order": (2, {"hidden": 15, "changes": {"first_order": True}}),
     "stage 2, gradient metric": (2, {"hidden": 15, "changes": {"projection_metric": "gradient"}}),
     "stage 3": (3, {"groups": True}),
+    "stage 3, groups of one": (3, {"groups": "embeddings"}),
     "stage 3, gradient metric": (3, {"hidden": 5, "changes": {"projection_metric": "gradient"}}),
     "stage 3, uneven": (3, {"hidden": 15, "changes": {"coverage": 0.6}}),
     "stage 3, sub-groups": (

@@ -26,9 +26,16 @@ def deepspeed_on_cpu():
 
 
 def engine_of(model, stage, rate=0.02, make=torch.optim.AdamW, groups=False, zero=None, **config):
-    """The model in a DeepSpeed engine of a ZeRO stage; `groups` parts matrices and vectors, as trainers do."""
+    """The model in a DeepSpeed engine of a ZeRO stage.
+
+    `groups` parts matrices and vectors, as trainers do, or gives embedding and head groups of their own.
+    """
     parameters = [list(model.parameters())]
-    if groups:
+    if groups == "embeddings":
+        alone = [model.embed.weight, model.lm_head.weight]
+        rest = [p for p in model.parameters() if all(p is not item for item in alone)]
+        parameters = [alone[:1], alone[1:], rest]
+    elif groups:
         parameters = [[p for p in parameters[0] if p.dim() > 1], [p for p in parameters[0] if p.dim() < 2]]
     settings = {
         "train_micro_batch_size_per_gpu": 1,

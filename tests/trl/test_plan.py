@@ -1,6 +1,7 @@
 """What the callback says of the order of the rows before training begins."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerState
@@ -149,3 +150,27 @@ def test_the_last_generation_of_an_epoch(code, both, tmp_path):
     assert found == (["code", "math"] if both else ["math"])
     assert len(told) == 1 - both
     assert all("domains ['code']: the trainer drops the last 1" in text for text in told)
+
+
+def test_a_last_batch_that_several_processes_fill_up_is_told(tmp_path):
+    data = rows([("math", 8), ("code", 9)]).rename_column("answer", "completion")
+    trainer = supervised(tmp_path, data, train_sampling_strategy="sequential", per_device_train_batch_size=2)
+    # Two processes, as torchrun would start.
+    args = SimpleNamespace(**{name: getattr(trainer.args, name) for name in NAMES}, world_size=2)
+    state = TrainerState(num_train_epochs=1, max_steps=5)
+    with pytest.warns(UserWarning, match=r"last 1 of the 17 rows .* of 'math': .* dataloader_drop_last=True"):
+        look_ahead(data, "domain", args, state, 0.05)
+    for changes, changed in (({"dataloader_drop_last": True}, data), ({}, data.select(range(16)))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            look_ahead(changed, "domain", SimpleNamespace(**{**vars(args), **changes}), state, 0.05)
+
+
+# What is read of the arguments of a trainer that generates nothing.
+NAMES = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "ignore_data_skip",
+)
