@@ -16,19 +16,36 @@ def text_of(completion: Any) -> str:
 
 
 def final_answer(text: str) -> str:
-    """What follows the last 'Answer:', or stands in the last box, or the last line."""
+    """What stands in the last box, or follows the last 'Answer:', or the last line."""
     text = text.rpartition("</think>")[2]
-    boxed = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)
-    if boxed:
-        return boxed[-1]
-    found = re.findall(r"[Aa]nswer\s*(?:is)?\s*:?\s*(.+)", text)
+    boxed = _last_box(text)
+    if boxed is not None:
+        return boxed
+    # Models make the word bold, or the answer.
+    found = re.findall(r"[Aa]nswer[\s*]*(?:is\b)?[\s*]*:?[\s*]*(.+)", text)
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return found[-1] if found else (lines[-1] if lines else "")
 
 
+def _last_box(text: str) -> str | None:
+    """What is in the last box that is closed; None without any."""
+    box, begin = None, -1
+    # Where each group that is open began, and whether it is a box.
+    groups: list[tuple[int, bool]] = []
+    # What follows another backslash, as in \{, opens and closes none.
+    for found in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text):
+        if found[0] == "}" and groups:
+            start, is_box = groups.pop()
+            if is_box and start > begin:
+                box, begin = text[start : found.start()], start
+        elif found[0][-1] == "{" and found[0] != r"\{":
+            groups.append((found.end(), found[0] != "{"))
+    return box
+
+
 def normal(answer: str) -> str:
-    """An answer without spaces, dollars, points at the end and capitals."""
-    return re.sub(r"[\s$]|\\text|\\,|\\!", "", answer).strip(".{}()").lower()
+    """An answer without spaces, dollars, capitals, and points, brackets and asterisks around it."""
+    return re.sub(r"[\s$]|\\text|\\,|\\!", "", answer).strip(".*{}()").lower()
 
 
 def exact_match(completions: Sequence[Any], answer: Sequence[str], **columns: Any) -> list[float]:
@@ -44,13 +61,15 @@ def choice(completions: Sequence[Any], answer: Sequence[str], **columns: Any) ->
 
 
 def tests_pass(completions: Sequence[Any], answer: Sequence[str], **columns: Any) -> list[float]:
-    """1 where the program in the last code block passes the row's tests.
+    """1 where the program in the last code block passes all of the row's tests, 0 where it has none.
 
     The programs run as your user, with a time limit and nothing else: use a container or a sandbox.
+
+    Raises:
+        ValueError: If a row's tests cannot be read.
     """
-    return [
-        float(_passes(_program(text_of(item)), tests)) for item, tests in zip(completions, answer, strict=True)
-    ]
+    rows = [(_program(text_of(item)), _cases(tests)) for item, tests in zip(completions, answer, strict=True)]
+    return [float(_passes(program, cases)) for program, cases in rows]
 
 
 def _program(text: str) -> str:
@@ -58,17 +77,30 @@ def _program(text: str) -> str:
     return blocks[-1] if blocks else ""
 
 
-def _passes(program: str, tests: str) -> bool:
-    if not program:
+def _cases(tests: str) -> list[tuple[str, str]]:
+    """Input and output of each test."""
+    try:
+        found = json.loads(tests)
+        if isinstance(found, dict):
+            return [(str(a), str(b)) for a, b in zip(found["inputs"], found["outputs"], strict=True)]
+        return [(str(case["input"]), str(case["output"])) for case in found]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"answer={tests!r:.120} holds no tests ({type(error).__name__}: {error}). A row of this reward needs "
+            'JSON, either {"inputs": [...], "outputs": [...]} of equal length or [{"input": ..., "output": ...}] '
+            "with any number of tests. Correct the row, or give its domain another reward."
+        ) from error
+
+
+def _passes(program: str, cases: list[tuple[str, str]]) -> bool:
+    # Without a test nothing is known of a program.
+    if not program or not cases:
         return False
-    cases = json.loads(tests)
-    if isinstance(cases, dict):
-        cases = [{"input": a, "output": b} for a, b in zip(cases["inputs"], cases["outputs"], strict=True)]
-    for case in cases:
+    for given, wanted in cases:
         try:
             run = subprocess.run(
                 [sys.executable, "-I", "-c", program],
-                input=str(case["input"]),
+                input=given,
                 capture_output=True,
                 text=True,
                 timeout=CODE_SECONDS,
@@ -76,7 +108,7 @@ def _passes(program: str, tests: str) -> bool:
             )
         except subprocess.TimeoutExpired:
             return False
-        if run.returncode or run.stdout.split() != str(case["output"]).split():
+        if run.returncode or run.stdout.split() != wanted.split():
             return False
     return True
 

@@ -110,6 +110,16 @@ def test_public_rows_are_converted(prepare, tmp_path):
     ("name", "text", "answer", "score"),
     [
         ("exact_match", "so \\boxed{\\frac{1}{2}}", "\\frac{1}{2}", 1.0),
+        ("exact_match", "\\boxed{\\frac{\\sqrt{3}}{2}}", "\\frac{\\sqrt{3}}{2}", 1.0),
+        ("exact_match", "\\boxed{1}, then \\boxed{\\{1, 2\\}}.", "\\{1,2\\}", 1.0),
+        ("exact_match", "\\boxed{\\left\\{1, 2\\right.}", "\\left\\{1,2\\right.", 1.0),
+        ("exact_match", "\\boxed{\\boxed{3}}", "3", 1.0),
+        ("exact_match", "\\boxed{3} and \\boxed{4", "3", 1.0),
+        ("exact_match", "**Answer:** 12", "12", 1.0),
+        ("exact_match", "**Answer**: 12", "12", 1.0),
+        ("exact_match", "Answer: **12**.", "12", 1.0),
+        ("exact_match", "The answer is **12**", "12", 1.0),
+        ("exact_match", "Answer: 2*3", "23", 0.0),
         ("exact_match", "<think>Answer: 3</think>Answer: 4.", "4", 1.0),
         ("exact_match", "Answer: 5", "4", 0.0),
         ("exact_match", "", "4", 0.0),
@@ -117,6 +127,9 @@ def test_public_rows_are_converted(prepare, tmp_path):
         ("choice", "Answer: nothing", "C", 0.0),
         ("tests_pass", "```python\nprint(int(input()) + 1)\n```", '{"inputs": ["1"], "outputs": ["2"]}', 1.0),
         ("tests_pass", "```python\nprint(3)\n```", '[{"input": "1", "output": "2"}]', 0.0),
+        ("tests_pass", "```python\nprint(2)\n```", '[{"input": "1", "output": "2"}]', 1.0),
+        ("tests_pass", "```python\nprint(2)\n```", "[]", 0.0),
+        ("tests_pass", "```python\nprint(2)\n```", '{"inputs": [], "outputs": []}', 0.0),
         ("tests_pass", "no program", '{"inputs": [], "outputs": []}', 0.0),
         ("tests_pass", "```python\n1/0\n```", '{"inputs": ["1"], "outputs": ["2"]}', 0.0),
     ],
@@ -125,6 +138,16 @@ def test_rewards(name, text, answer, score):
     function = load(f"{ROOT}/examples/trl/rewards.py:{name}")
     assert function(completions=[text], answer=[answer]) == [score]
     assert function(completions=[[{"role": "assistant", "content": text}]], answer=[answer]) == [score]
+
+
+@pytest.mark.parametrize(
+    "tests", ["print(1)", "3", '[["1", "2"]]', '{"inputs": ["1"]}', '{"inputs": ["1"], "outputs": []}']
+)
+def test_tests_that_cannot_be_read_are_named(tests):
+    function = load(f"{ROOT}/examples/trl/rewards.py:tests_pass")
+    with pytest.raises(ValueError, match=r"answer=.* holds no tests \(\w+: .* needs JSON, either") as caught:
+        function(completions=["no program"], answer=[tests])
+    assert repr(tests) in str(caught.value)
 
 
 def test_prose_is_rewarded_for_length_and_variety():
