@@ -55,7 +55,7 @@ def inspect(
     if state is not None:
         found["state"] = str(state)
         try:
-            found["anchors"] = _anchors(state)
+            found |= _anchors(state)
         except GuardError as error:
             # The history is worth showing without it.
             if history is None:
@@ -75,7 +75,8 @@ def inspect(
             [name, str(item["anchored"]), str(item["steps_since"]), output.number(item["reward_at_anchor"])]
             for name, item in found["anchors"].items()
         ]
-        output.table(f"State in {state}", ["domain", "anchored", "steps since", "reward then"], rows)
+        title = f"State in {state}, of step {found['state_steps']}"
+        output.table(title, ["domain", "anchored", "steps since", "reward then"], rows)
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -112,14 +113,16 @@ def _domains(run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _anchors(state: Path) -> dict[str, dict[str, Any]]:
+def _anchors(state: Path) -> dict[str, Any]:
     from interference_guard.analysis.state import StateFile
 
-    return {
+    file = StateFile(state)
+    anchors = {
         name: {
             "anchored": record.details["anchored"],
             "steps_since": record.details["foreign_steps"],
             "reward_at_anchor": record.details["anchor_reward"],
         }
-        for name, record in StateFile(state).domains.items()
+        for name, record in file.domains.items()
     }
+    return {"state_steps": file.steps, "anchors": anchors}

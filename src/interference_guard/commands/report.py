@@ -17,7 +17,7 @@ def report(
         Path | None,
         typer.Option(
             help="A checkpoint with the guard's state, for the maps by layer and module; by default the "
-            "history's own, else the newest state under RUN."
+            "history's own, else the latest state under RUN."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,

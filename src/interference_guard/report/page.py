@@ -56,7 +56,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
         out: The HTML file; `report.html` in the run's folder by default. The figures go into a folder of
             the same name without `.html`.
         state: A folder with the guard's state, for the maps by layer and module; by default the history's own
-            from the end of the run, else the newest state under the run.
+            from the end of the run, else the latest state under the run.
         force: Replace an existing report, its figures included.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -174,7 +175,10 @@ def read_run(run: Path) -> Run:
 
 
 def find_state(run: Path) -> Path | None:
-    """The newest folder at or under a run that holds a guard's state, the first rank's; None without any."""
+    """The folder of the latest state at or under a run, the first rank's; None without any.
+
+    The latest is that of the most steps, and of several the newest file: copies are of any age.
+    """
     if not run.exists():
         return None
     folder = run if run.is_dir() else run.parent
@@ -183,7 +187,16 @@ def find_state(run: Path) -> Path | None:
     found = [
         path for place in places for path in folder.glob(place + DETAILS) if not LATER.search(path.parent.name)
     ]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+    return max(found, key=lambda path: (_steps(path), path.stat().st_mtime)).parent if found else None
+
+
+def _steps(details: Path) -> int:
+    """The steps that a state says it has; less than any where it is damaged."""
+    try:
+        steps = json.loads(details.read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+    return steps if isinstance(steps, int) else -1
 
 
 def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Places]], str | None]:
@@ -192,7 +205,7 @@ def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Place
     Args:
         run: The run.
         state: A folder with the guard's state, which goes first; None to look in the history, then for the
-            newest state under the run.
+            latest state under the run.
 
     Returns:
         Tables by domain, ``"curvature"`` and ``"projected"``, and what was wrong with a state that was found and

@@ -1,11 +1,14 @@
 import json
+import os
 import shutil
 
 import pytest
 
 from interference_guard.cli import main
 from interference_guard.commands import output
+from interference_guard.files import DETAILS
 from interference_guard.history import HISTORY, History
+from interference_guard.report.run import find_state
 
 
 def damaged(toy_run, folder):
@@ -52,6 +55,26 @@ def test_states_of_ranks_lie_where_their_trainers_put_them(capsys, toy_run, tmp_
     for folder, found in ((verl.parent, first), (tmp_path / "run", first), (verl, first), (trl, trl)):
         assert main(["inspect", str(folder), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["state"] == str(found)
+
+
+def test_the_latest_state_is_that_of_the_most_steps(capsys, toy_run, tmp_path):
+    for phase, age in ((1, 1), (3, 3), (2, 2)):
+        shutil.copytree(toy_run[0] / f"phase-{phase}", tmp_path / f"checkpoint-{phase}")
+        # A copy's files are of any age; here the earlier the state, the newer its file.
+        os.utime(tmp_path / f"checkpoint-{phase}" / DETAILS, (9000 - age, 9000 - age))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / DETAILS).write_text("[]")
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["state_steps"]) == (str(tmp_path / "checkpoint-3"), 90)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "checkpoint-3, of step 90" in " ".join(capsys.readouterr().out.split())
+    # Of one step, the newest file.
+    for phase, age in ((4, 5000), (5, 4000)):
+        shutil.copytree(toy_run[0] / "phase-3", tmp_path / f"checkpoint-{phase}")
+        os.utime(tmp_path / f"checkpoint-{phase}" / DETAILS, (age, age))
+    os.utime(tmp_path / "checkpoint-3" / DETAILS, (3000, 3000))
+    assert find_state(tmp_path) == tmp_path / "checkpoint-4"
 
 
 def test_names_cannot_move_the_cursor(capsys, tmp_path):
