@@ -6,9 +6,11 @@ be read or a gate that saw nothing of a domain, 3 a fault of the program.
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any, TextIO
 
 from .errors import GuardError
 from .report.text import plain
@@ -60,8 +62,33 @@ def _say(sentence: str) -> None:
     sys.stderr.write(f"Error: {plain(sentence)}\n")
 
 
+class _Pipe(io.FileIO):
+    """A stream whose reader may have gone: what is written then is lost, and nobody is told.
+
+    typer and rich end a program with 1 there, which for `check` says that a limit was passed.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _open(stream: TextIO) -> TextIO:
+    """The same stream, for any reader and any name: a domain may be called what an encoding lacks."""
+    try:
+        number, lines = stream.fileno(), stream.isatty() or stream is sys.stderr
+    except (AttributeError, OSError):
+        # Closed by the caller, or none of the system's.
+        return stream
+    raw = io.BufferedWriter(_Pipe(number, "w", closefd=False))
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=lines)
+
+
 def run() -> None:
     """The console script."""
+    sys.stdout, sys.stderr = _open(sys.stdout), _open(sys.stderr)
     sys.exit(main())
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -261,3 +262,44 @@ def test_a_run_that_ended_without_a_log(capsys, tmp_path, words):
     assert code == 2
     assert "holds no step yet" in err
     assert "logging_steps" in err
+
+
+PROGRAM = [sys.executable, "-m", "interference_guard.cli"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["check", "--max-forgetting", "1"], 0),
+        (["check", "--max-forgetting", "1", "--json"], 0),
+        (["check", "--max-forgetting", "0.01"], 1),
+        (["check"], 2),
+        (["inspect"], 0),
+    ],
+)
+def test_a_reader_that_has_gone_changes_no_exit_code(toy_run, words, code):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [*PROGRAM, *words, str(toy_run[0])], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+        # The sentence of an error may have lost its reader too.
+        both = subprocess.run([*PROGRAM, *words, str(toy_run[0])], stdout=writing, stderr=writing, timeout=120)
+    finally:
+        os.close(writing)
+    assert (done.returncode, both.returncode) == (code, code)
+    assert done.stderr.startswith("Error: No limit") if code == 2 else done.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["check", "--max-interference", "0.1"]])
+def test_names_that_the_terminal_s_encoding_lacks(tmp_path, words):
+    history = History(tmp_path / HISTORY)
+    history.report(1, ["数学"], {"guard/数学/reward": 0.5})
+    history.report(2, ["code"], {"guard/数学/measured": 0.01})
+    place = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*PROGRAM, *words, str(tmp_path)], env=place, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u6570\u5b66" in "".join(done.stdout.split())
