@@ -89,8 +89,7 @@ def _show(found: dict[str, Any]) -> None:
     training = [name for name, kind in kinds.items() if kind == "training"]
     if training and len(training) < len(kinds):
         output.line(f"Not evaluated, so that the reward is that of training: {', '.join(training)}.")
-    if found["skipped_lines"]:
-        output.line(f"{found['skipped_lines']} damaged lines of the history were skipped.")
+    output.skipped(found["skipped_lines"])
 
 
 def _domains(run: Run) -> dict[str, dict[str, Any]]:

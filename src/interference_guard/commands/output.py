@@ -60,6 +60,12 @@ def line(text: str) -> None:
     Console().print(_text(text), soft_wrap=True)
 
 
+def skipped(lines: int) -> None:
+    """Say how many lines of a history were damaged; nothing where none was."""
+    if lines:
+        line(f"{lines} damaged lines of the history were skipped.")
+
+
 def _text(value: str, style: str = "") -> Text:
     # Text, not markup: a domain may be called [math]. Plain: or hold what moves the cursor.
     return Text(plain(value), style)

@@ -127,3 +127,14 @@ def test_evaluations_before_the_first_step_alone_open_nothing(capsys, tmp_path):
     code, _, _, err = check(capsys, tmp_path, "--max-forgetting", "0.02")
     assert code == 2
     assert "has no forgetting of any domain" in err
+
+
+def test_damaged_lines_are_said(capsys, tmp_path):
+    history = History(tmp_path / HISTORY)
+    for step in (1, 2):
+        history.report(step, ["math" if step == 1 else "code"], {"guard/math/measured": 0.01})
+    with (tmp_path / HISTORY).open("a") as file:
+        file.write("{broken\n[]\n")
+    assert check(capsys, tmp_path, "--max-interference", "0.02")[2]["skipped_lines"] == 2
+    assert main(["check", str(tmp_path), "--max-interference", "0.02"]) == 0
+    assert "2 damaged lines of the history were skipped." in capsys.readouterr().out
