@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import GuardConfig
     from .errors import (
+        CheckpointError,
         ConfigError,
         GuardError,
         HostError,
         MissingDomainError,
+        ReportError,
         ShapeError,
         StateError,
         StateVersionError,
@@ -27,6 +29,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "CheckpointError",
     "Completions",
     "ConfigError",
     "Guard",
@@ -37,6 +40,7 @@ __all__ = [
     "Measurement",
     "MissingDomainError",
     "Policy",
+    "ReportError",
     "ShapeError",
     "StateError",
     "StateVersionError",

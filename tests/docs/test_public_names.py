@@ -6,6 +6,7 @@ import inspect
 import pytest
 
 import interference_guard
+from interference_guard import errors
 
 PACKAGES = ("interference_guard", "interference_guard.integrations.trl")
 NAMES = [(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__]
@@ -23,6 +24,12 @@ def test_public_name_imports_and_is_documented(package, name):
     if inspect.isclass(thing) or inspect.isroutine(thing):
         assert inspect.getdoc(thing), f"{package}.{name} has no docstring"
         assert (thing.__module__ or "").startswith("interference_guard")
+
+
+def test_every_error_that_a_docstring_names_is_public():
+    found = {name for name, thing in vars(errors).items() if inspect.isclass(thing)}
+    assert {"CheckpointError", "ReportError"} < found
+    assert found <= set(interference_guard.__all__)
 
 
 def test_the_version_is_the_package_s():
