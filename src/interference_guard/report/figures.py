@@ -9,7 +9,7 @@ from typing import Any
 
 from .run import Run, Series
 from .style import INK, MUTED, colour, dash
-from .text import plain
+from .text import shortened, width
 
 # Points of one line that a figure can show; more would only make the page larger.
 POINTS = 240
@@ -17,6 +17,10 @@ POINTS = 240
 DENSE = 60
 # Points of one domain in a cloud.
 SPOTS = 80
+# Cells of the longest name beside which a narrow legend has a second column.
+COLUMN = 20
+# Inches of a legend's line for each point of its letters.
+LINE = 1.75 / 72
 WIDE, NARROW = (9.2, 3.7), (4.4, 4.0)
 
 
@@ -46,11 +50,14 @@ def shade(axis: Any, run: Run, narrow: bool, *, label: bool = True) -> None:
         axis.axvspan(phase.first, phase.last, color=colour(number), alpha=0.1, linewidth=0)
         wide = (phase.last - phase.first) / max(run.last, 1)
         if label and not narrow and wide > 0.085:
-            name = plain(phase.name)
-            short = name if len(name) < 16 else name[:14] + "…"
             middle = (phase.first + phase.last) / 2
             axis.annotate(
-                short, (middle, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8
+                shortened(phase.name, 15),
+                (middle, 1.0),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=8,
             )
     for phase in run.recoveries:
         axis.axvspan(
@@ -81,14 +88,24 @@ def legend(figure: Any, axis: Any, run: Run, narrow: bool, marks: Mapping[str, s
     handles, numbers = axis.get_legend_handles_labels()
     if not handles:
         return
+    # The labels are numbers until the legend is made: it leaves out what begins with an underscore.
+    shown = [run.domains[int(number)] for number in numbers]
+    names = [shortened(name) + (f" ({marks[name]})" if marks and name in marks else "") for name in shown]
+    # A second column of long names would end beyond a phone's edge.
+    columns = 2 if narrow and max(map(width, names)) <= COLUMN else 1
+    size = 8 if narrow else 9
+    tall = LINE * size * -(-len(names) // columns)
     if narrow:
-        made = figure.legend(handles, numbers, loc="outside lower left", ncols=2, fontsize=8, handlelength=2.6)
+        made = figure.legend(
+            handles, numbers, loc="outside lower left", ncols=columns, fontsize=size, handlelength=2.6
+        )
+        # Below the axes, which keep the room that four lines leave them.
+        figure.set_figheight(figure.get_figheight() + max(0.0, tall - 4 * LINE * size))
     else:
-        made = figure.legend(handles, numbers, loc="outside right upper", fontsize=9, handlelength=2.8)
-    for text, number in zip(made.get_texts(), numbers, strict=True):
-        # Only now: a legend leaves out what has a label that begins with an underscore.
-        name = run.domains[int(number)]
-        text.set_text(plain(name) + (f" ({marks[name]})" if marks and name in marks else ""))
+        made = figure.legend(handles, numbers, loc="outside right upper", fontsize=size, handlelength=2.8)
+        figure.set_figheight(max(figure.get_figheight(), tall + 0.3))
+    for text, name in zip(made.get_texts(), names, strict=True):
+        text.set_text(name)
 
 
 def in_nats(run: Run) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .figures import NARROW, WIDE
 from .run import Run
 from .style import INK, MUTED, PAPER
-from .text import plain
+from .text import plain, shortened, width
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Numbers that a coloured table can carry and be read.
 WRITTEN = 200
+# Inches of a letter of the names.
+LETTER = 0.07
 # Maps of more domains than this would make the page long and large.
 MAPS = 12
 PLACES = (("curvature", "curvature"), ("taken back by projections", "projected"))
@@ -38,7 +40,11 @@ def matrix(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    size = (2.0 + 0.62 * max(len(columns), 4), min(1.3 + 0.36 * len(rows), 12.0))
+    below, beside = ([shortened(name) for name in names] for names in (columns, rows))
+    # Names below are turned, and take less height than width.
+    left = max(2.0, 0.4 + LETTER * max(map(width, beside)))
+    under = max(1.3, 0.3 + 0.7 * LETTER * max(map(width, below)))
+    size = (left + 0.62 * max(len(columns), 4), min(under + 0.36 * len(rows), 12.0))
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     scale = colormaps["cividis"].reversed()
@@ -63,8 +69,10 @@ def matrix(
         axis.add_patch(Rectangle((x + 0.02, y + 0.02), 0.96, 0.96, fill=False, edgecolor=INK, linewidth=1.8))
     axis.set_xlim(0, len(columns))
     axis.set_ylim(len(rows), 0)
-    below, beside = ([plain(name) for name in names] for names in (columns, rows))
-    axis.set_xticks([x + 0.5 for x in range(len(columns))], below, rotation=40, ha="right", fontsize=8)
+    # Turned about their ends, which stay at the columns in the page's narrower font.
+    axis.set_xticks(
+        [x + 0.5 for x in range(len(columns))], below, fontsize=8, rotation=40, rotation_mode="anchor", ha="right"
+    )
     axis.set_yticks([y + 0.5 for y in range(len(rows))], beside, fontsize=8)
     axis.grid(visible=False)
     axis.tick_params(length=0)
@@ -119,7 +127,7 @@ def places(tables: dict[str, dict[str, Places]], narrow: bool) -> Any:
         bar.ax.tick_params(labelsize=8)
     axes[0].set_ylim(len(domains) * (block + 1) - 1, 0)
     middles = [index * (block + 1) + block / 2 for index in range(len(domains))]
-    axes[0].set_yticks(middles, [plain(name) for name in domains], fontsize=8)
+    axes[0].set_yticks(middles, [shortened(name) for name in domains], fontsize=8)
     axes[0].set_xticks([index + 0.5 for index in range(len(names))], [plain(name) for name in names])
     for axis in axes:
         axis.tick_params(axis="x", rotation=90, labelsize=7 if narrow else 8)

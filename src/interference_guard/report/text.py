@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
+
+# Cells of the longest name that a figure shows whole.
+CELLS = 24
 
 
 def plain(name: Any) -> str:
@@ -12,3 +16,27 @@ def plain(name: Any) -> str:
     'ma th '
     """
     return "".join(letter if letter.isprintable() else " " for letter in str(name))
+
+
+def shortened(name: Any, cells: int = CELLS) -> str:
+    """A plain name of at most so many cells, its middle left out: paths differ at their ends.
+
+    >>> shortened("allenai/ai2_arc/ARC-Challenge-train"), shortened("数学" * 9, 10)
+    ('allenai/ai2_…lenge-train', '数学…学数学')
+    """
+    whole = plain(name)
+    if width(whole) <= cells:
+        return whole
+    tail = _within(whole[::-1], cells // 2)[::-1]
+    return _within(whole, cells - 1 - width(tail)) + "…" + tail
+
+
+def width(name: str) -> int:
+    """Cells of a name: letters of East Asia, and pictures, are twice as wide as others."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
+
+
+def _within(name: str, cells: int) -> str:
+    while width(name) > cells:
+        name = name[:-1]
+    return name

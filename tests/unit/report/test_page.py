@@ -11,10 +11,13 @@ from matplotlib.figure import Figure
 
 from interference_guard.errors import ReportError
 from interference_guard.history import HISTORY, History
-from interference_guard.report.figures import rewards
+from interference_guard.report.figures import agreement, interference, rewards
 from interference_guard.report.page import build_report
 from interference_guard.report.run import read_run
-from interference_guard.report.style import DOMAINS, colour, dash, drawing, svg
+from interference_guard.report.style import DOMAINS, colour, dash, drawing, freeze, svg
+from interference_guard.report.tables import accuracy
+from interference_guard.report.text import plain, shortened, width
+from interference_guard.report.transfer import transfer
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 needs_browser = pytest.mark.skipif(
@@ -114,8 +117,8 @@ def test_the_history_s_own_maps_need_no_state(tmp_path):
     text = made.page.read_text()
     assert '<section id="places">' in text
     assert "taken back by projections" in text
-    for width in ("w", "n"):
-        assert f'id="places-{width}-' in text
+    for kind in ("w", "n"):
+        assert f'id="places-{kind}-' in text
 
 
 def test_labels_keep_their_digits():
@@ -166,6 +169,52 @@ def test_odd_names_stay_what_they_are(tmp_path):
     assert "\x1b" not in text
     assert '>url(#x) id="y"<' in text
     assert "#1b1f24<" in text
+
+
+LONG = ["数学推理训练数据集合二零二四年" * 2, "datasets/v3/" * 10 + "prose.parquet", "x" * 35, "🚀" * 40]
+
+
+def test_long_names_fit_into_the_figures(tmp_path):
+    # Warnings are errors: of letters that the font lacks, and of axes without room.
+    folder = build_report(odd_run(tmp_path, LONG)).page.with_suffix("")
+    names = [shortened(name) for name in LONG]
+    assert set(names) <= set(labels(folder / "rewards.svg"))
+    run = read_run(tmp_path)
+    drawn = [(draw, narrow) for draw in (rewards, interference, agreement) for narrow in (False, True)]
+    with drawing("long"):
+        for draw, narrow in drawn:
+            figure = freeze(draw(run, narrow))
+            (legend,) = figure.legends
+            inside = legend.get_window_extent()
+            assert inside.x0 >= 0
+            assert inside.x1 <= figure.bbox.width
+            assert figure.axes[0].get_position().width > 0.5
+        figure = freeze(accuracy(transfer(run), run))
+        assert figure.axes[0].get_position().width > 0.4
+        assert all(label.get_window_extent().x0 >= 0 for label in figure.axes[0].get_yticklabels())
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_legend_of_many_names_fits(tmp_path, narrow):
+    run = read_run(odd_run(tmp_path, [f"allenai/ai2_arc/ARC-Challenge-{index}" for index in range(30)]))
+    with drawing("many"):
+        figure = freeze(rewards(run, narrow))
+    assert figure.legends[0].get_window_extent().y0 >= 0
+    assert figure.axes[0].get_position().height * figure.get_figheight() > 2
+
+
+@pytest.mark.parametrize("cells", [5, 10, 24])
+@pytest.mark.parametrize("name", [*LONG, *NAMES, "", "ab\u0301" * 30])
+def test_short_names_fit_and_keep_both_ends(name, cells):
+    short = shortened(name, cells)
+    assert width(short) <= cells
+    if width(name) <= cells:
+        assert short == plain(name)
+    else:
+        begin, end = short.split("…")
+        assert plain(name).startswith(begin)
+        assert plain(name).endswith(end)
+        assert width(short) >= cells - 2
 
 
 def test_each_unit_has_its_budget(tmp_path):
