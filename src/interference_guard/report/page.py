@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -82,28 +83,41 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
     maps, trouble = read_places(found, state)
     moved = transfer(found)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        drawn = [
-            figure for item in _plan(found, moved, maps) if (figure := _draw(folder, made, *item)) is not None
-        ]
-        _clear(folder, made.figures)
-        template = files("interference_guard.report").joinpath("page.html").read_text(encoding="utf-8")
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-        text = environment.from_string(template).render(
-            title=plain(found.path.parent.resolve().name or "run"),
-            tiles=_tiles(found, moved),
-            figures=drawn,
-            losses=[(plain(name), value) for name, value in losses(found).items()],
-            settings=found.settings,
-            skipped=made.skipped,
-            trouble=trouble,
-            colours=[(index, *pair) for index, pair in enumerate(DOMAINS)],
-        )
-        # A setting may hold half of a character.
-        _write(page, text.encode(errors="replace"))
+        with _made(folder):
+            drawn = [
+                figure for item in _plan(found, moved, maps) if (figure := _draw(folder, made, *item)) is not None
+            ]
+            _clear(folder, made.figures)
+            template = files("interference_guard.report").joinpath("page.html").read_text(encoding="utf-8")
+            environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+            text = environment.from_string(template).render(
+                title=plain(found.path.parent.resolve().name or "run"),
+                tiles=_tiles(found, moved),
+                figures=drawn,
+                losses=[(plain(name), value) for name, value in losses(found).items()],
+                settings=found.settings,
+                skipped=made.skipped,
+                trouble=trouble,
+                colours=[(index, *pair) for index, pair in enumerate(DOMAINS)],
+            )
+            # A setting may hold half of a character.
+            _write(page, text.encode(errors="replace"))
     except OSError as error:
         raise ReportError(f"{page} cannot be written: {error}. Choose another place with --out.") from error
     return made
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder, which goes again where what is to fill it fails: half of one would refuse the next report."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 Plan = tuple[str, str, str, Callable[[bool], Any]]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from interference_guard.errors import ReportError
 from interference_guard.history import HISTORY, History
+from interference_guard.report import page
 from interference_guard.report.figures import agreement, interference, rewards
 from interference_guard.report.page import build_report
 from interference_guard.report.run import read_run
@@ -88,6 +89,33 @@ def test_nothing_is_overwritten_without_force(toy_run, tmp_path):
     assert page.read_text() != "mine"
     with pytest.raises(ReportError, match=r"must end in \.html"):
         build_report(toy_run[0], tmp_path / "report.txt")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_report_that_fails_stops_no_later_one(toy_run, tmp_path, monkeypatch, error):
+    write, out = page._write, tmp_path / "report.html"
+
+    def fail(path, data):
+        if path.name == "accuracy.svg":
+            raise error
+        write(path, data)
+
+    def build(**words):
+        with monkeypatch.context() as broken:
+            broken.setattr(page, "_write", fail)
+            message = "cannot be written: .*No space" if isinstance(error, OSError) else None
+            with pytest.raises(ReportError if message else KeyboardInterrupt, match=message):
+                build_report(toy_run[0], out, **words)
+
+    build()
+    assert list(tmp_path.iterdir()) == []
+    # A folder that was there is not the report's to remove.
+    out.with_suffix("").mkdir()
+    (out.with_suffix("") / "mine.png").write_bytes(b"")
+    build(force=True)
+    assert (out.with_suffix("") / "mine.png").exists()
+    shutil.rmtree(out.with_suffix(""))
+    build_report(toy_run[0], out)
 
 
 def test_damaged_lines_are_counted_on_the_page(toy_run, tmp_path):
