@@ -165,6 +165,9 @@ def _files(path: Path) -> dict[Path, set[str]]:
     """Safetensors files of a checkpoint and the tensors each must have."""
     if path.is_file():
         return {path: set()}
+    # As transformers does: an index beside one whole file was left by an earlier save.
+    if (path / SINGLE[0]).is_file():
+        return {path / SINGLE[0]: set()}
     index = path / INDEX
     if index.is_file():
         try:
@@ -185,9 +188,8 @@ def _files(path: Path) -> dict[Path, set[str]]:
                 f"{absent[0]!r}. Copy the missing files."
             )
         return shards
-    for name in SINGLE:
-        if (path / name).is_file():
-            return {path / name: set()}
+    if (path / SINGLE[1]).is_file():
+        return {path / SINGLE[1]: set()}
     inner = sorted(file.parent.name for file in path.glob(f"*/{SINGLE[1]}"))
     if inner:
         raise CheckpointError(
@@ -270,12 +272,17 @@ def pieces(shape: tuple[int, ...], limit: int = PIECE) -> Iterator[tuple[int, in
 
 
 def resolve(name: str, names: Iterable[str]) -> str | None:
-    """The checkpoint's name of a parameter of the running model; adapters are saved without their name.
+    """The checkpoint's name of a parameter of the running model; peft saves adapters without their name.
 
     Examples:
         >>> resolve("m.q.lora_A.default.weight", ["m.q.lora_A.weight"])
         'm.q.lora_A.weight'
+        >>> resolve("m.lm_head.modules_to_save.default.weight", ["m.lm_head.weight"])
+        'm.lm_head.weight'
     """
     known = names if isinstance(names, Mapping | set) else set(names)
-    bare = re.sub(r"(\.lora_\w+)\.[^.]+\.(weight)$", r"\1.\2", name)
+    bare = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+    bare = re.sub(r"(\.lora_\w+)\.[^.]+(\.weight)$", r"\1\2", bare)
+    # These are parameters and no layers.
+    bare = re.sub(r"(\.lora_embedding_[AB]|\.trainable_tokens_delta)\.[^.]+$", r"\1", bare)
     return next((item for item in (name, bare) if item in known), None)

@@ -8,7 +8,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from interference_guard import Guard, GuardConfig, GuardedOptimizer
-from interference_guard.analysis import StateFile, measure_edits, open_checkpoint, predict_interference
+from interference_guard.analysis import (
+    StateFile,
+    conflict_subspace,
+    measure_edits,
+    open_checkpoint,
+    predict_interference,
+)
 from interference_guard.checkpoint import DETAILS
 from interference_guard.cli import main
 from interference_guard.errors import StateError
@@ -87,6 +93,35 @@ def test_rollback_of_an_adapter_to_its_base_is_refused(lora_run, capsys):
     folder, _ = lora_run
     assert main(["rollback", str(folder / "base"), str(folder / "code"), "--domain", "math", "--dry-run"]) == 2
     assert "Give a checkpoint of the guarded run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["up_proj", "embed", "lm_head"]},
+        {"target_modules": ["up_proj"], "trainable_token_indices": {"embed": [1, 2]}},
+    ],
+    ids=["whole head", "embedding and head", "single tokens"],
+)
+def test_adapters_with_more_than_the_factors_of_layers(tmp_path, settings, capsys):
+    torch.manual_seed(0)
+    model = get_peft_model(Toy(), LoraConfig(r=4, lora_alpha=8, **settings))
+    guard = Guard(model, CONFIG)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+    for index, name in enumerate(("math", "code")):
+        train(model, guard, optimizer, [name] * 10, start=10 * index)
+        model.save_pretrained(tmp_path / name)
+        guard.save(tmp_path / name)
+    before, after = (open_checkpoint(tmp_path / name) for name in ("math", "code"))
+    state = StateFile(tmp_path / "code")
+    assert predict_interference(state.domain("math"), after).raw == pytest.approx(guard.raw("math"), rel=1e-3)
+    conflict = conflict_subspace(state.domain("math"), state.domain("code"), before, after)
+    assert set(conflict.cosines) <= set(state.views)
+    words = ("rollback", tmp_path / "math", tmp_path / "code", "--domain", "math", "--mode", "units")
+    said = as_json(capsys, *words, "--share", "1", "-o", tmp_path / "out")["rollback"][0]
+    assert said["interference_left"] == pytest.approx(0, abs=1e-6)
+    assert open_checkpoint(tmp_path / "out").shapes == after.shapes
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,13 @@ def test_missing_shard(tmp_path):
         open_checkpoint(folder)
 
 
+def test_an_index_that_an_earlier_save_left_is_passed_over(tmp_path):
+    save_model(Toy(seed=0), tmp_path, shards=2)
+    model = Toy(seed=1)
+    found = open_checkpoint(save_model(model, tmp_path))
+    assert torch.equal(found.rows("lm_head.weight"), model.lm_head.weight.detach())
+
+
 def test_shard_without_a_tensor_of_the_index(tmp_path):
     folder = save_model(Toy(), tmp_path, shards=2)
     path = folder / "model.safetensors.index.json"
