@@ -64,7 +64,7 @@ def conflict_subspace(
         CheckpointError: If the checkpoints are not of the state's model, or the domains of two models.
         UnknownDomainError: If the first domain has no local model.
     """
-    names, starts = record.state.names(after), record.state.names(before)
+    end, start = record.state.running(after), record.state.running(before)
     if _shapes(record.state) != _shapes(other.state):
         raise CheckpointError(
             f"The guard states in {record.state.folder} and {other.state.folder} are of different architectures. "
@@ -81,7 +81,7 @@ def conflict_subspace(
         if part.view.kind != "vector":
             cosines[name] = values
             chance[name] = _chance(U, V, generator)
-        seen = part.see(displacement(names[name], after, before, starts[name]))
+        seen = part.see(displacement(name, end, start))
         energy = float(seen.lengths.sum())
         total += energy
         flat += energy * min(U.shape[2] / part.view.width, 1.0)

@@ -14,6 +14,7 @@ from interference_guard.units import stored_transposed
 
 from .adapter import AdapterConfig, read_adapter_config
 from .checkpoints import Checkpoint
+from .running import saved_name
 
 PREFIX = "base_model.model."
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
@@ -63,9 +64,10 @@ class MergedCheckpoint:
             if bare.endswith((".lora_A.weight", ".lora_embedding_A")):
                 owner = bare.rpartition(".lora_")[0]
                 target = self._target(owner)
-                self._factors[target] = self._pair(name, owner, config, flipped)
+                self._factors[target] = self._pair(name, owner, target, config, flipped)
             elif ".lora_" not in bare:
                 target = bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                target = saved_name(target, base.shapes) or target
                 self._check(target, adapter.shapes[name])
                 self._brought[target] = name
             elif not bare.endswith((".lora_B.weight", ".lora_embedding_B", *MAGNITUDES)):
@@ -121,15 +123,17 @@ class MergedCheckpoint:
         return found
 
     def _target(self, owner: str) -> str:
-        target = f"{owner}.weight"
-        if target not in self.base.shapes:
+        target = saved_name(f"{owner}.weight", self.base.shapes)
+        if target is None:
             raise CheckpointError(
-                f"{self.adapter.path} changes {target!r}, which {self.base.path} does not have. Give the base "
-                "model the adapter was trained on."
+                f"{self.adapter.path} changes '{owner}.weight', which {self.base.path} does not have. Give the "
+                "base model the adapter was trained on."
             )
         return target
 
-    def _pair(self, reader: str, owner: str, config: AdapterConfig, flipped: frozenset[str]) -> Factors:
+    def _pair(
+        self, reader: str, owner: str, target: str, config: AdapterConfig, flipped: frozenset[str]
+    ) -> Factors:
         embedding = reader.endswith(".lora_embedding_A")
         writer = reader.replace(".lora_embedding_A", ".lora_embedding_B").replace(".lora_A.", ".lora_B.")
         shapes, folder = self.adapter.shapes, self.adapter.path
@@ -145,8 +149,8 @@ class MergedCheckpoint:
         outer = (shapes[writer][0], shapes[reader][-1])
         # Of a square weight the shape does not tell.
         conv = owner in flipped if flipped else config.fan_in_fan_out and outer[0] == outer[1]
-        transposed = embedding or conv or (outer != self.base.shapes[f"{owner}.weight"] and config.fan_in_fan_out)
-        self._check(f"{owner}.weight", outer[::-1] if transposed else outer)
+        transposed = embedding or conv or (outer != self.base.shapes[target] and config.fan_in_fan_out)
+        self._check(target, outer[::-1] if transposed else outer)
         start = reader.rpartition(".lora_")[0]
         magnitude = next((start + ending for ending in MAGNITUDES if start + ending in shapes), None)
         if magnitude is not None and transposed:

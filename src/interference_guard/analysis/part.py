@@ -18,19 +18,18 @@ from .pieces import matrix_shape, unit_pieces
 Read = Callable[[int, int], Tensor]
 
 
-def displacement(name: str, after: Weights, before: Weights | None = None, there: str | None = None) -> Read:
+def displacement(name: str, after: Weights, before: Weights | None = None) -> Read:
     """Read what a tensor moved by, or the tensor itself where nothing says from where.
 
     Args:
-        name: Its name in `after`.
+        name: Its name in both.
         after: Weights after the displacement.
         before: Weights before it, or None.
-        there: Its name in `before`; the same by default.
     """
 
     def read(first: int, last: int) -> Tensor:
         found = after.rows(name, first, last)
-        return found if before is None else found.sub_(before.rows(there or name, first, last))
+        return found if before is None else found.sub_(before.rows(name, first, last))
 
     return read
 

@@ -81,11 +81,9 @@ def predict_interference(
     Reference:
         Yang et al., 2026, arXiv:2606.02398, without its first-order term and with an isotropic rest.
     """
-    names = record.state.names(after)
-    starts = {} if before is None else record.state.names(before)
-    return _predicted(
-        record, lambda name: displacement(names[name], after, before, starts.get(name)), before is None, advance
-    )
+    there = record.state.running(after)
+    start = None if before is None else record.state.running(before)
+    return _predicted(record, lambda name: displacement(name, there, start), before is None, advance)
 
 
 def predict_rounding(record: DomainRecord, weights: Checkpoint) -> Prediction:
@@ -101,14 +99,15 @@ def predict_rounding(record: DomainRecord, weights: Checkpoint) -> Prediction:
         CheckpointError: If they are not of the state's model.
         UnknownDomainError: If the domain has no local model.
     """
-    names = record.state.names(weights)
+    running = record.state.running(weights)
     generator = torch.Generator().manual_seed(0)
 
     def errors(name: str) -> Read:
-        step = torch.finfo(weights.entries[names[name]].dtype or torch.float32).eps
+        stored = running.sources[name].names[0][0]
+        step = torch.finfo(weights.entries[stored].dtype or torch.float32).eps
 
         def read(first: int, last: int) -> Tensor:
-            rows = weights.rows(names[name], first, last)
+            rows = running.rows(name, first, last)
             return rows.mul_(torch.rand(rows.shape, generator=generator).sub_(0.5).mul_(step))
 
         return read

@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .checkpoints import Advance, open_checkpoint, pieces, stored_twice
 from .part import Part, displacement
 from .pieces import Piece, matrix_shape, unit_pieces
 from .rollback import RollbackPlan, see_edit
+from .running import Running
 from .target import check_target, put_in_place
 from .tensorfile import Entry
 
@@ -99,20 +99,18 @@ def _left(plan: RollbackPlan, written: Path) -> dict[str, float]:
 
 def _rewrite(plan: RollbackPlan, share: float, strength: float, folder: Path, advance: Advance) -> None:
     masks = plan.chosen(share)
-    names, starts = (plan.record.state.names(weights) for weights in (plan.after, plan.before))
+    after, before = (plan.record.state.running(weights) for weights in (plan.after, plan.before))
     # Of the seed alone: the same command writes the same bytes.
     generator = torch.Generator().manual_seed(plan.record.state.settings["seed"])
     for part in plan.record.parts():
         name = part.view.name
         if bool(masks[name].any()):
-            change = _Change(plan, part, names[name], starts[name], strength)
-            path = _copy_of(plan.after.entries[names[name]].path, plan.after.path, folder)
-            with path.open("r+b") as file:
-                change.write(file, masks[name].view(matrix_shape(part.view)), generator)
+            change = _Change(plan, part, after, before, strength)
+            change.write(folder, masks[name].view(matrix_shape(part.view)), generator)
             advance(name)
     pair = stored_twice(plan.after)
     # A guard sees tied weights once, by the embedding's name.
-    if pair is not None and pair[0] in names.values() and pair[1] not in names.values():
+    if pair is not None and pair[0] in after.saved and pair[1] not in after.saved:
         embedding, head = (plan.after.entries[name] for name in pair)
         written = [
             replace(entry, path=_copy_of(entry.path, plan.after.path, folder)) for entry in (embedding, head)
@@ -141,42 +139,49 @@ def _bytes(rows: Tensor) -> bytes:
 
 
 class _Change:
-    """What a rollback does to one tensor."""
+    """What a rollback does to one parameter."""
 
-    def __init__(self, plan: RollbackPlan, part: Part, name: str, start: str, strength: float) -> None:
+    def __init__(self, plan: RollbackPlan, part: Part, after: Running, before: Running, strength: float) -> None:
         self.part, self.strength = part, strength
-        self.before, self.start = plan.before, start
-        self.entry = plan.after.entries[name]
+        self.checkpoint, self.before = plan.after, before
+        self.source = after.sources[part.view.name]
         # Rows that hold a part of every unit need all of a unit's coordinates first.
         self.z: Tensor | None = None
         if plan.mode == "directions":
-            self.z = part.see(displacement(name, plan.after, plan.before, start)).z
+            self.z = part.see(displacement(part.view.name, after, before)).z
 
-    def write(self, file: BinaryIO, mask: Tensor, generator: torch.Generator) -> None:
+    def write(self, folder: Path, mask: Tensor, generator: torch.Generator) -> None:
         """Overwrite the chosen units ``(matrices, units)`` in the copy, piece by piece."""
-        row = self.entry.size // max(self.entry.rows, 1)
+        entries = self.checkpoint.entries
         for piece in unit_pieces(self.part.view):
             chosen = piece.part(mask).unsqueeze(-1)
             if not bool(chosen.any()):
                 continue
-            stored = self.entry.read(piece.first, piece.last)
+            stored = self.source.read(lambda name, *rows: entries[name].read(*rows), piece.first, piece.last)
             wanted = self._wanted(piece, stored.to(torch.float32, copy=True))
             if stored.dtype == torch.bfloat16:
                 rounded = round_at_random(wanted, generator)
             else:
                 rounded = wanted.to(stored.dtype)
-            # A view of `stored`: the change lands in the tensor's own layout, and other units keep their bits.
+            # A view of `stored`: the change lands in the parameter's own layout, and other units keep their bits.
             seen = piece.view(stored)
             seen.copy_(torch.where(chosen, piece.view(rounded), seen))
-            file.seek(self.entry.start + piece.first * row)
-            file.write(_bytes(stored))
+            for name, first, rows in self.source.split(stored, piece.first, self.checkpoint.shapes):
+                self._put(entries[name], folder, first, rows)
+
+    def _put(self, entry: Entry, folder: Path, first: int, rows: Tensor) -> None:
+        """Write rows from `first` on into the copy of a tensor."""
+        with _copy_of(entry.path, self.checkpoint.path, folder).open("r+b") as file:
+            file.seek(entry.start + first * (entry.size // max(entry.rows, 1)))
+            # Experts may be stored in several dtypes; together they are read in the widest.
+            file.write(_bytes(rows.to(entry.dtype)))
 
     def _wanted(self, piece: Piece, rows: Tensor) -> Tensor:
         """These rows with all units rolled back, fp32; `rows` is changed in place."""
         seen = piece.view(rows)
         if self.z is None:
             # At full strength the result is the earlier number to the last bit.
-            seen.lerp_(piece.view(self.before.rows(self.start, piece.first, piece.last)), self.strength)
+            seen.lerp_(piece.view(self.before.rows(self.part.view.name, piece.first, piece.last)), self.strength)
             return rows
         U = self.part.block.U[piece.matrices, piece.width]
         seen.sub_(piece.part(self.z) @ U.mT, alpha=self.strength)

@@ -146,10 +146,9 @@ def plan_rollback(
 
 def see_edit(record: DomainRecord, before: Weights, after: Weights) -> Iterator[tuple[Part, Seen]]:
     """An edit parameter by parameter, as the domain's local model sees it."""
-    names, starts = record.state.names(after), record.state.names(before)
+    end, start = record.state.running(after), record.state.running(before)
     for part in record.parts():
-        name = part.view.name
-        yield part, part.see(displacement(names[name], after, before, starts[name]))
+        yield part, part.see(displacement(part.view.name, end, start))
 
 
 def _check(**values: float) -> None:

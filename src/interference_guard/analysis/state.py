@@ -23,6 +23,7 @@ from interference_guard.units import UnitLayout, UnitView
 
 from .checkpoints import Weights, resolve
 from .part import Part
+from .running import Running, Source, find_source
 from .tensorfile import Entry, read_header
 
 # Settings without which the tensors cannot be read.
@@ -224,21 +225,22 @@ class StateFile:
             )
         return self.domains[name]
 
-    def names(self, weights: Weights) -> dict[str, str]:
-        """The checkpoint's name of each guarded parameter.
+    def running(self, weights: Weights) -> Running:
+        """A checkpoint's weights by the names of the guarded parameters.
 
         Raises:
             CheckpointError: If one is missing or has another shape.
         """
-        found: dict[str, str] = {}
+        found: dict[str, Source] = {}
         for name, view in self.views.items():
-            there = resolve(name, weights.shapes)
-            shape = None if there is None else weights.shapes[there]
-            if there is None or shape != view.shape:
+            source = find_source(name, view.shape, weights.shapes)
+            if source is None:
+                there = resolve(name, weights.shapes)
+                shape = None if there is None else weights.shapes[there]
                 raise CheckpointError(
                     f"{weights.label} and the guard state in {self.folder} are of different architectures: "
                     f"{name!r} has shape {view.shape} in the state and {shape} in the checkpoint. Give a "
                     "checkpoint of the guarded run."
                 )
-            found[name] = there
-        return found
+            found[name] = source
+        return Running(weights, found, {name: view.shape for name, view in self.views.items()})
