@@ -92,6 +92,11 @@ class TrustRegion:
         return self.budget_nats if self.unit == "nats" else self.budget
 
     @property
+    def slope(self) -> float:
+        """Loss per unit of the quadratic part taken alone, not negative; NaN before the first measurement."""
+        return max(self.xy, 0.0) / self.xx if self.xx > 0 else math.nan
+
+    @property
     def slopes(self) -> tuple[float, float]:
         """Loss per unit of the quadratic and of the linear part, neither negative.
 
@@ -99,7 +104,7 @@ class TrustRegion:
         """
         if self.xx <= 0:
             return math.nan, 0.0
-        alone = max(self.xy, 0.0) / self.xx
+        alone = self.slope
         determinant = self.xx * self.ll - self.lx**2
         # One pair, or two parallel ones, cannot tell the parts apart.
         if determinant <= 1e-6 * self.xx * self.ll:
@@ -124,9 +129,14 @@ class TrustRegion:
         """Loss at the region's centre, in the unit of the measurements."""
         return self.centre_loss if self.unit == "nats" else self.centre_loss * self.scale
 
-    def predict(self, raw: Raw) -> float:
-        """Calibrated prediction: expected loss at this raw value, NaN before the first measurement."""
-        quadratic, linear = self.slopes
+    def predict(self, raw: Raw, *, first_order: bool = True) -> float:
+        """Calibrated prediction: expected loss at this raw value, NaN before the first measurement.
+
+        Args:
+            raw: The uncalibrated one.
+            first_order: Whether it holds the first-order term. Without it the quadratic part is fitted alone.
+        """
+        quadratic, linear = self.slopes if first_order else (self.slope, 0.0)
         if self.xx <= 0 and self.centre_loss:
             # Just moved, with new directions: all that is known is the loss there.
             return self.spent

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from interference_guard.files import DETAILS
 from interference_guard.places import place
 from interference_guard.trust_region import Raw
 from interference_guard.units import UnitView
@@ -27,7 +29,9 @@ class Prediction:
         inside: Raw prediction in the domain's directions by parameter and unit, ``(units,)`` fp32 each.
         outside: The rest's, likewise.
         views: The parameters' unit views.
-        calibrated: In parts of the domain's reward range (or nats a token); NaN before a measurement.
+        calibrated: In parts of the domain's reward range (or nats a token); NaN before a measurement. Since the
+            anchor, or from `before` on where that was given.
+        moved_at: Steps of other domains after the anchor at which the region was moved; 0 where it was not.
     """
 
     domain: str
@@ -35,6 +39,7 @@ class Prediction:
     outside: dict[str, Tensor]
     views: dict[str, UnitView]
     calibrated: float
+    moved_at: int = 0
 
     @property
     def raw(self) -> float:
@@ -68,10 +73,15 @@ def predict_interference(
 ) -> Prediction:
     """Predict what a displacement costs a domain: 1/2 d' H d by the domain's local model.
 
+    Where the domain's region was moved (`renew`), that is where the displacement starts by default, and what was
+    lost up to there is added. Such a prediction is meant for later checkpoints alone: of an earlier one, the
+    domain's own anchor included, it says nothing.
+
     Args:
         record: The domain, from a state file.
         after: The displaced weights.
-        before: Where the displacement starts; the domain's own anchor by default.
+        before: Where the displacement starts; the centre of the domain's region by default, which is its own
+            anchor unless the region was moved.
         advance: Called with each parameter's name when it is done.
 
     Raises:
@@ -84,6 +94,20 @@ def predict_interference(
     there = record.state.running(after)
     start = None if before is None else record.state.running(before)
     return _predicted(record, lambda name: displacement(name, there, start), before is None, advance)
+
+
+def before_move(record: DomainRecord, weights: Weights) -> bool:
+    """Whether the state saved beside a checkpoint says that it is from before the domain's region was moved."""
+    if not record.moved_at:
+        return False
+    # Of an adapter over its base: the adapter's.
+    path = weights.paths[-1]
+    try:
+        text = ((path if path.is_dir() else path.parent) / DETAILS).read_text(encoding="utf-8")
+        # Counted over the whole run.
+        return int(json.loads(text)["domains"][record.name]["renewals"]) < int(record.details["renewals"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def predict_rounding(record: DomainRecord, weights: Checkpoint) -> Prediction:
@@ -125,4 +149,7 @@ def _predicted(
         views[name] = part.view
         advance(name)
     sums = [sum(float(item.double().sum()) for item in group.values()) for group in (inside, outside)]
-    return Prediction(record.name, inside, outside, views, record.region.predict(Raw(sums[0], sums[1], 0.0)))
+    # The first-order term of a run that has one is left out here.
+    whole = record.region.predict(Raw(*sums), first_order=False)
+    calibrated = whole if anchored else record.region.slope * sum(sums)
+    return Prediction(record.name, inside, outside, views, calibrated, record.moved_at)

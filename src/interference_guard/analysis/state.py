@@ -47,6 +47,11 @@ class DomainRecord:
                 "interference-guard that wrote it."
             ) from error
 
+    @property
+    def moved_at(self) -> int:
+        """Steps of other domains after the anchor at which its region was last moved; 0 where it stands there."""
+        return int(self.details.get("renewed_at", 0))
+
     def tensor(self, key: str) -> Tensor | None:
         """A tensor of this domain, or None."""
         entry = self.state.entries.get(self._prefix + key)

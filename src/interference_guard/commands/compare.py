@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from . import output
 
 if TYPE_CHECKING:
     from interference_guard.analysis.checkpoints import Checkpoint, Weights
+    from interference_guard.analysis.state import DomainRecord
 
 # Rows of the table by layer and module that are printed; --json gives all.
 PLACES = 20
@@ -84,25 +86,31 @@ def _fitting(base: Checkpoint, other: Checkpoint) -> Weights:
 def _predictions(state: Path | None, opened: list[Checkpoint], weights: list[Weights]) -> list[dict[str, Any]]:
     if state is None:
         return []
-    from interference_guard.analysis import StateFile, predict_interference
+    from interference_guard.analysis import StateFile
 
     records = [record for record in StateFile(state).domains.values() if record.modelled]
     if not records:
         raise ConfigError(f"{state} has no anchored domain, so nothing can be predicted. Leave out --state.")
     return [
-        {
-            "after": after.label,
-            "domain": record.name,
-            "raw": found.raw,
-            "predicted": found.calibrated,
-            # Before a measurement there is no calibration, and so no unit.
-            "unit": record.region.unit if record.region.xx > 0 else None,
-        }
+        _predicted(record, seen)
         for alone, after in zip(opened, weights, strict=True)
         for record in records
         # A guard of LoRA factors knows these, and not the merged weights.
-        for found in [predict_interference(record, alone if record.state.adapter else after)]
+        for seen in [alone if record.state.adapter else after]
     ]
+
+
+def _predicted(record: DomainRecord, weights: Weights) -> dict[str, Any]:
+    """A row of the table; without numbers where the region was moved after the checkpoint."""
+    from interference_guard.analysis.prediction import before_move, predict_interference
+
+    row: dict[str, Any] = {"after": weights.label, "domain": record.name, "moved_at": record.moved_at or None}
+    if before_move(record, weights):
+        return row | {"raw": None, "predicted": None, "unit": None}
+    found = predict_interference(record, weights)
+    # Before a measurement there is no calibration, and so no unit.
+    unit = record.region.unit if math.isfinite(found.calibrated) else None
+    return row | {"raw": found.raw, "predicted": found.calibrated, "unit": unit}
 
 
 def _short(labels: list[str]) -> dict[str, str]:
@@ -144,3 +152,9 @@ def _show(
         ]
         names = ["checkpoint, domain", "raw", "predicted", "unit"]
         output.table("Predicted interference since the anchor", names, rows)
+        for domain, step in {item["domain"]: item["moved_at"] for item in predictions}.items():
+            if step:
+                output.line(
+                    f"{domain}: since its region was moved, at foreign step {step} after its anchor. Only later "
+                    "checkpoints are meant; of those known to be earlier nothing is shown."
+                )

@@ -69,6 +69,21 @@ def test_prediction_between_two_checkpoints_is_quadratic(toy_run, tmp_path):
     assert whole == pytest.approx(predict_interference(record, b).raw, rel=1e-3)
 
 
+def test_a_prediction_without_the_linear_part_has_the_slope_of_the_quadratic_one(toy_run):
+    folder, _, _ = toy_run
+    record = StateFile(folder / "phase-3").domain("math")
+    pairs = {"xy": 1.0, "xx": 2.0, "ly": 2.0, "ll": 4.0, "lx": 1.0, "centre_loss": 0.5, "truth_xy": 0.0}
+    for name, value in pairs.items():
+        setattr(record.region, name, value)
+    assert record.region.slopes[1] > 0
+    a, b = (open_checkpoint(folder / f"phase-{index}") for index in (1, 3))
+    since = predict_interference(record, b)
+    assert since.calibrated == pytest.approx(record.region.spent + 0.5 * since.raw)
+    # What was lost before the displacement is no cost of it.
+    between = predict_interference(record, b, before=a)
+    assert between.calibrated == pytest.approx(0.5 * between.raw)
+
+
 def test_conflict_subspace_of_a_domain_with_itself(toy_run):
     folder, _, _ = toy_run
     state = StateFile(folder / "phase-3")

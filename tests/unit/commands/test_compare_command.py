@@ -41,8 +41,10 @@ def test_edits_outside_of_the_mlps_have_no_overlap_of_neurons(capsys, tmp_path):
         ({"unit": "reward", "xx": 1.0, "xy": 1.0}, "reward", "reward range"),
         ({"unit": "nats", "xx": 1.0, "xy": 1.0}, "nats", "nats per token"),
         ({"unit": "reward", "xx": 0.0, "xy": 0.0}, None, "-"),
+        # Its region was moved just now, with new directions.
+        ({"unit": "nats", "xx": 0.0, "xy": 0.0, "centre_loss": 0.1}, "nats", "nats per token"),
     ],
-    ids=["reward", "nats", "never measured"],
+    ids=["reward", "nats", "never measured", "just moved"],
 )
 def test_a_prediction_names_its_unit(capsys, toy_run, tmp_path, region, unit, shown):
     state = shutil.copytree(toy_run[0] / "phase-3", tmp_path / "state")
@@ -55,3 +57,26 @@ def test_a_prediction_names_its_unit(capsys, toy_run, tmp_path, region, unit, sh
     assert by_domain["code"]["unit"] == "reward"
     (row,) = (line for line in compare(capsys, *words).splitlines() if ", math" in line)
     assert row.rpartition("│")[2].strip() == shown
+
+
+def test_a_region_that_was_moved_says_nothing_of_earlier_checkpoints(capsys, toy_run, tmp_path):
+    for index in (1, 2, 3):
+        shutil.copytree(toy_run[0] / f"phase-{index}", tmp_path / str(index))
+    shutil.copytree(toy_run[0] / "phase-1", tmp_path / "bare")
+    (tmp_path / "bare" / DETAILS).unlink()
+    for index, (step, times) in enumerate(((0, 0), (25, 1), (25, 1)), 1):
+        path = tmp_path / str(index) / DETAILS
+        table = json.loads(path.read_text())
+        table["domains"]["math"] |= {"renewed_at": step, "renewals": times}
+        path.write_text(json.dumps(table))
+    words = [*(tmp_path / name for name in ("1", "1", "2", "3", "bare")), "--state", tmp_path / "3"]
+    found = [
+        item for item in json.loads(compare(capsys, *words, "--json"))["predictions"] if item["domain"] == "math"
+    ]
+    # Without a state beside it a checkpoint's place in the run is not known.
+    assert [item["raw"] is None for item in found] == [True, False, False, False]
+    assert {item["moved_at"] for item in found} == {25}
+    assert found[0]["predicted"] is found[0]["unit"] is None
+    shown = " ".join(compare(capsys, *words).split())
+    assert "math: since its region was moved, at foreign step 25 after its anchor" in shown
+    assert "code: since" not in shown
