@@ -7,10 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from interference_guard.files import SECTION_BEGIN, SECTION_END, without_section
 from interference_guard.guard import Guard
 
 TAG = "interference-guard"
-BEGIN, END = "<!-- interference_guard -->", "<!-- /interference_guard -->"
 
 
 def section(guard: Guard) -> str:
@@ -22,7 +22,7 @@ def section(guard: Guard) -> str:
         unit = "" if found is None or found.ratio != "nats" else " nats"
         rows.append(f"| {_plain(name)} | {reward} | {'-' if found is None else f'{found.loss:.3f}{unit}'} |")
     budget = f"Budget {guard.config.budget:g} of a domain's reward range, after {guard.steps} steps."
-    return "\n".join([BEGIN, "## Interference between domains", "", budget, "", *rows, END])
+    return "\n".join([SECTION_BEGIN, "## Interference between domains", "", budget, "", *rows, SECTION_END])
 
 
 def add_section(path: Path, guard: Guard) -> None:
@@ -32,11 +32,7 @@ def add_section(path: Path, guard: Guard) -> None:
     """
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
-        text = card.text
-        if BEGIN in text and END in text:
-            before, _, rest = text.partition(BEGIN)
-            text = before.rstrip() + rest.partition(END)[2]
-        card.text = text.rstrip() + "\n\n" + section(guard) + "\n"
+        card.text = without_section(card.text).rstrip() + "\n\n" + section(guard) + "\n"
         card.data.tags = sorted({*(card.data.tags or ()), TAG})
         card.save(path)
     except Exception as error:

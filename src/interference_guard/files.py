@@ -1,4 +1,4 @@
-"""Names of the files the guard writes beside a trainer's own, also while it does, and what tells a whole one."""
+"""Names of what the guard writes beside a trainer's own, also while it does, and what tells a whole file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ DETAILS = "interference_guard.json"
 HISTORY = "interference_guard_history.jsonl"
 # Of a sharded model every rank has a pair.
 STATE = re.compile(r"interference_guard(_rank\d+)?\.(safetensors|json)")
+REPORT = "report.html"
+CARD = "README.md"
+# Around the guard's section in a trainer's model card.
+SECTION_BEGIN, SECTION_END = "<!-- interference_guard -->", "<!-- /interference_guard -->"
 
 
 def beside(path: Path) -> Path:
@@ -27,3 +31,15 @@ def digest(path: Path) -> str:
         while piece := file.read(1 << 22):
             found.update(piece)
     return found.hexdigest()
+
+
+def without_section(card: str) -> str:
+    r"""A model card's text without the guard's section; as it is where there is none.
+
+    Examples:
+        >>> without_section(f"Toy\n\n{SECTION_BEGIN}\n| math | 1 |\n{SECTION_END}\n")
+        'Toy\n'
+    """
+    before, begin, rest = card.partition(SECTION_BEGIN)
+    _, end, after = rest.partition(SECTION_END)
+    return before.rstrip() + after if begin and end else card

@@ -1,8 +1,9 @@
 import pytest
 from huggingface_hub import ModelCard
 
+from interference_guard.files import SECTION_BEGIN
 from interference_guard.integrations.trl import InterferenceGuardCallback
-from interference_guard.integrations.trl.card import BEGIN, TAG, add_section
+from interference_guard.integrations.trl.card import TAG, add_section
 from tests.trl.host import CONFIG, online, rows
 
 pytestmark = pytest.mark.filterwarnings(
@@ -18,7 +19,7 @@ def test_the_card_has_one_section_and_a_tag(tmp_path):
     for _ in range(2):
         trainer.create_model_card(model_name="toy")
         card = ModelCard.load(tmp_path / "run/README.md")
-        assert card.text.count(BEGIN) == 1
+        assert card.text.count(SECTION_BEGIN) == 1
         assert TAG in card.data.tags
         assert "grpo" in card.data.tags
         assert "| math |" in card.text
@@ -28,7 +29,7 @@ def test_the_card_has_one_section_and_a_tag(tmp_path):
     assert "GRPO" in ModelCard.load(tmp_path / "run/README.md").text
     callback.detach()
     trainer.create_model_card(model_name="toy")
-    assert BEGIN not in (tmp_path / "run/README.md").read_text()
+    assert SECTION_BEGIN not in (tmp_path / "run/README.md").read_text()
 
 
 def test_a_card_that_cannot_be_written_is_a_warning(tmp_path):

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from interference_guard.errors import CheckpointError
-from interference_guard.files import STATE, beside
+from interference_guard.files import beside
 from interference_guard.rounding import round_at_random
 
 from .checkpoints import Advance, open_checkpoint, pieces, stored_twice
+from .copying import copy_files, copy_of
 from .part import Part, displacement
 from .pieces import Piece, matrix_shape, unit_pieces
 from .rollback import RollbackPlan, see_edit
 from .running import Running
 from .target import check_target, put_in_place
 from .tensorfile import Entry
-
-# A trainer's own state would no longer fit the weights.
-LEFT_OUT = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "scaler", "pytorch_model")
 
 
 def write_rollback(
@@ -42,7 +40,8 @@ def write_rollback(
         share: Part of the edited units to roll back, those of highest score first.
         strength: Part of their edit that is taken back; 1 is all of it.
         out: The new folder. The trainer's own state (optimizer, scheduler, random generators) and the
-            guard's are not copied, since they belong to the weights as they were.
+            guard's, with its history, report and section of the model card, are not copied, since they belong to
+            the weights as they were.
         force: Replace an existing checkpoint.
         advance: Called with each changed parameter's name.
 
@@ -63,14 +62,7 @@ def write_rollback(
     temporary = beside(target)
     try:
         temporary.mkdir(parents=True)
-        files = (
-            {source} if source.is_file() else {*source.iterdir(), *(e.path for e in plan.after.entries.values())}
-        )
-        for file in sorted(files):
-            if file.is_file() and not STATE.fullmatch(file.name) and not file.name.startswith(LEFT_OUT):
-                copy = _copy_of(file, source, temporary)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
+        copy_files(plan.after, temporary)
         _rewrite(plan, share, strength, temporary, advance)
         found = plan.predict(share, strength) | _left(
             plan, temporary / source.name if source.is_file() else temporary
@@ -113,14 +105,9 @@ def _rewrite(plan: RollbackPlan, share: float, strength: float, folder: Path, ad
     if pair is not None and pair[0] in after.saved and pair[1] not in after.saved:
         embedding, head = (plan.after.entries[name] for name in pair)
         written = [
-            replace(entry, path=_copy_of(entry.path, plan.after.path, folder)) for entry in (embedding, head)
+            replace(entry, path=copy_of(entry.path, plan.after.path, folder)) for entry in (embedding, head)
         ]
         _copy_head(embedding, head, *written)
-
-
-def _copy_of(file: Path, source: Path, folder: Path) -> Path:
-    """Where a file of the checkpoint goes: an index may name shards in folders of its own."""
-    return folder / (file.name if file == source else file.relative_to(source))
 
 
 def _copy_head(embedding: Entry, head: Entry, changed: Entry, copy: Entry) -> None:
@@ -171,7 +158,7 @@ class _Change:
 
     def _put(self, entry: Entry, folder: Path, first: int, rows: Tensor) -> None:
         """Write rows from `first` on into the copy of a tensor."""
-        with _copy_of(entry.path, self.checkpoint.path, folder).open("r+b") as file:
+        with copy_of(entry.path, self.checkpoint.path, folder).open("r+b") as file:
             file.seek(entry.start + first * (entry.size // max(entry.rows, 1)))
             # Experts may be stored in several dtypes; together they are read in the widest.
             file.write(_bytes(rows.to(entry.dtype)))

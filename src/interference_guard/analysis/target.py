@@ -10,6 +10,8 @@ from pathlib import Path
 from interference_guard.errors import ReportError
 from interference_guard.files import TENSORS
 
+from .copying import TEMPLATES
+
 
 def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
     """Refuse a place for a new checkpoint where something else would be lost.
@@ -37,7 +39,7 @@ def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
         raise ReportError(f"{target} is a file. Choose a folder for the result, or remove the file first.")
     inside = sorted(target.iterdir())
     # A run's folder may hold its last weights beside all earlier checkpoints.
-    folder = next((item for item in inside if item.is_dir()), None)
+    folder = next((item for item in inside if item.is_dir() and item.name != TEMPLATES), None)
     if folder is not None:
         raise ReportError(
             f"{target} holds folders, for instance {folder.name!r}, and only a folder with one checkpoint alone "

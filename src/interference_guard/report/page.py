@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interference_guard.errors import ReportError
-from interference_guard.files import beside
+from interference_guard.files import REPORT, beside
 
 from . import figures, tables
 from .run import Run, read_places, read_run
@@ -72,7 +72,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
             f"A report needs {error.name}, which is not installed. Run: pip install 'interference-guard[report]'"
         ) from error
     found = read_run(run)
-    page = out if out is not None else found.path.parent / "report.html"
+    page = out if out is not None else found.path.parent / REPORT
     folder = page.with_suffix("")
     if page.suffix != ".html":
         raise ReportError(f"{page} is not a name for a page: it must end in .html, for instance report.html.")

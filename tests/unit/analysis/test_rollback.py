@@ -19,6 +19,7 @@ from interference_guard.analysis import (
 from interference_guard.analysis.rollback import MODES
 from interference_guard.checkpoint import DETAILS, TENSORS
 from interference_guard.errors import CheckpointError, ConfigError, ReportError
+from interference_guard.files import SECTION_BEGIN, SECTION_END
 from interference_guard.rounding import round_at_random
 from tests.unit.helpers import Toy, pass_rate
 from tests.unit.runs import save_model
@@ -96,6 +97,27 @@ def test_shards_dtype_and_other_files_are_kept(toy_run, tmp_path, dtype):
     assert [entry.dtype for entry in b.entries.values()] == [dtype] * len(b.entries)
     changed = sum(int((a.rows(name) != b.rows(name)).any()) for name in a.shapes)
     assert 0 < changed <= len(a.shapes)
+
+
+def test_records_of_the_run_as_it_was_are_left_out(toy_run, tmp_path):
+    source = shutil.copytree(toy_run[0] / "phase-3", tmp_path / "source")
+    for name in ("interference_guard_history.jsonl", "interference_guard_history.jsonl.damaged", "report.html"):
+        (source / name).write_text("x")
+    card = b"---\ntags: [trl]\n---\r\n# Toy \xff\r\n"
+    section = f"\n\n{SECTION_BEGIN}\n| math | 0.3 |\n{SECTION_END}\n## More\n".encode()
+    (source / "README.md").write_bytes(card + section)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tools.jinja").write_text("T")
+    for _ in range(2):
+        # A folder of templates is part of the checkpoint that may be replaced.
+        write_rollback(plan(toy_run[0], "units", source), 0.1, 1.0, tmp_path / "out", force=True)
+    written = {str(item.relative_to(tmp_path / "out")) for item in (tmp_path / "out").rglob("*")}
+    templates = {"additional_chat_templates", "additional_chat_templates/tools.jinja"}
+    assert written == {"model.safetensors", "README.md", *templates}
+    assert (tmp_path / "out/README.md").read_bytes() == card.rstrip() + b"\n## More\n"
+    (source / "README.md").write_bytes(card)
+    write_rollback(plan(toy_run[0], "units", source), 0.1, 1.0, tmp_path / "out", force=True)
+    assert (tmp_path / "out/README.md").read_bytes() == card
 
 
 def test_shards_in_folders_and_states_of_ranks(toy_run, tmp_path):
