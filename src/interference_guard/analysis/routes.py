@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from interference_guard.errors import UnsupportedError
+from interference_guard.errors import CheckpointError, UnsupportedError
 from interference_guard.evaluating import evaluating
 from interference_guard.units import CHANNELS_IN, UnitLayout, canonical_name
 
 from .checkpoints import Weights, check_same, unit_layout
 from .edits import jaccard, neuron_sums, top_neurons
+from .merged import PREFIX
 from .part import displacement
 from .pieces import matrix_shape, unit_pieces
+from .running import saved_name
 
 
 @torch.no_grad()
@@ -30,7 +32,8 @@ def active_neurons(
         share: Part of the neurons of each MLP that counts as active.
 
     Returns:
-        Bool mask by MLP, ``(channels,)``. Stacks of experts, which are no modules, are left out.
+        Bool mask by MLP, ``(channels,)``; of an adapted model by the names of its base. Stacks of experts, which
+        are no modules, are left out.
 
     Raises:
         UnsupportedError: If the model has no MLP whose channels are known.
@@ -72,10 +75,11 @@ def _readers(model: nn.Module) -> dict[str, nn.Module]:
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     found: dict[str, nn.Module] = {}
     for name, view in views.items():
-        owner = name.removesuffix(".weight")
+        # An adapted layer hands its input on to the base layer.
+        owner = name.removesuffix(".weight").removesuffix(".base_layer")
         last = owner.rpartition(".")[2]
         if view.neuron is not None and last in CHANNELS_IN and owner in modules and not view.stacked:
-            found[view.neuron] = modules[owner]
+            found[view.neuron.removeprefix(PREFIX)] = modules[owner]
     return found
 
 
@@ -110,10 +114,16 @@ def compare_routes(
         second: The other domain's.
 
     Raises:
-        CheckpointError: If the checkpoints are of different architectures.
+        CheckpointError: If the checkpoints are of different architectures, or have no MLP of a mask's name and
+            size.
     """
-    masks, other = first[0], second[0]
     products = _products(first[1:], second[1:])
+    masks, other = (_of_checkpoint(item[0], products["product"], first[1]) for item in (first, second))
+    if masks.keys() != other.keys():
+        raise CheckpointError(
+            f"The active neurons are of different models: {min(masks.keys() ^ other.keys())!r} is in one alone. "
+            "Watch one model, or two of one architecture."
+        )
     both = {mlp: mask & other[mlp] for mlp, mask in masks.items()}
     shared = torch.cat(list(both.values()))
     table = {key: torch.cat([values[mlp] for mlp in both]) for key, values in products.items()}
@@ -128,6 +138,24 @@ def compare_routes(
         synergy=int((table["product"][shared] > 0).sum()) / max(count, 1),
         shared=count,
     )
+
+
+def _of_checkpoint(
+    masks: Mapping[str, Tensor], neurons: Mapping[str, Tensor], weights: Weights
+) -> dict[str, Tensor]:
+    """Active neurons by the checkpoint's names of the MLPs."""
+    found: dict[str, Tensor] = {}
+    for mlp, mask in masks.items():
+        there = saved_name(mlp, neurons)
+        size = None if there is None else len(neurons[there])
+        if there is None or size != len(mask):
+            raise CheckpointError(
+                f"{weights.label} and the watched model do not meet: {mlp!r} has {len(mask)} neurons in the "
+                f"model and {size} in the checkpoint, whose MLPs are called like {next(iter(neurons), None)!r}. "
+                "Watch the model as it was saved, for instance a causal language model and not its body alone."
+            )
+        found[there] = mask
+    return found
 
 
 def _products(first: tuple[Weights, Weights], second: tuple[Weights, Weights]) -> dict[str, dict[str, Tensor]]:

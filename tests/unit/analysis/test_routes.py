@@ -1,9 +1,10 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from interference_guard.analysis import active_neurons, compare_routes, open_checkpoint
-from interference_guard.errors import UnsupportedError
+from interference_guard.errors import CheckpointError, UnsupportedError
 from tests.unit.helpers import Toy
 from tests.unit.runs import save_model
 
@@ -40,6 +41,32 @@ def test_hooks_are_removed_after_an_error():
 def test_a_model_without_neurons():
     with pytest.raises(UnsupportedError, match="no neurons to watch"):
         active_neurons(nn.Linear(2, 2), [])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layers", [["up_proj", "down_proj"], ["lm_head"]], ids=str)
+def test_an_adapted_model_has_the_names_of_its_base(tmp_path, layers):
+    plain = Toy()
+    save_model(plain, tmp_path / "base")
+    batches = [{"input_ids": torch.tensor([[0, 1, 2, 3]])}]
+    expected = active_neurons(plain, batches)
+    adapted = get_peft_model(Toy(), LoraConfig(r=2, lora_alpha=4, target_modules=layers))
+    found = active_neurons(adapted, batches)
+    # Factors begin at zero.
+    assert list(found) == ["mlp"]
+    assert torch.equal(found["mlp"], expected["mlp"])
+    base = open_checkpoint(tmp_path / "base")
+    assert compare_routes((found, base, base), (found, base, base)).overlap == 1
+
+
+def test_a_model_that_does_not_meet_the_checkpoint(tmp_path):
+    base = open_checkpoint(save_model(Toy(), tmp_path))
+    mask = torch.arange(32) < 16
+    for masks in ({"body.mlp": mask}, {"mlp": mask[:8]}):
+        with pytest.raises(CheckpointError, match="and the watched model do not meet: .* called like 'mlp'"):
+            compare_routes((masks, base, base), (masks, base, base))
+    with pytest.raises(CheckpointError, match="active neurons are of different models: 'mlp' is in one"):
+        compare_routes(({"mlp": mask}, base, base), ({}, base, base))
 
 
 def test_directions_on_shared_routes(tmp_path):
