@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 from interference_guard.files import CARD, HISTORY, REPORT, STATE, without_section
 
-from .checkpoints import Checkpoint
+from .checkpoints import INDEX, SINGLE, Checkpoint
 
 # A trainer's own state would no longer fit the weights; the guard's records are of the run as it was.
 LEFT_OUT = (
@@ -21,6 +22,8 @@ LEFT_OUT = (
     # Also what was set aside as damaged.
     HISTORY,
 )
+# What an earlier save in shards left beside a whole file: nobody reads it, and it holds other weights.
+STALE = re.compile(rf"{re.escape(INDEX)}|model-\d+-of-\d+\.safetensors")
 # Where transformers saves all chat templates of a tokenizer but the first.
 TEMPLATES = "additional_chat_templates"
 
@@ -36,7 +39,10 @@ def copy_files(checkpoint: Checkpoint, folder: Path) -> None:
         files = {source}
     else:
         files = {*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")}
-        files |= {entry.path for entry in checkpoint.entries.values()}
+        read = {entry.path for entry in checkpoint.entries.values()}
+        files |= read
+        if source / SINGLE[0] in read:
+            files = {file for file in files if file in read or not STALE.fullmatch(file.name)}
     for file in sorted(files):
         if not file.is_file() or STATE.fullmatch(file.name) or file.name.startswith(LEFT_OUT):
             continue

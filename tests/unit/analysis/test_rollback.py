@@ -103,6 +103,9 @@ def test_records_of_the_run_as_it_was_are_left_out(toy_run, tmp_path):
     source = shutil.copytree(toy_run[0] / "phase-3", tmp_path / "source")
     for name in ("interference_guard_history.jsonl", "interference_guard_history.jsonl.damaged", "report.html"):
         (source / name).write_text("x")
+    # Left by an earlier save in shards.
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+        (source / name).write_text("{}")
     card = b"---\ntags: [trl]\n---\r\n# Toy \xff\r\n"
     section = f"\n\n{SECTION_BEGIN}\n| math | 0.3 |\n{SECTION_END}\n## More\n".encode()
     (source / "README.md").write_bytes(card + section)
