@@ -256,10 +256,13 @@ def refusal(kind):
         engine.module.extra = torch.nn.Linear(2, 2)
         attempt = lambda: Guard(engine)  # noqa: E731
     elif kind == "in place":
-        engine, guard, _ = guarded(2, groups=True)
+        engine = engine_of(Toy(), 2, groups=True)
+        # Before the guard's own hooks: as an optimizer that does so in its step.
         engine.optimizer.optimizer.register_step_post_hook(
             lambda optimizer, args, kwargs: optimizer.param_groups[0]["params"][0].grad.mul_(2)
         )
+        guard = Guard(engine, CONFIG)
+        attach(engine.optimizer, guard)
         guard.begin({"math": 1.0})
         engine.backward(policy_gradient(engine, rollout(engine, "math")))
         attempt = engine.step
