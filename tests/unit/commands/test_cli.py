@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -220,7 +221,7 @@ def test_a_missing_extra_is_named(tmp_path):
 )
 def test_a_fault_of_the_program_has_a_code_of_its_own(capsys, monkeypatch, tmp_path, error):
     # The package's name for it is the command.
-    check = sys.modules["interference_guard.commands.check"]
+    check = importlib.import_module("interference_guard.commands.check")
 
     def fail(path):
         raise error
