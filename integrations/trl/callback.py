@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -186,12 +186,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         accelerator = trainer.accelerator
         processes = accelerator.num_processes
         if self.guard is None:
-            # Each process keeps its part of the completions.
-            retain = max(self.config.retain // processes, 1)
-            self.guard = Guard(model, replace(self.config, retain=retain))
+            self.guard = Guard(model, self.config)
         elif model is not trainer.model or not steps_in_backward(trainer):
             self.guard.bind(model)
         self.guard.policy = trainer_policy(trainer)
+        self.guard.keepers = processes
         self.guard.ranks.reduce = partial(reduce, accelerator) if processes > 1 else None
         self.detach()
         self._seams, self._recovery = seams, recovery

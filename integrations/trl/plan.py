@@ -97,9 +97,9 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float) -> It
         )
         count = f"Of the {len(rows)} rows the run trains {len(trained)}"
         yield f"{count}, of which none is of the domains {missed}: {why}"
-    # An epoch of which nothing is dropped.
-    filled = pace.whole == 1 and args.world_size > 1 and len(trained) == len(rows)
-    rest = len(rows) % (args.train_batch_size * args.world_size) if filled else 0
+    # An epoch of which nothing is dropped, of single rows.
+    filled = not _generates(args) and args.world_size > 1 and not args.dataloader_drop_last
+    rest = len(rows) % (args.train_batch_size * args.world_size) if filled and len(trained) == len(rows) else 0
     if rest and rows[0] != rows[-1]:
         yield (
             f"The last {rest} of the {len(rows)} rows are no whole batch of {args.world_size} processes, and "

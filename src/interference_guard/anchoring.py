@@ -45,7 +45,8 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     # A recovery of another domain came between: after it the training goes on, and its end is the true anchor.
     state.interrupted = guard.recovery is not None and not state.anchored
     if state.fresh:
-        latest = state.latest(guard.config.retain)
+        # Rows of a reference domain are the same in every process.
+        latest = state.latest(guard.config.retain if state.reference else guard.retain_here)
         state.retained = None if latest is None else latest.to(guard.device)
         _score(guard, state, recovered=state.anchored)
         # Only now: a host may catch what its policy raises and go on, and the anchor is set again then.

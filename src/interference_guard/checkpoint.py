@@ -188,7 +188,7 @@ def load_own(
     place = place or (rank, world)
     alone = saved == world and _is_part_of(guard, own, place)
     if alone and (mine := _details_files(guard, own)):
-        others = [folder_of(item) for item in (range(world) if rank == 0 else (0,))]
+        others = [folder_of(item) for item in range(world)]
         _check_moment(
             guard,
             _read_details(guard, mine[0]),
@@ -209,10 +209,9 @@ def weights_beside(directory: Path) -> dict[str, str] | None:
 def _check_moment(guard: Guard, details: Mapping[str, Any], files: Sequence[Path]) -> None:
     """Refuse files of several ranks that are not of one moment: one rank may have failed to write its own.
 
-    The first rank looks at all of those that it sees, and each other one at the first's.
+    Each rank looks at all that it sees, so that all of them refuse.
     """
-    rank = (details.get("place") or details.get("shards", (0, 1)))[0]
-    for path in files[:1] if rank else files:
+    for path in files:
         steps = _read_details(guard, path).get("steps")
         if steps != details.get("steps"):
             raise StateError(

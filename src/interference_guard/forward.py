@@ -54,18 +54,12 @@ def logits_of(model: nn.Module, rows: Completions, first: int = 0) -> Tensor:
             f"{type(model).__name__} returned no logits of shape (rows, length, vocabulary), as a tensor or as "
             f"`logits` of what it returns. {_TAKES}"
         )
-    # Counted from the end: prompt tuning puts virtual tokens in front, and not every wrapper passes on how many
-    # logits are asked for.
+    # Counted from the end: prompt tuning puts virtual tokens in front, and others return all logits.
     return output[:, -kept:]
 
 
 def _known(model: nn.Module) -> set[str]:
-    """Names of arguments that a model takes and, where it is a wrapper, those that it passes on."""
-    outer = inspect.signature(model.forward).parameters
-    if not any(item.kind is inspect.Parameter.VAR_KEYWORD for item in outer.values()):
-        return set(outer)
-    for module in model.modules():
-        names = inspect.signature(module.forward).parameters
-        if "input_ids" in names and "use_cache" in names:
-            return set(names)
-    return set(outer)
+    """Names of arguments that a model takes; `torch.compile` and peft around it pass them on."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    base = getattr(inner, "get_base_model", None)
+    return set(inspect.signature((base() if callable(base) else inner).forward).parameters)

@@ -85,6 +85,8 @@ class GuardState:
         """Domains of the latest step."""
         # Domains a host can give own steps to; None: all of them.
         self.recoverable: frozenset[str] | None = None
+        self.keepers = 1
+        """Processes that keep a domain's completions together, each its part; a host of several sets it."""
         # Whether the policy needs all ranks at once although nothing is sharded, as some engines do.
         self.scores_together = False
         # What `GradScaler` leaves a fused optimizer to divide gradients by; `attach` sets it for a step.
@@ -108,6 +110,11 @@ class GuardState:
         self._domains: dict[str, DomainState] = {}
         if self.enabled:
             self.view = ModelView(model, self.config)
+
+    @property
+    def retain_here(self) -> int:
+        """Completions of a domain that this process keeps."""
+        return max(self.config.retain // self.keepers, 1)
 
     @contextmanager
     def domain(self: Own, name: str | Mapping[str, float]) -> Iterator[Own]:

@@ -50,7 +50,7 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
     repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
     # A policy may take rows of another temperature in another way, so ranks must agree on that too.
     rows = replace(rows.rows(repeated).widened(widest), temperature=temperature)
-    scores = _scored(rows, policy)
+    scores = _scored(rows, getattr(policy, "together", policy))
     guard.view.reshard()
     return scores[:count, :length] if count else None
 

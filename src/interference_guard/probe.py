@@ -10,6 +10,7 @@ answers nobody sampled must count as a loss, and self-normalisation would hide e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -197,7 +198,29 @@ t scores ``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0. A pr
 once, in any order and without its rewards."""
 
 
-def model_policy(model: nn.Module, batch_size: int = 64, tokens: int = 8192) -> Policy:
+class ModelPolicy:
+    """The policy of a causal language model; see `model_policy`."""
+
+    def __init__(self, model: nn.Module, batch_size: int, tokens: int) -> None:
+        self._model, self._size, self._tokens = model, batch_size, tokens
+
+    def __call__(self, rows: Completions) -> Tensor:
+        """Scores of rows, as a `Policy` gives them."""
+        return self._scores(rows, self._size, self._tokens)
+
+    def together(self, rows: Completions) -> Tensor:
+        """The same in a number of passes that number and width of the rows alone say.
+
+        For the ranks of a sharded model, which pass forward at once.
+        """
+        return self._scores(rows, max(1, min(self._size, self._tokens // max(rows.input_ids.shape[1], 1))))
+
+    def _scores(self, rows: Completions, size: int, tokens: float = math.inf) -> Tensor:
+        with evaluating(self._model), torch.no_grad():
+            return in_batches(rows, size, partial(_scores, self._model), tokens)
+
+
+def model_policy(model: nn.Module, batch_size: int = 64, tokens: int = 8192) -> ModelPolicy:
     """The policy of a causal language model.
 
     The model runs in evaluation mode without gradients; its mode is restored, and no random number is
@@ -207,16 +230,10 @@ def model_policy(model: nn.Module, batch_size: int = 64, tokens: int = 8192) -> 
         model: Called as ``model(input_ids=..., attention_mask=...)``; returns logits, or an object that
             has them, ``(rows, length, vocabulary)``.
         batch_size: Most rows of one forward pass; rows of like length go together, see `in_batches`.
-        tokens: Most tokens of one forward pass, padding included; a single row may have more.
+        tokens: Most tokens of one forward pass, padding included; a single row may have more. A model that is
+            sharded over ranks takes as many rows at a time as the longest of them allows.
     """
-
-    def policy(completions: Completions) -> Tensor:
-        # By the width of all rows, not by the length of each: it is alike on ranks that pass forward together.
-        size = max(1, min(batch_size, tokens // completions.input_ids.shape[1]))
-        with evaluating(model), torch.no_grad():
-            return in_batches(completions, size, partial(_scores, model))
-
-    return policy
+    return ModelPolicy(model, batch_size, tokens)
 
 
 def scored(rows: Completions) -> Tensor:

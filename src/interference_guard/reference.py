@@ -89,19 +89,21 @@ def observe_softened(
         UnsupportedError: If a single row does not fit.
     """
     for size in dict.fromkeys((batch_size, 1)):
-        failure = None
+        failed = False
         try:
             add_softened(guard, curvature, rows, passes * batch_size // size, size)
-        except torch.OutOfMemoryError as error:
-            failure = error
-        if not guard.ranks.limits(0.0, float(failure is not None), guard.device)[1]:
+        except torch.OutOfMemoryError:
+            # Not kept: it holds what the pass had made.
+            failed = True
+            curvature.clear()
+        if not guard.ranks.limits(0.0, float(failed), guard.device)[1]:
             break
         curvature.clear()
     else:
         raise UnsupportedError(
             "A backward pass over one row of a reference domain does not fit into the memory. Give shorter rows, "
             "or turn on gradient checkpointing."
-        ) from failure
+        )
     merge_ranks(guard, curvature)
 
 

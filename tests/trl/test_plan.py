@@ -166,6 +166,16 @@ def test_a_last_batch_that_several_processes_fill_up_is_told(tmp_path):
             look_ahead(changed, "domain", SimpleNamespace(**{**vars(args), **changes}), state, 0.05)
 
 
+def test_a_trainer_that_generates_fills_nothing_up(tmp_path):
+    data = rows([("math", 9), ("code", 8)])
+    trainer = online("grpo", tmp_path, data, shuffle_dataset=False, per_device_train_batch_size=4)
+    args = SimpleNamespace(**{**vars(trainer.args), "world_size": 8, "generation_batch_size": 4})
+    args.num_generations = 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        look_ahead(data, "domain", args, TrainerState(num_train_epochs=1, max_steps=17), 0.05)
+
+
 # What is read of the arguments of a trainer that generates nothing.
 NAMES = (
     "train_batch_size",

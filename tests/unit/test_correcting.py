@@ -57,6 +57,9 @@ def test_matrices_on_their_own_are_corrected_as_stacked_ones(monkeypatch, settin
     assert len(other.view.blocks) > len(guard.view.blocks)
     for mine, theirs in zip(stacked.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    places, expected = other.places()["projected"], guard.places()["projected"]
+    for name in DOMAINS:
+        assert places[name] == pytest.approx(expected[name], rel=1e-3), "by layer and module"
     # What corrections for other domains did to each was followed in coordinates alone.
     with torch.no_grad():
         seen = displacements(other.view.weights(), [other.domains[name].model for name in DOMAINS])

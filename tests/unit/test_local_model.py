@@ -122,3 +122,11 @@ def test_reused_directions_only_move_the_anchor():
     moved = anchor_domain(curvature, [weights[0] + 1], R, [6], [None], model)
     assert moved.blocks[0].U is model.blocks[0].U
     assert sum(predict([weights[0] + 1], [moved], R)[0][1:]).item() < 1e-9
+
+
+def test_what_rounding_makes_follows_the_anchor():
+    _, _, weights, R, model = make(5)
+    before = model.rounding()
+    assert model.rounding() is before
+    model.stand([10 * weights[0]], R)
+    assert model.rounding().item() == pytest.approx(100 * before.item(), rel=1e-4)

@@ -12,17 +12,19 @@ ALIKE = Completions(*[torch.tensor([[3, 4], [1, 2], [3, 4], [3, 4]])] * 3)
 APART = Completions(*[torch.tensor([[5, 6], [7, 8], [9, 1]])] * 3)
 
 
-def rank(most, passes, sharded=True):
+def rank(most, passes, sharded=True, temperatures=None):
     """`score` on one rank where all pass forward at once; another has `most` different rows, of four tokens."""
     view = SimpleNamespace(shards=SimpleNamespace(sharded=sharded), reshard=lambda: None)
     ranks = SimpleNamespace(limits=lambda low, high, device: (min(-4.0, low), float(max(most, high))))
 
     def policy(rows):
         passes.append(tuple(rows.input_ids.shape))
+        if temperatures is not None:
+            temperatures.append(rows.temperature)
         return rows.input_ids.float()
 
     guard = SimpleNamespace(view=view, ranks=ranks, device=torch.device("cpu"), scores_together=not sharded)
-    return lambda rows: score(guard, SimpleNamespace(retained=rows, temperature=1.0), policy)
+    return lambda rows: score(guard, SimpleNamespace(retained=rows, temperature=0.7), policy)
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -35,6 +37,13 @@ def test_every_rank_scores_as_many_rows_of_one_width(rows, sharded):
         assert found is None
     else:
         assert torch.equal(found, rows.input_ids.float()), "every row has its own score, in its own place"
+
+
+@pytest.mark.parametrize("rows", [APART, None], ids=["apart", "none"])
+def test_every_rank_scores_at_one_temperature(rows):
+    temperatures = []
+    rank(3, [], temperatures=temperatures)(rows)
+    assert temperatures == [0.7]
 
 
 def test_nothing_is_scored_where_no_rank_has_rows():

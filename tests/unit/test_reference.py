@@ -188,3 +188,23 @@ def test_rows_that_do_not_fit_together_are_passed_one_by_one(monkeypatch, fits):
     guard.protect("qa", given(), passes=3, batch_size=4)
     assert sizes == [1] * 12
     assert guard.protected == ("qa",)
+
+
+def test_padding_that_all_rows_share_is_no_part_of_a_pass():
+    rows = given().widened(9)
+    widths, guard = [], Guard(Toy(), CONFIG)
+    guard.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    observe_softened(guard, guard.new_state("qa").curvature, rows, 2, 4)
+    assert widths == [2, 2]
+
+
+def test_each_process_keeps_all_rows_of_a_reference_domain_and_its_part_of_others():
+    guard = Guard(Toy(), CONFIG)
+    guard.keepers = 4
+    guard.protect("qa", given(repeat=40))
+    assert len(guard.domains["qa"].retained) == CONFIG.retain
+    optimizer = GuardedOptimizer(torch.optim.SGD(guard.model.parameters(), lr=0.1), guard)
+    train(guard.model, guard, optimizer, ["math"] * 6 + ["code"])
+    assert len(guard.domains["math"].retained) == CONFIG.retain // 4

@@ -104,8 +104,11 @@ def before_move(record: DomainRecord, weights: Weights) -> bool:
     path = weights.paths[-1]
     try:
         text = ((path if path.is_dir() else path.parent) / DETAILS).read_text(encoding="utf-8")
-        # Counted over the whole run.
-        return int(json.loads(text)["domains"][record.name]["renewals"]) < int(record.details["renewals"])
+        domains = json.loads(text)["domains"]
+        # Counted over the whole run, which may not have met the domain yet.
+        return record.name not in domains or int(domains[record.name]["renewals"]) < int(
+            record.details["renewals"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -64,17 +64,22 @@ def test_a_region_that_was_moved_says_nothing_of_earlier_checkpoints(capsys, toy
         shutil.copytree(toy_run[0] / f"phase-{index}", tmp_path / str(index))
     shutil.copytree(toy_run[0] / "phase-1", tmp_path / "bare")
     (tmp_path / "bare" / DETAILS).unlink()
+    # From before the domain was met.
+    shutil.copytree(toy_run[0] / "phase-1", tmp_path / "0")
+    table = json.loads((tmp_path / "0" / DETAILS).read_text())
+    del table["domains"]["math"]
+    (tmp_path / "0" / DETAILS).write_text(json.dumps(table))
     for index, (step, times) in enumerate(((0, 0), (25, 1), (25, 1)), 1):
         path = tmp_path / str(index) / DETAILS
         table = json.loads(path.read_text())
         table["domains"]["math"] |= {"renewed_at": step, "renewals": times}
         path.write_text(json.dumps(table))
-    words = [*(tmp_path / name for name in ("1", "1", "2", "3", "bare")), "--state", tmp_path / "3"]
+    words = [*(tmp_path / name for name in ("1", "0", "1", "2", "3", "bare")), "--state", tmp_path / "3"]
     found = [
         item for item in json.loads(compare(capsys, *words, "--json"))["predictions"] if item["domain"] == "math"
     ]
     # Without a state beside it a checkpoint's place in the run is not known.
-    assert [item["raw"] is None for item in found] == [True, False, False, False]
+    assert [item["raw"] is None for item in found] == [True, True, False, False, False]
     assert {item["moved_at"] for item in found} == {25}
     assert found[0]["predicted"] is found[0]["unit"] is None
     shown = " ".join(compare(capsys, *words).split())
