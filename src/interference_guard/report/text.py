@@ -22,7 +22,7 @@ def shortened(name: Any, cells: int = CELLS) -> str:
     """A plain name of at most so many cells, its middle left out: paths differ at their ends.
 
     >>> shortened("allenai/ai2_arc/ARC-Challenge-train"), shortened("数学" * 9, 10)
-    ('allenai/ai2_…lenge-train', '数学…学数学')
+    ('allenai/ai2…llenge-train', '数学…数学')
     """
     whole = plain(name)
     if width(whole) <= cells:
