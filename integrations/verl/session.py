@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -66,11 +66,10 @@ class Session:
         # Steps before this process's first one: later lines of a history are of a run that was cut off.
         self._start = 0
         self.link = Link() if settings.guard.recovery else None
-        # Each rank keeps its part of the completions.
-        config = replace(settings.guard, retain=max(settings.guard.retain // self.world, 1))
         self.guard = Guard(
-            engine.module, config, policy=self._scores, reduce=self._reduce if self.world > 1 else None
+            engine.module, settings.guard, policy=self._scores, reduce=self._reduce if self.world > 1 else None
         )
+        self.guard.keepers = self.world
         # The engine's forward pass sums over ranks even where each holds all weights (fsdp_size=1).
         self.guard.scores_together = self.world > 1
         if self.link is not None:
@@ -109,7 +108,7 @@ class Session:
         # arrival, and some mini-batches are padding alone.
         shares = self._update or self._shares(_counts(names))
         self.guard.begin(shares or dict.fromkeys(self.guard.trained, 1.0))
-        limit = self.guard.config.retain
+        limit = self.guard.retain_here
         kept = {
             name: batch.completions(
                 data, [rows[place] for place in spread(len(rows), limit)], self.temperature

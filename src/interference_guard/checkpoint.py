@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from .errors import StateError
 from .files import DETAILS, TENSORS, beside, digest
 from .handover import checksums
 from .packing import BROKEN, check, incomplete, pack, shards_of, unpack
-from .recut import Part, recut
+from .recut import Part, check_moment, recut
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -140,12 +140,10 @@ def load(
     own = directory / file_names(guard)[1]
     # A file of a rank that is beyond those of the latest save is of another moment.
     files = _details_files(guard, directory)
-    if ranks is None and own in files:
-        details = _read_details(guard, own)
-        if details.get("shards", [0, 1]) == shards_of(guard):
-            _check_moment(guard, details, files)
-            _take(guard, _read(guard, own))
-            return
+    if ranks is None and own in files and _read_details(guard, own).get("shards", [0, 1]) == shards_of(guard):
+        check_moment([_read_details(guard, path) for path in files])
+        _take(guard, _read(guard, own))
+        return
     paths = [
         path for folder in ([directory] if ranks is None else ranks) for path in _details_files(guard, folder)
     ]
@@ -187,14 +185,11 @@ def load_own(
     saved = _folders(first if first.is_dir() else own, world)
     place = place or (rank, world)
     alone = saved == world and _is_part_of(guard, own, place)
-    if alone and (mine := _details_files(guard, own)):
-        others = [folder_of(item) for item in range(world)]
-        _check_moment(
-            guard,
-            _read_details(guard, mine[0]),
-            [path for folder in others for path in _details_files(guard, folder)],
-        )
-    load(guard, own, None if alone else [folder_of(item) for item in range(saved)], place)
+    folders = [folder_of(item) for item in range(saved)]
+    if alone:
+        # Each rank looks at all that it sees, so that all of them refuse.
+        check_moment([_read_details(guard, path) for folder in folders for path in _details_files(guard, folder)])
+    load(guard, own, None if alone else folders, place)
 
 
 def weights_beside(directory: Path) -> dict[str, str] | None:
@@ -204,21 +199,6 @@ def weights_beside(directory: Path) -> dict[str, str] | None:
         return None
     found: dict[str, str] | None = json.loads(path.read_text(encoding="utf-8")).get("weights")
     return found
-
-
-def _check_moment(guard: Guard, details: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Refuse files of several ranks that are not of one moment: one rank may have failed to write its own.
-
-    Each rank looks at all that it sees, so that all of them refuse.
-    """
-    for path in files:
-        steps = _read_details(guard, path).get("steps")
-        if steps != details.get("steps"):
-            raise StateError(
-                f"The guard's files are not those of all ranks at one moment: {path} is of step {steps}, this "
-                f"rank's is of step {details.get('steps')}. Put the files of every rank of one checkpoint there, "
-                "or resume from another one."
-            )
 
 
 def _is_part_of(guard: Guard, directory: Path, place: tuple[int, int]) -> bool:

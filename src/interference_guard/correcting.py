@@ -83,7 +83,7 @@ def project(
         if still:
             break
     moved = [
-        (model, seen.split(seen.taken))
+        (model, model.views(seen.taken))
         for model, seen in zip(models, displacements, strict=True)
         if seen.taken is not None
     ]
@@ -112,17 +112,11 @@ def _push(change: Tensor, mine: LocalModel, theirs: LocalModel, other: Displacem
         first = blocks[0]
         a, b = mine.blocks[first], theirs.blocks[first]
         matrices, units = len(gram), a.energy.shape[1]
-        part = _side_by_side(change, mine, blocks)
-        view = _side_by_side(other.flat, theirs, blocks)
+        part, view = mine.part(change, blocks), theirs.part(other.flat, blocks)
         if a.rows is None and b.rows is None:
             view.view(matrices, units, -1).baddbmm_(part.view(matrices, units, -1), gram, alpha=-1)
         else:
             view.view(-1, b.rank).sub_(b.select(a.scatter(part.view(-1, a.rank)) @ gram))
-
-
-def _side_by_side(flat: Tensor, model: LocalModel, blocks: Sequence[int]) -> Tensor:
-    last = model.blocks[blocks[-1]]
-    return flat[model.starts[blocks[0]] : model.starts[blocks[-1]] + last.count * last.rank]
 
 
 def _overlaps(mine: LocalModel, theirs: LocalModel) -> list[Overlap]:

@@ -37,9 +37,8 @@ def logits_of(model: nn.Module, rows: Completions, first: int = 0) -> Tensor:
         UnsupportedError: If the model cannot be called with token ids and their mask, or returns no logits.
     """
     kept = rows.input_ids.shape[1] - first
-    spared = {"use_cache": False, "logits_to_keep": kept}
     known = _known(model)
-    spared = {name: value for name, value in spared.items() if name in known}
+    spared = {name: value for name, value in (("use_cache", False), ("logits_to_keep", kept)) if name in known}
     try:
         output: Any = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, **spared)
     except (TypeError, ValueError) as error:

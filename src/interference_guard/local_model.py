@@ -105,7 +105,7 @@ class LocalModel:
         return ((energy * scale.unsqueeze(-1)).unsqueeze(-1) * lam.unsqueeze(1)).flatten()
 
     @cached_property
-    def starts(self) -> list[int]:
+    def _starts(self) -> list[int]:
         """Where each block's coordinates begin in `Displacement.flat`, by block."""
         starts, start = [0] * len(self.blocks), 0
         for index in self.order:
@@ -118,14 +118,18 @@ class LocalModel:
 
         Over several ranks `flat` is then what this one adds; it must be summed in place before anything else.
         """
-        sizes = [block.count * block.rank for block in self.blocks]
         make = self.blocks[0].U.new_empty if self.spread is None else self.blocks[0].U.new_zeros
-        flat = make(sum(sizes))
-        views = [
-            flat[start : start + size].view(-1, block.rank)
-            for block, start, size in zip(self.blocks, self.starts, sizes, strict=True)
-        ]
-        return Displacement(flat, views, torch.cat([self._weights(run) for run in self._runs]), self.order)
+        flat = make(sum(block.count * block.rank for block in self.blocks))
+        return Displacement(flat, self.views(flat), torch.cat([self._weights(run) for run in self._runs]))
+
+    def part(self, flat: Tensor, run: Sequence[int]) -> Tensor:
+        """Numbers of neighbours, 1-d and a view, out of a vector laid out like `Displacement.flat`."""
+        last = self.blocks[run[-1]]
+        return flat[self._starts[run[0]] : self._starts[run[-1]] + last.count * last.rank]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Such a vector by block, each part ``(rows, rank)`` and a view."""
+        return [self.part(flat, [index]).view(-1, block.rank) for index, block in enumerate(self.blocks)]
 
     def see(self, index: int, seen: Tensor, out: Displacement) -> None:
         """Put one block's coordinates into a `displacement`.
@@ -178,9 +182,9 @@ class LocalModel:
         """
         found: list[Tensor] = [flat] * len(self.blocks)
         for run in self._runs:
-            last, counts = self.blocks[run[-1]], [len(self.blocks[index].energy) for index in run]
-            part = flat[self.starts[run[0]] : self.starts[run[-1]] + last.count * last.rank].view(-1, last.rank)
-            whole = last.scatter(part) if last.rows is not None else part.view(sum(counts), -1, last.rank)
+            first, counts = self.blocks[run[0]], [len(self.blocks[index].energy) for index in run]
+            part = self.part(flat, run).view(-1, first.rank)
+            whole = first.scatter(part) if first.rows is not None else part.view(sum(counts), -1, first.rank)
             norms = torch.linalg.vector_norm(whole, dim=(1, 2))
             for index, norm in zip(run, norms.split(counts), strict=True):
                 found[index] = norm
@@ -232,27 +236,17 @@ class Displacement:
         flat: z of all blocks, ``(n,)`` fp32; changed in place by `project`.
         views: The same memory by block, each ``(rows, rank)``.
         weights: w, ``(n,)`` fp32.
-        order: The blocks as they lie in it, see `LocalModel.order`.
         taken: What `project` took from `flat`, ``(n,)`` fp32; None where it took nothing.
     """
 
     flat: Tensor
     views: list[Tensor]
     weights: Tensor
-    order: Sequence[int]
     taken: Tensor | None = None
 
     def energy(self) -> Tensor:
         """Sum of w z^2 / 2, a 0-d tensor: the subspace term of the prediction."""
         return subspace_energy(self.flat, self.weights)
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """A vector of the length of `flat` by block, each part ``(rows, rank)`` and a view."""
-        pieces = torch.split(flat, [self.views[index].numel() for index in self.order])
-        found = list(self.views)
-        for index, piece in zip(self.order, pieces, strict=True):
-            found[index] = piece.view_as(found[index])
-        return found
 
 
 def displacements(weights: Sequence[Tensor], models: Sequence[LocalModel]) -> list[Displacement]:

@@ -195,7 +195,8 @@ def join(parts: Sequence[Completions]) -> Completions:
 Policy = Callable[[Completions], Tensor]
 """Log-probability of each token given those before it at the rows' temperature, ``(rows, length)`` fp32: position
 t scores ``input_ids[:, t]``, and tokens with ``completion_mask`` 0 read 0. A probe asks for each different row
-once, in any order and without its rewards."""
+once, in any order and without its rewards. The ranks of a sharded model pass forward at once: there the method
+`together` of the policy is called in its place if it has one, with as many rows of one width on every rank."""
 
 
 class ModelPolicy:

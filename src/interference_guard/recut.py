@@ -98,18 +98,29 @@ def share_out(guard: Guard, model: nn.Module) -> None:
 # The parts as they were
 
 
+def check_moment(details: Sequence[Mapping[str, Any]], *, complete: bool = False) -> None:
+    """Refuse files that ranks did not write at one moment: one may have failed to write its own.
+
+    Args:
+        details: What the files say.
+        complete: Whether those of every rank must be among them.
+    """
+    ranks = [tuple(item.get("shards", (0, 1))) for item in details]
+    worlds, steps = {world for _, world in ranks}, {item.get("steps") for item in details}
+    missing = sorted(set(range(max(worlds))) - {rank for rank, _ in ranks}) if complete else []
+    if len(worlds) > 1 or len(steps) > 1 or missing:
+        raise StateError(
+            f"The guard's files are not those of all ranks at one moment: they are ranks {sorted(ranks)} at "
+            f"steps {sorted(steps, key=str)}, rank {missing or 'none'} is missing. Put the files of every rank "
+            "of one checkpoint there, or resume with as many ranks as before."
+        )
+
+
 def _cutters(guard: Guard, parts: Sequence[Part]) -> list[tuple[int, list[tuple[list[str], Region]]]]:
     """By former rank of the sharded model: which part holds it, and its blocks with their regions."""
     details = [item for item, _ in parts]
     ranks = [tuple(item["shards"]) for item in details]
-    worlds, steps = {world for _, world in ranks}, {int(item["steps"]) for item in details}
-    missing = sorted(set(range(max(worlds))) - {rank for rank, _ in ranks})
-    if len(worlds) > 1 or len(steps) > 1 or missing:
-        raise StateError(
-            f"The guard's files are not those of all ranks at one moment: they are ranks {sorted(ranks)} at "
-            f"steps {sorted(steps)}, rank {missing or 'none'} is missing. Put the files of every rank of one "
-            "checkpoint there, or resume with as many ranks as before."
-        )
+    check_moment(details, complete=True)
     trained = [
         {name for name, of in item["domains"].items() if of["own_steps"] or of["anchored"]} for item in details
     ]
@@ -121,8 +132,8 @@ def _cutters(guard: Guard, parts: Sequence[Part]) -> list[tuple[int, list[tuple[
     views = guard.view.layout.views
     cuts = {name: (view.shape, details[0]["cuts"].get(name)) for name, view in views.items()}
     found = []
-    for rank in range(max(worlds)):
-        shards = Shards.planned(cuts, rank, max(worlds))
+    for rank in range(ranks[0][1]):
+        shards = Shards.planned(cuts, rank, ranks[0][1])
         blocks = [
             (names, shards.region([views[name] for name in names], block_shape([views[name] for name in names])))
             for names in details[0]["blocks"]

@@ -7,6 +7,7 @@ has mastered its data its output is near certain, drawn labels agree with it, an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -88,23 +89,44 @@ def observe_softened(
     Raises:
         UnsupportedError: If a single row does not fit.
     """
-    for size in dict.fromkeys((batch_size, 1)):
-        failed = False
+
+    def add(size: int) -> str | None:
         try:
             add_softened(guard, curvature, rows, passes * batch_size // size, size)
         except torch.OutOfMemoryError:
-            # Not kept: it holds what the pass had made.
-            failed = True
-            curvature.clear()
-        if not guard.ranks.limits(0.0, float(failed), guard.device)[1]:
-            break
-        curvature.clear()
-    else:
+            return "a backward pass over one row of a reference domain does not fit into the memory."
+        return None
+
+    if (failure := add_what_fits(guard, curvature, (batch_size, 1), add)) is not None:
         raise UnsupportedError(
-            "A backward pass over one row of a reference domain does not fit into the memory. Give shorter rows, "
-            "or turn on gradient checkpointing."
+            f"No curvature of a reference domain can be had: {failure} Give shorter rows, or turn on gradient "
+            "checkpointing."
         )
     merge_ranks(guard, curvature)
+
+
+def add_what_fits(
+    guard: Guard, curvature: DomainCurvature, sizes: Iterable[int], add: Callable[[int], str | None]
+) -> str | None:
+    """Add backward passes over as many rows at a time as all ranks can make; all of them call it.
+
+    Args:
+        guard: The guard.
+        curvature: What `add` adds to; empty before, and again where no size will do.
+        sizes: Rows of a pass, the most first.
+        add: Makes the passes with so many rows, or says why it cannot.
+
+    Returns:
+        Why not even the last size will do, or None.
+    """
+    failure = None
+    for size in sizes:
+        failure = add(size)
+        # Ranks must go the same way: a step of one weighs as much as that of another.
+        if not guard.ranks.limits(0.0, float(failure is not None), guard.device)[1]:
+            return None
+        curvature.clear()
+    return failure or "another rank has no room for them."
 
 
 def add_softened(

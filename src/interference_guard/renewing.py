@@ -20,7 +20,7 @@ from .exact import exact_products
 from .first_order import slopes_of
 from .local_model import LocalModel, anchor_domain
 from .protection import protected_rows
-from .reference import add_softened, merge_ranks
+from .reference import add_softened, add_what_fits, merge_ranks
 
 if TYPE_CHECKING:
     from .domain import DomainState
@@ -130,14 +130,9 @@ def _curvature(guard: Guard, state: DomainState) -> DomainCurvature | None:
     if not guard.differentiates or guard.view.shards.managed:
         return None
     curvature = guard.new_state(state.name).curvature
-    for size in BATCHES:
-        failure = _add(guard, state, curvature, size)
-        # Ranks must go the same way: a step of one weighs as much as that of another.
-        if not guard.ranks.limits(0.0, float(failure is not None), guard.device)[1]:
-            break
-        curvature.clear()
-    else:
-        _give_up(guard, state, failure or "another rank has no room for them.")
+    failure = add_what_fits(guard, curvature, BATCHES, lambda size: _add(guard, state, curvature, size))
+    if failure is not None:
+        _give_up(guard, state, failure)
         return None
     if not curvature.sums:
         # This rank has no rows.

@@ -15,6 +15,15 @@ from benchmarks.bed.quiet import QUIET
 # Model names a reader would use, each replaced by the small model of the `trl` prelude.
 MODEL_NAMES = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Base")
 WORDS = [*"0123456789", "+", "=", "reverse", "a", "b", "c", "[PAD]", "[EOS]", "[UNK]"]
+# Of the smallest Qwen3 that has all its parts.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
 
 
 def empty(folder: Path) -> dict[str, Any]:
@@ -159,12 +168,7 @@ def small_model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
+        **SIZES,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         pad_token_id=WORDS.index("[PAD]"),

@@ -11,6 +11,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from benchmarks import cost_model, shapes, tables
 from interference_guard import Guard, GuardConfig
 from interference_guard.packing import tensor_bytes
+from tests.docs.preludes import SIZES
 from tests.trl.host import model_and_words
 from tests.trl.supervised import supervised_step
 
@@ -70,19 +71,9 @@ def test_memory_is_what_a_guard_keeps(tmp_path, experts):
     model, words = model_and_words(tmp_path)
     tiny = cost_model.Shapes("tiny", 32, 64, 2, 2, 1, len(words), True, head=16, experts=experts)
     if experts:
+        sizes = {**SIZES, "vocab_size": len(words), "moe_intermediate_size": SIZES["intermediate_size"]}
         model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                vocab_size=len(words),
-                hidden_size=32,
-                moe_intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                num_experts=experts,
-                num_experts_per_tok=2,
-                tie_word_embeddings=True,
-            )
+            Qwen3MoeConfig(**sizes, num_experts=experts, num_experts_per_tok=2, tie_word_embeddings=True)
         )
     config = GuardConfig(rank=4, sketch=8, residual=3)
     guard = Guard(model, config)

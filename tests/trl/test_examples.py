@@ -106,6 +106,9 @@ def test_public_rows_are_converted(prepare, tmp_path):
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
 
 
+WRITES_TWO = "```python\nimport sys\nsys.stdout.write('2')\n```"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "answer", "score"),
     [
@@ -127,9 +130,9 @@ def test_public_rows_are_converted(prepare, tmp_path):
         ("choice", "Answer: nothing", "C", 0.0),
         ("tests_pass", "```python\nprint(int(input()) + 1)\n```", '{"inputs": ["1"], "outputs": ["2"]}', 1.0),
         ("tests_pass", "```python\nprint(3)\n```", '[{"input": "1", "output": "2"}]', 0.0),
-        ("tests_pass", "```python\nprint(2)\n```", '[{"input": "1", "output": "2"}]', 1.0),
-        ("tests_pass", "```python\nprint(2)\n```", "[]", 0.0),
-        ("tests_pass", "```python\nprint(2)\n```", '{"inputs": [], "outputs": []}', 0.0),
+        ("tests_pass", WRITES_TWO, '[{"input": "1", "output": "2"}]', 1.0),
+        ("tests_pass", WRITES_TWO, "[]", 0.0),
+        ("tests_pass", WRITES_TWO, '{"inputs": [], "outputs": []}', 0.0),
         ("tests_pass", "no program", '{"inputs": [], "outputs": []}', 0.0),
         ("tests_pass", "```python\n1/0\n```", '{"inputs": ["1"], "outputs": ["2"]}', 0.0),
     ],
@@ -141,7 +144,7 @@ def test_rewards(name, text, answer, score):
 
 
 @pytest.mark.parametrize(
-    "tests", ["print(1)", "3", '[["1", "2"]]', '{"inputs": ["1"]}', '{"inputs": ["1"], "outputs": []}']
+    "tests", ["assert f(1) == 2", "3", '[["1", "2"]]', '{"inputs": ["1"]}', '{"inputs": ["1"], "outputs": []}']
 )
 def test_tests_that_cannot_be_read_are_named(tests):
     function = load(f"{ROOT}/examples/trl/rewards.py:tests_pass")

@@ -6,6 +6,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from interference_guard.forward import logits_of
 from interference_guard.probe import Completions, model_policy
+from tests.docs.preludes import SIZES
 from tests.unit.helpers import Toy
 
 
@@ -19,16 +20,7 @@ def rows(length=6, count=3, prompt=4):
 
 def qwen():
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=12,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    return Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=12, **SIZES))
 
 
 class Wrapper(nn.Module):

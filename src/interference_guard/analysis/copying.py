@@ -34,19 +34,10 @@ def copy_files(checkpoint: Checkpoint, folder: Path) -> None:
     Raises:
         OSError: If one cannot be written.
     """
-    source = checkpoint.path
-    if source.is_file():
-        files = {source}
-    else:
-        files = {*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")}
-        read = {entry.path for entry in checkpoint.entries.values()}
-        files |= read
-        if source / SINGLE[0] in read:
-            files = {file for file in files if file in read or not STALE.fullmatch(file.name)}
+    source, read = checkpoint.path, {entry.path for entry in checkpoint.entries.values()}
+    files = read if source.is_file() else {*source.iterdir(), *(source / TEMPLATES).glob("*.jinja"), *read}
     for file in sorted(files):
-        if not file.is_file() or STATE.fullmatch(file.name) or file.name.startswith(LEFT_OUT):
-            continue
-        if file.name == REPORT:
+        if not file.is_file() or (file not in read and _left_out(file.name, source / SINGLE[0] in read)):
             continue
         copy = copy_of(file, source, folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +46,12 @@ def copy_files(checkpoint: Checkpoint, folder: Path) -> None:
             # Bytes that are no UTF-8, and ends of lines, stay as they are.
             text = file.read_bytes().decode("utf-8", "surrogateescape")
             copy.write_bytes(without_section(text).encode("utf-8", "surrogateescape"))
+
+
+def _left_out(name: str, single: bool) -> bool:
+    """Whether a file says nothing of the new weights; `single`: they lie in one whole file."""
+    known = name == REPORT or STATE.fullmatch(name) is not None or name.startswith(LEFT_OUT)
+    return known or (single and STALE.fullmatch(name) is not None)
 
 
 def copy_of(file: Path, source: Path, folder: Path) -> Path:

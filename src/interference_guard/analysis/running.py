@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, product
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -86,32 +85,14 @@ class Running:
     def __init__(
         self, weights: Weights, sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        self.weights, self.sources, self._shapes = weights, sources, dict(shapes)
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape by name in memory."""
-        return MappingProxyType(self._shapes)
-
-    @property
-    def label(self) -> str:
-        """What a message calls it."""
-        return self.weights.label
-
-    @property
-    def model_type(self) -> str | None:
-        """The architecture's name in config.json."""
-        return self.weights.model_type
-
-    @property
-    def tied(self) -> bool:
-        """Whether config.json says that the head is the embedding."""
-        return self.weights.tied
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The folders or files that are read."""
-        return self.weights.paths
+        self.weights, self.sources, self.shapes = weights, sources, MappingProxyType(dict(shapes))
+        # What is told of the checkpoint stays.
+        self.label, self.model_type, self.tied, self.paths = (
+            weights.label,
+            weights.model_type,
+            weights.tied,
+            weights.paths,
+        )
 
     @property
     def saved(self) -> frozenset[str]:

@@ -26,22 +26,25 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def two_phases(folder, steps, **settings):
+    """Adapters after each of two domains, with the guard's state beside them; the guard."""
+    torch.manual_seed(0)
+    model = get_peft_model(Toy(), LoraConfig(r=4, lora_alpha=8, **settings))
+    guard = Guard(model, CONFIG)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
+    for index, name in enumerate(("math", "code")):
+        train(model, guard, optimizer, [name] * steps, start=steps * index)
+        model.save_pretrained(folder / name)
+        guard.save(folder / name)
+    return guard
+
+
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
     """Adapters after each of two phases, the guard's state beside the last, and the base model."""
     folder = tmp_path_factory.mktemp("lora")
     save_model(Toy(), folder / "base")
-    torch.manual_seed(0)
-    model = get_peft_model(
-        Toy(), LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj", "down_proj", "lm_head"])
-    )
-    guard = Guard(model, CONFIG)
-    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
-    for index, name in enumerate(("math", "code")):
-        train(model, guard, optimizer, [name] * 15, start=15 * index)
-        model.save_pretrained(folder / name)
-        guard.save(folder / name)
-    return folder, guard
+    return folder, two_phases(folder, 15, target_modules=["up_proj", "down_proj", "lm_head"])
 
 
 def as_json(capsys, *words):
@@ -105,14 +108,7 @@ def test_rollback_of_an_adapter_to_its_base_is_refused(lora_run, capsys):
     ids=["whole head", "embedding and head", "single tokens"],
 )
 def test_adapters_with_more_than_the_factors_of_layers(tmp_path, settings, capsys):
-    torch.manual_seed(0)
-    model = get_peft_model(Toy(), LoraConfig(r=4, lora_alpha=8, **settings))
-    guard = Guard(model, CONFIG)
-    optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), guard)
-    for index, name in enumerate(("math", "code")):
-        train(model, guard, optimizer, [name] * 10, start=10 * index)
-        model.save_pretrained(tmp_path / name)
-        guard.save(tmp_path / name)
+    guard = two_phases(tmp_path, 10, **settings)
     before, after = (open_checkpoint(tmp_path / name) for name in ("math", "code"))
     state = StateFile(tmp_path / "code")
     assert predict_interference(state.domain("math"), after).raw == pytest.approx(guard.raw("math"), rel=1e-3)
