@@ -99,6 +99,18 @@ def test_the_settings_tried_on_another_processor_are_the_result():
     assert all(abs(a - b) < 0.015 for a, b in zip(energy, drawn, strict=True))
 
 
+def test_measuring_less_often_forgets_less_on_the_other_bed_too():
+    found = json.loads((ROOT / "benchmarks/results/ablations_gym_amd.json").read_text())
+    assert json.loads(json.dumps(ablations.summarise(found["runs"]))) == found["rows"]
+    assert ablations.markdown(found["rows"]) in PAGE
+    default, seldom = found["rows"]
+    assert default["runs"] == seldom["runs"] == 6
+    assert f"end at {default['average']:.3f} there and forget {default['forgetting']:.3f}" in PAGE
+    assert max(seldom["more_forgotten"]) < 0
+    # Level: within a third of what changes from run to run.
+    assert abs(fmean(seldom["differences"])) < 0.01
+
+
 def test_the_table_of_ablations_is_the_result():
     assert json.loads(json.dumps(ablations.summarise(ABLATIONS["runs"]))) == ABLATIONS["rows"]
     assert ablations.markdown(ABLATIONS["rows"]) in PAGE
