@@ -20,9 +20,14 @@ def bare(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards every module has its own mode again."""
+    """Put a model into evaluation mode; afterwards every module has its own mode again.
+
+    Only ``training`` is set: no module's `eval` or `train` is called.
+    """
+    # Layers may change their weights in there, as those of loralib, which merge their factors at `eval`.
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        module.training = False
     try:
         yield
     finally:
