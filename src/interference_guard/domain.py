@@ -185,7 +185,8 @@ class DomainState:
         rows = completions.spread(limit).detached()
         if self.kept_at == step and self.pending:
             # Of one step, whose batch comes in parts.
-            rows = join([self.pending.pop(), rows]).spread(limit)
+            rows = join([self.pending[-1], rows]).spread(limit)
+            self.pending.pop()
         self.pending.append(rows)
         self.kept_at = step
         # Where steps are small it takes more of them, and none that are not needed: the policy was another one.

@@ -52,14 +52,14 @@ class Completions:
     """Sampled completions of one domain; padding may lie on either side.
 
     Args:
-        input_ids: Prompt and completion, ``(rows, length)`` int64.
+        input_ids: Prompt and completion, ``(rows, length)`` int64; copies are of that type.
         attention_mask: ``(rows, length)``, 0 on padding.
         completion_mask: ``(rows, length)``, 1 on the completion tokens that are scored.
         rewards: ``(rows,)`` fp32, or None where no rewards exist (supervised data).
         temperature: Of their sampling. Ratios of probabilities mean something at that one alone.
 
     Raises:
-        ShapeError: If the shapes do not agree.
+        ShapeError: If the shapes do not agree, or the ids are no whole numbers.
     """
 
     input_ids: Tensor
@@ -69,7 +69,17 @@ class Completions:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        shape = tuple(self.input_ids.shape)
+        for item in ("input_ids", "attention_mask", "completion_mask", "rewards"):
+            value = getattr(self, item)
+            if not isinstance(value, Tensor) and (item != "rewards" or value is not None):
+                raise ShapeError(f"{item} is of type {type(value).__name__}; it must be a tensor.")
+        shape, kind = tuple(self.input_ids.shape), self.input_ids.dtype
+        if len(shape) != 2:
+            raise ShapeError(
+                f"input_ids has shape {shape}; it must be (rows, length), the token ids of one completion a row."
+            )
+        if kind == torch.bool or kind.is_floating_point or kind.is_complex:
+            raise ShapeError(f"input_ids holds {kind}; token ids are whole numbers. Give them as torch.int64.")
         for item in ("attention_mask", "completion_mask"):
             found = tuple(getattr(self, item).shape)
             if found != shape:
@@ -161,7 +171,7 @@ class Completions:
         """A copy that shares no memory with the host's tensors."""
         rewards = None if self.rewards is None else self.rewards.detach().float().clone()
         return Completions(
-            self.input_ids.detach().clone(),
+            self.input_ids.detach().to(torch.int64, copy=True),
             self.attention_mask.detach().to(torch.int64, copy=True),
             self.completion_mask.detach().to(torch.int64, copy=True),
             rewards,

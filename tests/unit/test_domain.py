@@ -62,6 +62,27 @@ def test_a_step_that_comes_in_parts_is_one():
     assert kept(parts) == kept(whole)
 
 
+def test_rows_that_cannot_be_joined_leave_those_before(monkeypatch):
+    domain = state()
+    domain.keep(rollouts(0), LIMIT, 0)
+
+    def full(parts):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("interference_guard.domain.join", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            domain.keep(rollouts(1), LIMIT, 0)
+    assert kept(domain) == rollouts(0).rewards.tolist()
+
+
+def test_kept_ids_are_of_the_type_that_scores_are_gathered_by():
+    domain = state()
+    ids = torch.ones(2, 3, dtype=torch.int32)
+    keep(domain, Completions(ids, ids, ids))
+    assert domain.latest(LIMIT).input_ids.dtype == torch.int64
+
+
 def test_rows_of_a_step_are_let_go_of_alone():
     domain = state()
     keep(domain, rollouts(0))

@@ -263,7 +263,17 @@ def test_join_pads_on_the_right():
     assert rows.rewards.tolist() == [1, 1, 0]
 
 
-def test_shapes_must_agree():
+def test_shapes_must_agree_and_ids_be_whole_numbers():
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ShapeError, match=r"input_ids has shape \(2,\); it must be \(rows, length\)"):
+        Completions(ids[:, 0], ids[:, 0], ids[:, 0])
+    with pytest.raises(ShapeError, match=r"input_ids has shape \(2, 3, 1\)"):
+        Completions(*[ids.unsqueeze(-1)] * 3)
+    for kind in (torch.float32, torch.bool):
+        with pytest.raises(ShapeError, match=rf"input_ids holds {kind}; token ids are whole"):
+            Completions(ids.to(kind), ids, ids)
+    with pytest.raises(ShapeError, match="completion_mask is of type list; it must be a tensor"):
+        Completions(ids, ids, [[1]])
     with pytest.raises(ShapeError, match="attention_mask has shape"):
         Completions(torch.ones(2, 3).long(), torch.ones(2, 4), torch.ones(2, 3))
     with pytest.raises(ShapeError, match="one number a row"):
