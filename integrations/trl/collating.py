@@ -55,7 +55,7 @@ def pack(names: Sequence[object], width: int = WIDTH) -> Tensor:
     Raises:
         HostError: If a name is too long.
     """
-    table = torch.zeros(len(names), width, dtype=torch.uint8)
+    table = torch.zeros(len(names), width, dtype=torch.uint8, device="cpu")
     for row, name in zip(table, names, strict=True):
         written = name.encode() if named(name) else (UNNAMED + repr(name).encode())[:width]
         if len(written) > width:

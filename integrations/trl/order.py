@@ -158,7 +158,7 @@ def _draw(
             f"order={dict(weights)!r} is not allowed: it must give each of the domains {list(rows)} a weight of "
             "at least 0, and one of them more."
         )
-    chances = torch.tensor([float(weights[name]) for name in rows])
+    chances = torch.tensor([float(weights[name]) for name in rows], device="cpu")
     drawn = torch.multinomial(chances, total, replacement=True, generator=generator)
     names = list(rows)
     return [names[index] for index in drawn.tolist()]
@@ -179,5 +179,5 @@ def is_weight(value: Any) -> bool:
 
 def _stream(indices: list[int], generator: torch.Generator) -> Any:
     while True:
-        for place in torch.randperm(len(indices), generator=generator).tolist():
+        for place in torch.randperm(len(indices), generator=generator, device="cpu").tolist():
             yield indices[place]

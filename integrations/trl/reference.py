@@ -65,7 +65,7 @@ def _row(words: Any, template: dict[str, Any], name: str, index: int, row: dict[
         )
     if not conversational and words.eos_token_id is not None:
         completion = [*completion, words.eos_token_id]
-    ids = torch.tensor([[*prompt, *completion]])
+    ids = torch.tensor([[*prompt, *completion]], device="cpu")
     scored = torch.zeros_like(ids)
     scored[:, len(prompt) :] = 1
     return Completions(ids, torch.ones_like(ids), scored)

@@ -48,7 +48,7 @@ class DomainTable:
             self.number(row, index) if needed or named(row.get(self.column)) else -1
             for index, row in enumerate(rows)
         ]
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
 
     def counts(self, numbers: Tensor) -> dict[str, int]:
         """Rows of each domain that occurs."""

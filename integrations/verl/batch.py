@@ -207,7 +207,7 @@ def log_probabilities(engine: Any, rows: Completions) -> Tensor:
     micro = min(_least(config.infer_micro_batch_size_per_gpu, config.micro_batch_size_per_gpu) or 1, len(rows))
     # Micro-batches are of one size: the last row fills up what is missing.
     count = len(rows) if config.use_dynamic_bsz else -(-len(rows) // micro) * micro
-    chosen = torch.arange(count).clamp(max=len(rows) - 1).tolist()
+    chosen = torch.arange(count, device="cpu").clamp(max=len(rows) - 1).tolist()
     lengths = rows.attention_mask.sum(1).tolist()
     ids = [rows.input_ids[row, : lengths[row]] for row in chosen]
     data = tu.get_tensordict(

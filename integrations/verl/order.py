@@ -92,7 +92,7 @@ class DomainOrder:
             generator = torch.Generator().manual_seed(
                 hash((self.seed, list(self.rows).index(name), passes)) % 2**62
             )
-            chosen = torch.randperm(len(self.rows[name]), generator=generator).tolist()
+            chosen = torch.randperm(len(self.rows[name]), generator=generator, device="cpu").tolist()
             self._shuffled[name] = passes, [self.rows[name][item] for item in chosen]
         self._used[name] += 1
         return self._shuffled[name][1][index]

@@ -36,7 +36,8 @@ def sketch_matrix(width: int, sketch: int, seed: int) -> Tensor:
     alone, and the core matrix stays well conditioned.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
-    gaussian = torch.randn(width, min(sketch, width), generator=generator, dtype=torch.float64)
+    # A host may have set another default device, and the numbers must be those of every machine.
+    gaussian = torch.randn(width, min(sketch, width), generator=generator, dtype=torch.float64, device="cpu")
     basis: Tensor = torch.linalg.qr(gaussian).Q
     return basis.float()
 
@@ -66,7 +67,8 @@ class DomainCurvature:
         decay: What one own step leaves of the sums before it.
         omegas: Test matrix of each block, ``(width, sketch)``.
         sums: One `BlockSums` a block; empty before the first counted step.
-        count: n, the decayed number of counted steps: a 0-d fp32 tensor on the device of the first block.
+        count: n, the decayed number of counted steps: a 0-d fp32 tensor on the device of the first block, and on
+            the CPU before the first step.
         spread: How the blocks lie on several ranks, or None. The sums then hold what this rank adds to them:
             of the sketch its part of the units or of the width, of the energy its part of each unit.
     """
@@ -74,7 +76,7 @@ class DomainCurvature:
     decay: float
     omegas: Sequence[Tensor]
     sums: list[BlockSums] = field(default_factory=list)
-    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     spread: Spread | None = None
 
     def observe(self, gradients: Sequence[Tensor]) -> None:

@@ -48,7 +48,7 @@ class GradientMean:
         self.spread = spread
         self.omegas = omegas
         self.sums: list[Tensor] = [] if sums is None else sums
-        self.count = torch.zeros(()) if count is None else count
+        self.count = torch.zeros((), device="cpu") if count is None else count
 
     def observe(self, gradients: Sequence[Tensor]) -> None:
         """Add one own step; one that is not finite is left out, decided on the device.

@@ -38,13 +38,13 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def spread(count: int, limit: int) -> Tensor:
-    """Places of at most `limit` out of `count` rows, evenly from first to last, ``(rows,)`` int64.
+    """Places of at most `limit` out of `count` rows, evenly from first to last, ``(rows,)`` int64 on the CPU.
 
     Neighbours are often answers to one prompt. What a domain loses differs from prompt to prompt far more than
     from answer to answer, so rows of many prompts measure it best.
     """
     kept = min(count, limit)
-    return torch.arange(1, kept + 1) * count // max(kept, 1) - 1
+    return torch.arange(1, kept + 1, device="cpu") * count // max(kept, 1) - 1
 
 
 @dataclass

@@ -51,7 +51,8 @@ def select_units(scores: Mapping[str, Tensor], views: Mapping[str, UnitView], co
         The chosen units. At coverage 1 these are all of them, those with score 0 included.
     """
     if coverage >= 1:
-        return ProtectedSet({name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()})
+        whole = {name: torch.ones(len(score), dtype=torch.bool, device="cpu") for name, score in scores.items()}
+        return ProtectedSet(whole)
     members, totals = _candidates(scores, views)
     # Put in order where the scores lie: the CPU takes seconds for the millions of units of many experts. It keeps
     # the sums: on an accelerator their last bits may differ from rank to rank.
@@ -71,10 +72,10 @@ def random_units(
 ) -> ProtectedSet:
     """As many neurons and other units as `like` has, drawn at random: the control of every selection."""
     members, totals = _candidates(scores, views)
-    inside = torch.zeros(len(totals), dtype=torch.bool)
+    inside = torch.zeros(len(totals), dtype=torch.bool, device="cpu")
     for name, mask in like.masks.items():
         inside[members[name][mask]] = True
-    order = torch.randperm(len(totals), generator=generator)
+    order = torch.randperm(len(totals), generator=generator, device="cpu")
     return _chosen(members, totals, order[: int(inside.sum())])
 
 
@@ -86,7 +87,7 @@ def _candidates(scores: Mapping[str, Tensor], views: Mapping[str, UnitView]) -> 
     for name, score in scores.items():
         index = views[name].neuron_index()
         if index is None:
-            members[name] = torch.arange(count, count + len(score))
+            members[name] = torch.arange(count, count + len(score), device="cpu")
             count += len(score)
             continue
         group = views[name].neuron
@@ -95,13 +96,13 @@ def _candidates(scores: Mapping[str, Tensor], views: Mapping[str, UnitView]) -> 
             groups[group] = count
             count += int(index.max()) + 1
         members[name] = index.cpu() + groups[group]
-    totals = torch.zeros(count, dtype=torch.float64)
+    totals = torch.zeros(count, dtype=torch.float64, device="cpu")
     for name, score in scores.items():
         totals.index_add_(0, members[name], score.detach().cpu().double())
     return members, totals
 
 
 def _chosen(members: Mapping[str, Tensor], totals: Tensor, candidates: Tensor) -> ProtectedSet:
-    keep = torch.zeros(len(totals), dtype=torch.bool)
+    keep = torch.zeros(len(totals), dtype=torch.bool, device="cpu")
     keep[candidates] = True
     return ProtectedSet({name: keep[index] for name, index in members.items()})

@@ -214,9 +214,9 @@ def _model(index: int, regions: Sequence[Region], gets: Sequence[Get]) -> dict[s
     if first["U"] is None and basis is not None:
         first["U"] = basis[:, :, : lam.shape[1]]
     matrices, units, _ = regions[0].shape
-    chosen = torch.arange(matrices * units) if rows is None else rows
+    chosen = torch.arange(matrices * units, device=lam.device) if rows is None else rows
     found: dict[str, Tensor | None] = {key: first[key] for key in ("U", "lam", "rho", "scale", "energy")}
-    mask = torch.zeros(matrices * units, dtype=torch.bool)
+    mask = torch.zeros(matrices * units, dtype=torch.bool, device=lam.device)
     mask[chosen] = True
     found["mask"] = mask.view(matrices, units)
 

@@ -65,4 +65,5 @@ def full_matrices(blocks: Sequence[Block], residual: int, seed: int) -> list[Ten
 
 def _random(shape: tuple[int, ...], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).div(shape[-1] ** 0.5).float()
+    gaussian = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return gaussian.div(shape[-1] ** 0.5).float()

@@ -142,8 +142,8 @@ class UnitView:
         if self.neuron is None:
             return None
         experts = self.shape[0] if self.stacked else 1
-        index = torch.arange(self.units // experts) % self.channels
-        return (torch.arange(experts).unsqueeze(1) * self.channels + index).flatten()
+        index = torch.arange(self.units // experts, device="cpu") % self.channels
+        return (torch.arange(experts, device="cpu").unsqueeze(1) * self.channels + index).flatten()
 
 
 class UnitLayout:

@@ -110,5 +110,6 @@ def _shapes(state: StateFile) -> list[tuple[str, tuple[int, ...]]]:
 def _chance(U: Tensor, V: Tensor, generator: torch.Generator) -> float:
     width = U.shape[1]
     sizes = [int(item.abs().sum((0, 1)).count_nonzero()) or 1 for item in (U, V)]
-    draws = [torch.linalg.qr(torch.randn(width, min(size, width), generator=generator)).Q for size in sizes]
+    shapes = [(width, min(size, width)) for size in sizes]
+    draws = [torch.linalg.qr(torch.randn(shape, generator=generator, device="cpu")).Q for shape in shapes]
     return float(torch.linalg.matrix_norm(draws[0].T @ draws[1], 2).clamp(max=1.0))

@@ -38,7 +38,7 @@ class ParameterEdit:
     under_both: int = 0
     close: int = 0
     equal: int = 0
-    units: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    units: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
     before: float = 0.0
 
 
@@ -100,7 +100,8 @@ def neuron_sums(
         index = view.neuron_index()
         if index is None or view.neuron is None:
             continue
-        total = found.setdefault(view.neuron, torch.zeros(int(index.max()) + 1, dtype=torch.float64))
+        empty = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device="cpu")
+        total = found.setdefault(view.neuron, empty)
         total.index_add_(0, index, values.double())
     return {name: total.sqrt() for name, total in found.items()} if root else found
 
@@ -135,7 +136,7 @@ def measure_edits(
 
 
 def _edit(view: UnitView, before: Weights, after: Weights) -> ParameterEdit:
-    edit = ParameterEdit(view, units=torch.zeros(view.units, dtype=torch.float64))
+    edit = ParameterEdit(view, units=torch.zeros(view.units, dtype=torch.float64, device="cpu"))
     by_matrix = edit.units.view(matrix_shape(view))
     for first, last in pieces(view.shape):
         old, new = before.rows(view.name, first, last), after.rows(view.name, first, last)
@@ -163,7 +164,7 @@ def top_neurons(magnitudes: Mapping[str, Tensor], share: float = 0.1) -> dict[st
         return {}
     flat = torch.cat(list(magnitudes.values()))
     count = max(1, round(share * len(flat)))
-    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     mask[flat.argsort(descending=True, stable=True)[:count]] = True
     # Where fewer changed, the rest of the order is that of the names, which is alike in any two checkpoints.
     mask &= flat > 0

@@ -99,11 +99,11 @@ def _completions(words: Any, rows: Sequence[Row]) -> Completions:
         after = words(completion, add_special_tokens=False)["input_ids"]
         pieces.append((before, after))
     length = max(len(before) + len(after) for before, after in pieces)
-    ids = torch.zeros(len(pieces), length, dtype=torch.int64)
+    ids = torch.zeros(len(pieces), length, dtype=torch.int64, device="cpu")
     attention, scored = torch.zeros_like(ids), torch.zeros_like(ids)
     for index, (before, after) in enumerate(pieces):
         end = len(before) + len(after)
-        ids[index, :end] = torch.tensor([*before, *after])
+        ids[index, :end] = torch.tensor([*before, *after], device="cpu")
         attention[index, :end] = 1
         scored[index, len(before) : end] = 1
     return Completions(ids, attention, scored)

@@ -79,8 +79,8 @@ class Part:
         block = self.block
         rank, residual = block.rank, self.R.shape[-1]
         shape = matrix_shape(self.view)
-        products = torch.zeros(*shape, rank + residual)
-        lengths = torch.zeros(shape, dtype=torch.float64)
+        products = torch.zeros(*shape, rank + residual, device="cpu")
+        lengths = torch.zeros(shape, dtype=torch.float64, device="cpu")
         for piece in unit_pieces(self.view):
             rows = piece.view(read(piece.first, piece.last))
             U, R = block.U[piece.matrices, piece.width], self.R[piece.matrices, piece.width]

@@ -135,7 +135,8 @@ def predict_rounding(record: DomainRecord, weights: Checkpoint) -> Prediction:
 
         def read(first: int, last: int) -> Tensor:
             rows = running.rows(name, first, last)
-            return rows.mul_(torch.rand(rows.shape, generator=generator).sub_(0.5).mul_(step))
+            drawn = torch.rand(rows.shape, generator=generator, device="cpu")
+            return rows.mul_(drawn.sub_(0.5).mul_(step))
 
         return read
 

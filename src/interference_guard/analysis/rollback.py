@@ -56,7 +56,7 @@ class RollbackPlan:
         interference, edit = torch.cat(list(self.interference.values())), torch.cat(list(self.edit.values()))
         score = torch.where(edit > 0, interference / edit.clamp(min=torch.finfo(edit.dtype).tiny), 0.0)
         count = min(round(share * int((edit > 0).sum())), int((score > 0).sum()))
-        mask = torch.zeros(len(score), dtype=torch.bool)
+        mask = torch.zeros(len(score), dtype=torch.bool, device=score.device)
         mask[score.argsort(descending=True, stable=True)[:count]] = True
         parts = torch.split(mask, [len(item) for item in self.interference.values()])
         return dict(zip(self.interference, parts, strict=True))

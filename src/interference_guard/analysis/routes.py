@@ -167,7 +167,8 @@ def _products(first: tuple[Weights, Weights], second: tuple[Weights, Weights]) -
     for name, view in views.items():
         if view.neuron is None:
             continue
-        sums = {key: torch.zeros(matrix_shape(view), dtype=torch.float64) for key in units}
+        shape = matrix_shape(view)
+        sums = {key: torch.zeros(shape, dtype=torch.float64, device="cpu") for key in units}
         for piece in unit_pieces(view):
             a, b = (
                 piece.view(displacement(name, after, before)(piece.first, piece.last)).double()

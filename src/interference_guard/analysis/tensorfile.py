@@ -68,7 +68,7 @@ class Entry:
                 raise CheckpointError(f"{self.path} ends too early: copy it again.")
         shape = (last - first, *self.shape[1:]) if self.shape else ()
         if not buffer:
-            return torch.empty(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=self.dtype, device="cpu")
         return torch.frombuffer(buffer, dtype=self.dtype).reshape(shape)
 
 
