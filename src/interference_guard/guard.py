@@ -7,7 +7,6 @@ completions -> probe -> trust region. The guard knows no trainer: a host calls `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, measuring, packing, recovering, reference, renewing, stepping
-from .errors import MissingDomainError, ShapeError, UnknownDomainError
+from .errors import MissingDomainError, UnknownDomainError
 from .evaluating import bare
 from .exact import exact_products
 from .first_order import first_order
@@ -24,7 +23,7 @@ from .guard_state import GuardState
 from .local_model import predict
 from .metering import collect
 from .places import Places, curvature_places, projected_places
-from .probe import Completions, Measurement, Policy, model_policy
+from .probe import Completions, Measurement, Policy, check_completions, model_policy
 from .recut import share_out
 from .trust_region import Raw
 
@@ -78,6 +77,9 @@ class Guard(GuardState):
         if self._own_policy:
             self.policy = model_policy(self.model)
 
+    # Also for hosts in inference mode, whose tensors can neither be changed nor be part of a graph afterwards.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def retain(self, domain: str, completions: Completions) -> None:
         """Keep a domain's latest completions, to measure its interference on later.
 
@@ -91,11 +93,7 @@ class Guard(GuardState):
         """
         if not self.enabled:
             return
-        if not isinstance(completions, Completions):
-            raise ShapeError(
-                f"guard.retain({domain!r}, ...) was given {type(completions).__name__}. Give it Completions: "
-                "token ids, attention mask, completion mask and rewards."
-            )
+        check_completions(completions, f"guard.retain({domain!r}, ...)")
         started = perf_counter()
         rows = completions.finite()
         if not len(rows):
@@ -112,6 +110,7 @@ class Guard(GuardState):
             state.note_rewards(rewards.sum().item(), len(rewards))
         self.clock.add("retain", started)
 
+    @torch.inference_mode(False)
     def protect(self, domain: str, completions: Completions, *, passes: int = 64, batch_size: int = 8) -> None:
         """Protect a domain that is only known from given rows, from the present weights on.
 
@@ -191,6 +190,8 @@ class Guard(GuardState):
 
     # Measurement
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def probe(self, policy: Policy | None = None, *, free: bool = True) -> dict[str, Measurement]:
         """Measure the protected domains whose turn it is; call after every step.
 
@@ -231,6 +232,7 @@ class Guard(GuardState):
             renewing.renew_if_due(self, self._domains[name])
         return found
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def measure(self, domain: str, policy: Policy | None = None) -> Measurement:
         """Measure one protected domain now, calibrate its prediction and adapt its radius, or move its region.
@@ -256,17 +258,14 @@ class Guard(GuardState):
         as right and later ones are compared with it. One that is no finite number is left out.
 
         Raises:
+            ConfigError: If it is no number.
             UnknownDomainError: If the guard has never seen the domain.
         """
         if not self.enabled:
             return
         if domain not in self._domains:
             raise self.unknown(domain)
-        if not math.isfinite(reward):
-            # An evaluation in which nothing was scored; in the running sums it would stay for good.
-            return
-        # NumPy's numbers and tensors are no plain ones, which a state is made of.
-        measuring.calibrate(self, self._domains[domain], float(reward))
+        measuring.calibrate(self, self._domains[domain], reward)
 
     def abandon_recovery(self) -> None:
         """Give up the present recovery phase, for instance because the host has no rows of its domain.
@@ -358,6 +357,7 @@ class Guard(GuardState):
         """Everything needed to go on exactly: see `packing.pack`. Not copied; empty where nothing is enabled."""
         return dict(packing.pack(self)) if self.enabled else {}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over a `state_dict`; checked as a whole before anything is changed.
 
@@ -373,6 +373,7 @@ class Guard(GuardState):
         if self.enabled:
             checkpoint.save(self, Path(directory), folders, place)
 
+    @torch.inference_mode(False)
     def load(
         self,
         directory: str | Path,

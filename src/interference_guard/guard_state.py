@@ -203,6 +203,8 @@ class GuardState:
 
     # Parts
 
+    # In inference mode its sums could not be added to afterwards.
+    @torch.inference_mode(False)
     def new_state(self, name: str) -> DomainState:
         """An empty state for a domain (used when a state file is read)."""
         settings = self.config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ConfigError, ShapeError
 from .probe import Completions, Measurement, Policy, estimate
 
 if TYPE_CHECKING:
@@ -112,6 +112,17 @@ def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> M
 
 def calibrate(guard: Guard, state: DomainState, reward: float) -> None:
     """Take in the true mean reward of a domain under the present weights; see `Guard.calibrate`."""
+    try:
+        finite = math.isfinite(reward)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"guard.calibrate({state.name!r}, ...) was given {reward!r}. Give it the mean reward, a number."
+        ) from error
+    if not finite:
+        # An evaluation in which nothing was scored; in the running sums it would stay for good.
+        return
+    # NumPy's numbers and tensors are no plain ones, which a state is made of.
+    reward = float(reward)
     if not state.anchored or not state.foreign_steps:
         state.anchor_reward, state.evaluated = reward, True
         return

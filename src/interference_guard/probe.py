@@ -179,6 +179,15 @@ class Completions:
         )
 
 
+def check_completions(rows: object, call: str) -> None:
+    """Raise `ShapeError` for what are no completions; `call` is what they were given to."""
+    if not isinstance(rows, Completions):
+        raise ShapeError(
+            f"{call} was given {type(rows).__name__}. Give it Completions: token ids, attention mask, completion "
+            "mask and rewards."
+        )
+
+
 def join(parts: Sequence[Completions]) -> Completions:
     """Rows of several batches as one; shorter ones are padded on the right, where both masks are 0.
 

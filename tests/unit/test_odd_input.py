@@ -1,18 +1,19 @@
 """Input that is legal and seldom: it must neither spoil what is known nor end a run."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from interference_guard import Completions, Guard, GuardConfig, GuardedOptimizer, StateError, curvature
+from interference_guard import Completions, Guard, GuardConfig, GuardedOptimizer, StateError, curvature, renewing
 from interference_guard.analysis.measured import read_rows
 from interference_guard.local_block import Correction
 from interference_guard.reference import add_softened
 from interference_guard.renewing import renew
-from tests.unit.helpers import CONFIG, Toy, guarded, train
+from tests.unit.helpers import CONFIG, Toy, guarded, policy_gradient, rollout, train
 from tests.unit.test_renewing import astray
 
 
@@ -76,6 +77,32 @@ def test_a_save_that_fails_half_way_leaves_the_state_before(tmp_path, monkeypatc
         guard.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     guard.load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_host_in_inference_mode_changes_nothing(mode, monkeypatch):
+    monkeypatch.setattr(renewing, "due", lambda guard, state: guard.steps == 10)
+
+    def run(mode):
+        model, guard, optimizer = guarded()
+        for step, name in enumerate(["math"] * 5 + ["code"] * 5 + ["math"] * 2 + ["qa"] * 2):
+            trained = rollout(model, name, seed=step)
+            with mode():
+                guard.retain(name, trained.detached())
+            with guard.domain(name):
+                policy_gradient(model, trained).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with mode():
+                guard.probe()
+                guard.load_state_dict(guard.state_dict())
+        return guard
+
+    plain, found = run(nullcontext), run(mode)
+    assert found.differentiates
+    assert found.domains["math"].renewals == plain.domains["math"].renewals == 1
+    assert found.domains["math"].measurement == plain.domains["math"].measurement
+    assert torch.equal(found.model.embed.weight, plain.model.embed.weight)
 
 
 def test_a_moved_region_keeps_no_graph():
