@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, ShapeError
+from .generators import generators_kept
 from .probe import Completions, Measurement, Policy, estimate
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
     Their rows are then of one width too: how many of them a policy takes at a time may depend on it.
     """
     if not (guard.view.shards.sharded or guard.scores_together):
-        found = None if rows is None else _scored(rows, policy)
+        found = None if rows is None else _scored(guard, rows, policy)
         guard.view.reshard()
         return found
     count, length = (0, 0) if rows is None else rows.input_ids.shape
@@ -50,13 +51,15 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
     repeated = torch.arange(most, device=rows.input_ids.device) % len(rows)
     # A policy may take rows of another temperature in another way, so ranks must agree on that too.
     rows = replace(rows.rows(repeated).widened(widest), temperature=temperature)
-    scores = _scored(rows, getattr(policy, "together", policy))
+    scores = _scored(guard, rows, getattr(policy, "together", policy))
     guard.view.reshard()
     return scores[:count, :length] if count else None
 
 
-def _scored(rows: Completions, policy: Policy) -> Tensor:
-    scores = policy(rows)
+def _scored(guard: Guard, rows: Completions, policy: Policy) -> Tensor:
+    # A model may draw in evaluation mode too, and a host's policy may do anything.
+    with generators_kept(guard.device):
+        scores = policy(rows)
     wanted = tuple(rows.input_ids.shape)
     if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
         found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -243,8 +243,8 @@ class ModelPolicy:
 def model_policy(model: nn.Module, batch_size: int = 64, tokens: int = 8192) -> ModelPolicy:
     """The policy of a causal language model.
 
-    The model runs in evaluation mode without gradients; its mode is restored, and no random number is
-    drawn. Its logits are most of the memory: ``tokens x vocabulary`` numbers at a time.
+    The model runs in evaluation mode without gradients; its mode is restored. Its logits are most of the
+    memory: ``tokens x vocabulary`` numbers at a time.
 
     Args:
         model: Called as ``model(input_ids=..., attention_mask=...)``; returns logits, or an object that

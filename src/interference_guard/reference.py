@@ -21,8 +21,9 @@ from .errors import ConfigError, ShapeError, UnsupportedError
 from .evaluating import evaluating
 from .exact import exact_products
 from .forward import logits_of
+from .generators import generators_kept
 from .guard_state import check_name
-from .probe import POSITIONS, Completions, scored
+from .probe import POSITIONS, Completions, check_completions, scored
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -36,6 +37,12 @@ LOSS_SCALE = 1024.0
 def protect(guard: Guard, domain: str, rows: Completions, passes: int, batch_size: int) -> None:
     """Anchor a domain at the present weights from given rows; see `Guard.protect`."""
     check_name(domain)
+    check_completions(rows, f"guard.protect({domain!r}, ...)")
+    for name, value in (("passes", passes), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"guard.protect({domain!r}, ...) was given {name}={value!r}. It is a whole number of at least 1."
+            )
     if domain in guard.domains:
         raise ConfigError(
             f"Domain {domain!r} is known already: {sorted(guard.domains)}. A reference domain is protected once, "
@@ -135,7 +142,7 @@ def add_softened(
     """The same on this rank alone, which may have rows of its own."""
     generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
     scale = torch.tensor(LOSS_SCALE, device=guard.device)
-    with evaluating(guard.model):
+    with evaluating(guard.model), generators_kept(guard.device):
         for module in guard.model.modules():
             # transformers' layers save memory in training alone; what is random lies in modules below them.
             if _checkpoints(module):
