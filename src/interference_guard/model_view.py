@@ -156,7 +156,7 @@ class ModelView:
     def gradients(self, scale: Tensor | None = None) -> Blocks:
         """The parameters' gradients, laid out as `weights`, divided by a loss scale that is still in them."""
         table = {
-            name: _dense(self.shards.gradient(name, parameter)) for name, parameter in self._parameters.items()
+            name: _readable(self.shards.gradient(name, parameter)) for name, parameter in self._parameters.items()
         }
         return Blocks(self.blocks, table, self.device, scale)
 
@@ -194,6 +194,15 @@ class ModelView:
 def _dense(gradient: Tensor | None) -> Tensor | None:
     """A gradient that has all rows, also where an embedding keeps those of its batch alone."""
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
+def _readable(gradient: Tensor | None) -> Tensor | None:
+    """The same in a layout that has a unit view: a host may set gradients in another one than the parameter's.
+
+    Matrices are left as they lie, which is no hindrance.
+    """
+    dense = _dense(gradient)
+    return dense if dense is None or dense.dim() == 2 else dense.contiguous()
 
 
 def _subtract_ranges(block: Block, tensors: Mapping[str, Tensor], correction: Correction) -> None:

@@ -21,6 +21,18 @@ class Large(nn.Module):
         self.k_proj = nn.Linear(64, 64, bias=False)
 
 
+def test_gradients_may_lie_in_another_layout_than_their_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    view = ModelView(model, GuardConfig(rank=2, sketch=4))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    expected = [block.clone() for block in view.gradients()]
+    # As `torch.autograd.grad` gives it where activations are channels-last.
+    model[0].weight.grad = model[0].weight.grad.contiguous(memory_format=torch.channels_last)
+    assert not model[0].weight.grad.is_contiguous()
+    assert all(map(torch.equal, view.gradients(), expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_corrections_are_subtracted_where_the_weights_lie(dtype):
     torch.manual_seed(0)
