@@ -47,9 +47,13 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     if state.fresh:
         # Rows of a reference domain are the same in every process.
         latest = state.latest(guard.config.retain if state.reference else guard.retain_here)
-        state.retained = None if latest is None else latest.to(guard.device)
-        _score(guard, state, recovered=state.anchored)
-        # Only now: a host may catch what its policy raises and go on, and the anchor is set again then.
+        before, state.retained = state.retained, None if latest is None else latest.to(guard.device)
+        try:
+            _score(guard, state, recovered=state.anchored)
+        except BaseException:
+            # A host may catch what its policy raises and go on. The anchor is set again then, of the same rows.
+            state.retained = before
+            raise
         state.scored_at = guard.steps
         state.forget_pending()
     state.anchored = True

@@ -19,7 +19,7 @@ from .errors import MissingDomainError, UnknownDomainError
 from .evaluating import bare
 from .exact import exact_products
 from .first_order import first_order
-from .guard_state import GuardState
+from .guard_state import GuardState, check_module
 from .local_model import predict
 from .metering import collect
 from .places import Places, curvature_places, projected_places
@@ -64,11 +64,13 @@ class Guard(GuardState):
         The guard's own policy is bound too, unless a host gave one. The model may have been sharded since.
 
         Raises:
+            ConfigError: If it is no module.
             ShapeError: If its trainable parameters differ; nothing is changed then.
             StateError: If they lie on the ranks in other pieces than those the guard's sums are of.
         """
         if not self.enabled:
             return
+        check_module(model)
         if self._domains and self.view.shared_since(model):
             share_out(self, model)
         else:
@@ -126,8 +128,8 @@ class Guard(GuardState):
             batch_size: Rows of one pass; rows are used again when they run out.
 
         Raises:
-            ConfigError: If the domain is known already.
-            ShapeError: If a row has no completion token; nothing is changed then.
+            ConfigError: If the domain is known already, or there is no pass or no row in one.
+            ShapeError: If a row has no completion token, or they are no completions; nothing is changed then.
             UnsupportedError: If the model returns no logits.
         """
         if self.enabled:
@@ -212,8 +214,7 @@ class Guard(GuardState):
         if not self.enabled:
             return found
         # A host may ask again after a step that was skipped: what is known need not be measured twice.
-        asked, self.asked = self.asked, self.steps
-        for name in self.protected if asked != self.steps else ():
+        for name in self.protected if self.asked != self.steps else ():
             state = self._domains[name]
             if name == self.recovery:
                 continue
@@ -221,6 +222,8 @@ class Guard(GuardState):
             due = early or state.foreign_steps % self.config.probe_steps == 0
             if due and state.foreign_steps and state.measurable:
                 found[name] = measuring.measure(self, state, policy)
+        # Only now: where a policy raised, the domains still have their turn.
+        self.asked = self.steps
         if self.config.recovery:
             self.unfollowed |= found
             if free and self.steps > self.followed:

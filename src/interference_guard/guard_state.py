@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TypeVar
+from typing import SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,15 @@ def check_name(name: object) -> None:
         )
 
 
+def check_module(model: object) -> None:
+    """Raise `ConfigError` for a model that is no module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"The model is of type {type(model).__name__}. Give Guard() the torch.nn.Module that is trained, "
+            "or under DeepSpeed the engine around it."
+        )
+
+
 class GuardState:
     """State of a `Guard`, and what its parts ask of it; see there for the arguments."""
 
@@ -52,11 +61,7 @@ class GuardState:
         policy: Policy | None = None,
         reduce: Reduce | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"The model is of type {type(model).__name__}. Give Guard() the torch.nn.Module that is trained, "
-                "or under DeepSpeed the engine around it."
-            )
+        check_module(model)
         if not isinstance(config, GuardConfig | None):
             raise ConfigError(
                 f"The settings are of type {type(config).__name__}. Give a GuardConfig, for instance "
@@ -142,7 +147,7 @@ class GuardState:
             )
         for name, share in shares.items():
             check_name(name)
-            if not (math.isfinite(share) and share >= 0):
+            if not isinstance(share, SupportsFloat) or not (math.isfinite(share) and share >= 0):
                 raise MissingDomainError(f"Domain {name!r} has share {share!r}; shares are numbers from 0 to 1.")
         total = sum(shares.values())
         if total <= 0:
@@ -152,6 +157,10 @@ class GuardState:
             )
         self._shares = {name: share / total for name, share in shares.items() if share > 0}
         self._over = False
+        self._announce()
+
+    def _announce(self) -> None:
+        """Know the domains of the coming step, and say which of them it trains."""
         if self.enabled:
             # Also those with few rows: ranks that have none must know the same domains as those that do.
             self.announced.update(self._shares)
@@ -215,15 +224,26 @@ class GuardState:
         """Take in a domain's state made elsewhere (used for reference domains)."""
         self._domains[state.name] = state
 
-    def replace_domains(self, domains: Mapping[str, DomainState], steps: int, schedule: RecoverySchedule) -> None:
-        """Put other states in place of all present ones (used when a state file is read)."""
+    def replace_domains(
+        self,
+        domains: Mapping[str, DomainState],
+        steps: int,
+        schedule: RecoverySchedule,
+        announced: Iterable[str],
+    ) -> None:
+        """Put other states in place of all present ones (used when a state file is read).
+
+        A step that was announced and has not ended may train a domain that they do not hold.
+        """
         self._domains = dict(domains)
         self.steps = self.followed = steps
         self.unfollowed, self.asked = {}, -1
-        self.announced.clear()
+        self.announced = {*announced}
         self.schedule = schedule
         self.grams.clear()
         self.overlaps.clear()
+        if not self._over:
+            self._announce()
 
     @property
     def device(self) -> torch.device:
@@ -271,7 +291,7 @@ class GuardState:
             f"now there are some from {lowest:g} to {highest:g}. Losses are parts of the whole range: one that "
             "counted before may now be under the budget, and measurements may be noisy. If the domain is not "
             "meant to give such rewards, clip them in the reward function and begin anew.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def forget_sets(self, name: str) -> None:

@@ -116,7 +116,8 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
 
 def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
     """Take over what `pack` made; raises before the guard is changed."""
-    details, tensors = packed.get("details"), packed.get("tensors")
+    known = packed if isinstance(packed, Mapping) else {}
+    details, tensors = known.get("details"), known.get("tensors")
     if not isinstance(details, dict) or not isinstance(tensors, Mapping):
         raise StateError("The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned.")
     check(guard, details, "The state")
@@ -132,15 +133,15 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
             raise ValueError(f"its recovery is of {schedule.domain!r}, and its domains are {list(domains)}")
         followed = int(details["followed"])
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
-        trained, announced = tuple(details["trained"]), {*details["announced"]}
+        trained, announced = tuple(details["trained"]), [*details["announced"]]
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
         kept = TensorMean(*(_plain("kept", number, 0.0) for number in details["kept"]))
         fruitless: Counter[str] = Counter(details["fruitless"])
     except (*BROKEN, RuntimeError) as error:
         raise incomplete(error) from error
-    guard.replace_domains(domains, steps, schedule)
+    guard.replace_domains(domains, steps, schedule, announced)
     guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
-    guard.asked, guard.announced, guard.differentiates = asked, announced, differentiates
+    guard.asked, guard.differentiates = asked, differentiates
     guard.kept, guard.fruitless = kept, fruitless
 
 

@@ -121,7 +121,7 @@ def _give_up(guard: Guard, state: DomainState, failure: str) -> None:
     warnings.warn(
         f"No new directions can be computed for domain {state.name!r}: {failure} Its region moves with its old "
         "directions. Set renew=False in GuardConfig to leave regions where they are.",
-        stacklevel=7,
+        stacklevel=8,
     )
 
 

@@ -152,7 +152,8 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         for state, displacement in zip(states, seen, strict=True):
             state.subspace = displacement.energy()
             if displacement.taken is not None and state.model is not None:
-                moved = state.model.lengths(displacement.taken)
+                # A host may restore weights that were no numbers for a step; in the sum it would stay.
+                moved = state.model.lengths(displacement.taken).nan_to_num(0.0, 0.0, 0.0)
                 state.moved = moved if state.moved is None else state.moved + moved
     total = before.sum()
     kept = (_subspaces(states).sum() / total.clamp(min=1e-37)).clamp(max=1.0).sqrt()

@@ -13,6 +13,7 @@ from interference_guard import (
     GuardedOptimizer,
     MissingDomainError,
     ShapeError,
+    StateError,
     UnknownDomainError,
     UnsupportedError,
 )
@@ -29,6 +30,27 @@ def test_other_objects_are_refused():
     with pytest.raises(ShapeError, match="was given dict"):
         guard.retain("math", {"input_ids": torch.ones(1, 2)})
     assert not guard.domains
+
+
+def test_arguments_that_cannot_be_are_named_before_anything_changes():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"])
+    rows, before = rollout(model, "qa"), guard.state_dict()["details"]
+    calls = [
+        (lambda: guard.protect("qa", rows, passes=0), ConfigError, r"'qa', .* passes=0\. It is a whole number"),
+        (lambda: guard.protect("qa", rows, batch_size=0), ConfigError, "batch_size=0"),
+        (lambda: guard.protect("qa", None), ShapeError, r"protect\('qa', \.\.\.\) was given NoneType"),
+        (lambda: guard.begin({"qa": None}), MissingDomainError, "'qa' has share None; shares are numbers"),
+        (lambda: guard.begin({"qa": "all"}), MissingDomainError, "'qa' has share 'all'"),
+        (lambda: guard.bind(None), ConfigError, "The model is of type NoneType"),
+        (lambda: guard.load_state_dict(None), StateError, "must be what Guard.state_dict"),
+        (lambda: guard.calibrate("math", "x"), ConfigError, r"calibrate\('math', .* was given 'x'\. Give it"),
+        (lambda: guard.calibrate("math", torch.ones(2)), ConfigError, "the mean reward, a number"),
+    ]
+    for call, error, message in calls:
+        with pytest.raises(error, match=message):
+            call()
+    assert guard.state_dict()["details"] == before
 
 
 def test_a_module_that_is_called_like_a_wrapper_hides_no_parameter():

@@ -13,7 +13,7 @@ from interference_guard.analysis.measured import read_rows
 from interference_guard.local_block import Correction
 from interference_guard.reference import add_softened
 from interference_guard.renewing import renew
-from tests.unit.helpers import CONFIG, Toy, guarded, policy_gradient, rollout, train
+from tests.unit.helpers import CONFIG, Toy, guarded, policy_gradient, rollout, step_by_hand, train
 from tests.unit.test_renewing import astray
 
 
@@ -176,6 +176,60 @@ def test_an_anchor_that_fails_is_set_again(where, monkeypatch):
     plain, disturbed = run(False), run(True)
     assert disturbed.domains["math"].measurement == plain.domains["math"].measurement is not None
     assert torch.equal(disturbed.model.embed.weight, plain.model.embed.weight)
+
+
+def test_an_anchor_that_fails_again_and_again_keeps_each_row_once():
+    model, guard, optimizer = guarded(config=replace(CONFIG, retain=256))
+    train(model, guard, optimizer, ["math"] * 2)
+    good = guard.policy
+    for policy in (_raises, _raises, good):
+        guard.policy = policy
+        with pytest.raises(torch.OutOfMemoryError) if policy is _raises else nullcontext():
+            train(model, guard, optimizer, ["code"], start=2)
+    assert len(guard.domains["math"].retained) == 2 * 32
+
+
+def test_a_probe_whose_policy_raises_is_made_when_it_is_asked_for_again():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 5)
+    step_by_hand(model, guard, optimizer, "code", 5)
+    with pytest.raises(torch.OutOfMemoryError):
+        guard.probe(_raises)
+    assert set(guard.probe()) == {"math"}
+    assert guard.probe() == {}
+
+
+@pytest.mark.parametrize("announce", ["block", "begin"])
+def test_a_state_may_be_read_once_a_step_is_announced(announce):
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 3 + ["code"] * 2)
+    saved = guard.state_dict()
+    model, guard, optimizer = guarded()
+    with guard.domain("qa") if announce == "block" else nullcontext(guard.begin({"qa": 1.0})):
+        guard.load_state_dict(saved)
+        policy_gradient(model, rollout(model, "qa")).backward()
+        optimizer.step()
+    assert guard.domains["qa"].own_steps == 1
+    assert guard.announced == {"math", "code", "qa"}
+    # After it a state is what was saved.
+    guard.end()
+    guard.load_state_dict(saved)
+    assert set(guard.domains) == guard.announced == {"math", "code"}
+
+
+def test_weights_that_were_no_numbers_for_a_step_leave_no_trace_in_what_was_taken():
+    model, guard, optimizer = guarded(rate=0.1)
+    train(model, guard, optimizer, ["math"] * 5 + ["code"] * 3)
+    assert guard.domains["math"].moved is not None
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    guard.begin({"code": 1.0})
+    guard.before_step()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    guard.after_step()
+    model.load_state_dict(kept)
+    step_by_hand(model, guard, optimizer, "code", 9)
+    assert guard.domains["math"].moved.isfinite().all()
 
 
 def _raises(*arguments):
