@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, measuring, packing, recovering, reference, renewing, stepping
-from .errors import MissingDomainError, UnknownDomainError
+from .errors import UnknownDomainError
 from .evaluating import bare
 from .exact import exact_products
 from .first_order import first_order
@@ -147,30 +147,28 @@ class Guard(GuardState):
             MissingDomainError: If `begin` or `domain` has not said what the step trains, or `end` was called
                 since.
         """
-        if not self.enabled:
-            return
-        if not self._shares:
-            raise MissingDomainError(
-                "An optimizer step began and no domain is set. Put the step inside "
-                "`with guard.domain(name):`, or call guard.begin({name: share}) before it."
-            )
-        if self._over:
-            raise MissingDomainError(
-                f"An optimizer step began that nobody announced; the step before it trained {list(self.active)}. "
-                "In TRL the callback announces them: keep it among the trainer's callbacks, or call its detach() "
-                "to go on unguarded. Elsewhere call guard.begin() before each step."
-            )
-        stepping.follow(self)
-        stepping.open_step(self)
-        if self.view.zero is None:
-            with exact_products(self.device):
-                stepping.take_gradients(self)
+        self.open_step()
+        if self.enabled and self.view.zero is None:
+            self.take_gradients()
 
     @torch.no_grad()
-    def before_last_part(self) -> None:
-        """Take in the gradients of a step that DeepSpeed takes in parts; call when those of all parts are held.
+    def open_step(self) -> None:
+        """All of `before_step` that needs no gradients, anchors among it; raises as that does.
 
-        `attach` does it. There `before_step` is called before the first part and `after_step` after the last.
+        `attach` calls it, and `take_gradients` later, where `before_step` would come too late: a closure may be
+        evaluated at other weights than those that are stepped.
+        """
+        if self.enabled:
+            self._check_announced()
+            stepping.follow(self)
+            stepping.open_step(self)
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Take in the gradients of a step that `open_step` began; call when they are final.
+
+        `attach` does it: after the first evaluation of a closure, and where DeepSpeed takes a step in parts, when
+        the gradients of all parts are held.
         """
         if self.enabled:
             with exact_products(self.device):

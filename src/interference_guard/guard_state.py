@@ -187,6 +187,20 @@ class GuardState:
         """
         self._over = True
 
+    def _check_announced(self) -> None:
+        """Raise `MissingDomainError` where nobody has said what the coming step trains."""
+        if not self._shares:
+            raise MissingDomainError(
+                "An optimizer step began and no domain is set. Put the step inside "
+                "`with guard.domain(name):`, or call guard.begin({name: share}) before it."
+            )
+        if self._over:
+            raise MissingDomainError(
+                f"An optimizer step began that nobody announced; the step before it trained {list(self.active)}. "
+                "In TRL the callback announces them: keep it among the trainer's callbacks, or call its detach() "
+                "to go on unguarded. Elsewhere call guard.begin() before each step."
+            )
+
     @property
     def active(self) -> tuple[str, ...]:
         """Domains the present step trains."""

@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 from torch.optim import Optimizer
 
+from .closures import closure_of, observed, with_closure
 from .errors import HostError, UnsupportedError
 from .unusual import scale_of, trains_nothing
 from .zero import Zero, partitioned
@@ -108,15 +109,17 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
     """Call `guard.before_step` and `guard.after_step` around every step of an optimizer.
 
     Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. With a
-    closure, `before_step` runs after its first evaluation, when the gradients exist. DeepSpeed's ZeRO steps its
-    optimizer once for each of its flat buffers, which makes one step of the guard. A step that `GradScaler` skips
-    is none, nor is the one by which `torch.distributed.checkpoint` sets up a new optimizer.
+    closure a `Guard` sets its anchors before the first evaluation, which may be at other weights than those that
+    are stepped, and takes the gradients after it; of anything else `before_step` is called after it. DeepSpeed's
+    ZeRO steps its optimizer once for each of its flat buffers, which makes one step of the guard. A step that
+    `GradScaler` skips is none, nor is the one by which `torch.distributed.checkpoint` sets up a new optimizer.
 
     Args:
         optimizer: A torch optimizer, or a wrapper around one (accelerate's `AcceleratedOptimizer`, the
             ``engine.optimizer`` of DeepSpeed).
         guard: What to call. Under ZeRO a `Guard` that was built on the engine.
-        begin: Called before `guard.before_step`, by hosts that know the step's domains only then.
+        begin: Called before `guard.before_step`, and before a closure, by hosts that know the step's domains only
+            then.
 
     Returns:
         The hooks; `detach()` removes them.
@@ -134,19 +137,23 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
             "hooks there are, or call their detach() first."
         )
 
-    def open_step() -> None:
+    def announce() -> None:
         if begin is not None:
             begin()
         if hasattr(guard, "rate"):
             guard.rate = _rate(inner)
         if hasattr(guard, "grad_scale"):
             guard.grad_scale = scale_of(inner)
+
+    def open_step() -> None:
+        announce()
         guard.before_step()
 
     if (sharded := partitioned(optimizer)) is not None and getattr(guard, "enabled", True):
         return _hooks(inner, guard, *_in_parts(sharded, guard, open_step))
     _check_parameters(inner, guard)
     before_step, after_step = _eager(open_step), _eager(guard.after_step)
+    before_closure, after_closure = _around_closure(guard, announce, open_step)
     idle = False
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -154,20 +161,32 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
         named = begin is not None or bool(getattr(guard, "active", ()))
         if idle := not getattr(guard, "enabled", True) or trains_nothing(optimizer, named):
             return None
-        closure, place = _closure(args, kwargs)
+        closure, place = closure_of(args, kwargs)
         if closure is None:
             before_step()
             return None
-        wrapped = _observing(closure, before_step)
-        if place is None:
-            return args, {**kwargs, "closure": wrapped}
-        return (*args[:place], wrapped, *args[place + 1 :]), kwargs
+        before_closure()
+        return with_closure(args, kwargs, observed(closure, after_closure), place)
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not idle:
             after_step()
 
     return _hooks(inner, guard, before, after)
+
+
+def _around_closure(
+    guard: Any, announce: Callable[[], None], open_step: Callable[[], None]
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What to call before the first evaluation of a closure, and after it."""
+    if not hasattr(guard, "open_step"):
+        return (lambda: None), _eager(open_step)
+
+    def before() -> None:
+        announce()
+        guard.open_step()
+
+    return _eager(before), _eager(guard.take_gradients)
 
 
 def _rate(optimizer: Optimizer) -> float:
@@ -277,31 +296,6 @@ def _in_parts(
             buffers.release()
 
     return before, after
-
-
-def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, int | None]:
-    """The step's closure and its place among the positional arguments (None: a keyword)."""
-    if kwargs.get("closure") is not None:
-        return kwargs["closure"], None
-    # Since torch 2.0 the optimizer itself is the first positional argument a pre-hook sees.
-    for place, item in enumerate(args):
-        if callable(item) and not isinstance(item, Optimizer):
-            return item, place
-    return None, None
-
-
-def _observing(closure: Callable[[], Any], before_step: Callable[[], None]) -> Callable[[], Any]:
-    seen = False
-
-    def evaluate() -> Any:
-        nonlocal seen
-        result = closure()
-        if not seen:
-            seen = True
-            before_step()
-        return result
-
-    return evaluate
 
 
 class GuardedOptimizer(Optimizer):

@@ -122,7 +122,7 @@ def collectives(stage, order, **options):
 
         return wrapped
 
-    for name in ("before_step", "before_last_part", "after_step"):
+    for name in ("before_step", "take_gradients", "after_step"):
         setattr(guard, name, counted(getattr(guard, name)))
     for step, domain in enumerate(order):
         rows = rollout(engine, domain, seed=step)

@@ -1,0 +1,109 @@
+"""Closures of `optimizer.step`, of optimizers too that evaluate them at weights which they put back."""
+
+import pytest
+import torch
+
+from interference_guard import Guard, GuardConfig, GuardedOptimizer, MissingDomainError, attach
+from tests.contracts.test_optimizers import batch, model, same, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:No completions of domain")
+CONFIG = GuardConfig(rank=4, sketch=8, residual=4)
+
+
+class Sam(torch.optim.SGD):
+    """Steps with the gradient at the weights a little uphill (sharpness-aware minimisation)."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        moved = [(p, p.clone(), p.grad) for group in self.param_groups for p in group["params"]]
+        for parameter, _, gradient in moved:
+            parameter.add_(gradient, alpha=0.1)
+        with torch.enable_grad():
+            loss = closure()
+        for parameter, before, _ in moved:
+            parameter.copy_(before)
+        super().step()
+        return loss
+
+
+def step(net, optimizer, guard, domain, number, fails=()):
+    x, y = batch(number)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        if number in fails:
+            raise RuntimeError("a lost worker")
+        return loss
+
+    with guard.domain(domain):
+        if isinstance(optimizer.optimizer, Sam):
+            (net(x) - y).square().mean().backward()
+        return optimizer.step(closure)
+
+
+def guarded(make, rate):
+    net = model()
+    guard = Guard(net, CONFIG)
+    return net, guard, GuardedOptimizer(make(net.parameters(), lr=rate), guard)
+
+
+def test_anchors_stand_at_the_weights_that_are_put_back():
+    net, guard, optimizer = guarded(Sam, 0.0)
+    for number, domain in enumerate("aab"):
+        step(net, optimizer, guard, domain, number)
+    # Nothing moves at rate 0, so a displacement could only be the optimizer's own detour.
+    assert guard.raw("a") == 0.0
+    assert guard.domains["b"].curvature.count.item() == 1
+
+
+def test_the_gradient_of_the_first_evaluation_is_taken():
+    net, guard, optimizer = guarded(Sam, 0.1)
+    step(net, optimizer, guard, "a", 0)
+    # The closure is evaluated once, and leaves the gradient it was stepped with.
+    energy = sum(p.grad.double().square().sum() for p in net.parameters())
+    seen = sum(sums.energy.double().sum() for sums in guard.domains["a"].curvature.sums)
+    torch.testing.assert_close(seen, energy, rtol=1e-5, atol=0.0)
+
+
+def test_a_closure_that_raises_leaves_the_step_to_be_tried_again():
+    plain, watched = guarded(torch.optim.AdamW, 0.01), guarded(torch.optim.AdamW, 0.01)
+    order = ["a"] * 3 + ["b"] * 3
+    for number, domain in enumerate(order):
+        step(plain[0], plain[2], plain[1], domain, number)
+        net, guard, optimizer = watched
+        if number in (1, 3):
+            before = weights(net)
+            with pytest.raises(RuntimeError, match="a lost worker"):
+                step(net, optimizer, guard, domain, number, fails=(number,))
+            assert same(before, weights(net))
+            assert guard.steps == number
+        step(net, optimizer, guard, domain, number)
+    assert same(weights(plain[0]), weights(watched[0]))
+    assert plain[1].raw("a") == watched[1].raw("a")
+
+
+def test_a_step_without_a_domain_is_refused_before_the_closure_is_evaluated():
+    _, _, optimizer = guarded(torch.optim.AdamW, 0.01)
+    calls = []
+    with pytest.raises(MissingDomainError, match="no domain is set"):
+        optimizer.step(lambda: calls.append("closure"))
+    assert not calls
+
+
+def test_what_has_two_methods_alone_is_called_around_the_step():
+    calls = []
+
+    class Watcher:
+        def before_step(self):
+            calls.append("before")
+
+        def after_step(self):
+            calls.append("after")
+
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attach(optimizer, Watcher())
+    optimizer.step(lambda: calls.append("closure"))
+    assert calls == ["closure", "before", "after"]
