@@ -21,7 +21,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     """Anchor a domain at the present weights and score its retained completions there; all ranks call it."""
     if not state.curvature.sums or not state.curvature.count.item():
         # Only zero or non-finite gradients so far: there is nothing to protect.
-        state.own_steps = 0
+        state.own_steps, state.start = 0, None
         return
     # The rows are scored outside of it, by the host's own settings, as probes will be.
     with exact_products(guard.device):
@@ -63,7 +63,8 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
     state.true_reward = math.nan
     state.subspace = None
     state.measurement = None
-    state.start = None
+    if not state.interrupted:
+        state.start = None
 
 
 def _scores_are_due(guard: Guard, state: DomainState) -> bool:

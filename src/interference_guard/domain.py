@@ -89,6 +89,8 @@ class DomainState:
         true_reward: The host's latest evaluation since the anchor, NaN without one.
         measurement: The last probe.
         gradient: Mean gradient of the latest own steps, None unless `first_order` is set.
+        start: The weights where its own training began, seen through random directions, per block ``(matrices,
+            units, residual)`` fp32; None unless units are selected by edits, and outside of its training.
         slopes: The same along the local model's directions at the anchor, per block ``(rows, rank)``.
         radius: The region's radius as a 0-d tensor on the device; infinite until the first
             step that visibly moves the weights.

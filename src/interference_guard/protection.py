@@ -49,18 +49,26 @@ def protected_rows(state: DomainState, guard: Guard, energies: Sequence[Tensor])
         # Each domain draws its own: one draw for all would make their sets parts of each other.
         generator = torch.Generator().manual_seed(config.seed + zlib.crc32(state.name.encode()))
         chosen = random_units(chosen, scores, views, generator)
-    elif config.selection == "edits" and state.start is not None:
-        # The weights seen through random directions stand for them when edits are estimated: few numbers a unit.
-        spread = guard.view.spread
-        now = see_through(guard.view.weights(), guard.view.edits, spread)
-        edits = [a - b for a, b in zip(now, state.start, strict=True)]
-        edits = edits if spread is None else spread.whole_units(edits)
-        moved = [edit.square().sum(-1) for edit in edits]
-        # Where nothing has moved there is no choice by it.
-        if any(part.any() for part in moved):
-            chosen = select_units(by_parameter(guard.view.blocks, moved), views, config.coverage)
+    elif config.selection == "edits":
+        # A recovery is no training of the domain's own, after which it keeps what its own has chosen.
+        chosen = _most_edited(state, guard) or state.protected_set or chosen
     state.protected_set = chosen
     return rows_of(chosen, guard.view.blocks, guard.device)
+
+
+def _most_edited(state: DomainState, guard: Guard) -> ProtectedSet | None:
+    """The units that the domain's training has moved most; None where it had none, or nothing has moved."""
+    if state.start is None:
+        return None
+    # The weights seen through random directions stand for them when edits are estimated: few numbers a unit.
+    spread = guard.view.spread
+    now = see_through(guard.view.weights(), guard.view.edits, spread)
+    edits = [a - b for a, b in zip(now, state.start, strict=True)]
+    edits = edits if spread is None else spread.whole_units(edits)
+    moved = [edit.square().sum(-1) for edit in edits]
+    if not any(part.any() for part in moved):
+        return None
+    return select_units(by_parameter(guard.view.blocks, moved), guard.view.layout.views, guard.config.coverage)
 
 
 def rows_of(chosen: ProtectedSet, blocks: Sequence[Block], device: torch.device) -> list[Tensor | None]:

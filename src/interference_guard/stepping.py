@@ -44,6 +44,9 @@ def open_step(guard: Guard) -> None:
         # of a recovery they are its own.
         if not guard.domains[name].own_steps:
             guard.domains[name].discard(guard.steps)
+        if guard.recovery is None:
+            # One that a recovery had interrupted, if it was not taken up again.
+            guard.domains[name].start = None
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
     for name in sorted(guard.domains):
         if name not in active and guard.domains[name].own_steps and name != guard.recovery:
@@ -51,12 +54,17 @@ def open_step(guard: Guard) -> None:
             set_anchor(guard, guard.domains[name])
             if not guard.domains[name].anchored:
                 guard.warn_without_gradients(name, own_steps)
-    for name in active:
+    for name in active if guard.config.selection == "edits" else ():
         state = guard.domains[name]
-        if state.start is None and guard.config.selection == "edits" and not state.anchored:
+        if state.start is None and name != guard.recovery and not keeps_anchor(guard, state):
             with exact_products(guard.device):
                 state.start = see_through(guard.view.weights(), guard.view.edits, spread)
     guard.clock.add("anchor", started)
+
+
+def keeps_anchor(guard: Guard, state: DomainState) -> bool:
+    """Whether an active domain stays anchored because the present step, of several, is not its own training."""
+    return len(guard.active) > 1 and state.anchored and state.mixed_steps < MIXED and not state.own_steps
 
 
 def take_gradients(guard: Guard) -> None:
@@ -74,7 +82,7 @@ def take_gradients(guard: Guard) -> None:
         guard.warn_mixed(active)
     for name in active:
         state = guard.domains[name]
-        if len(active) > 1 and state.anchored and state.mixed_steps < MIXED and not state.own_steps:
+        if keeps_anchor(guard, state):
             # The seam of two batches and no training of its own: what it has lost must not become its anchor, nor
             # its rows of now, which another policy made, be those of its next one.
             state.mixed_steps += 1
