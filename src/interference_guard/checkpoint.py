@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from .errors import StateError
 from .files import DETAILS, TENSORS, beside, digest
 from .handover import checksums
-from .packing import BROKEN, check, incomplete, pack, shards_of, unpack
-from .recut import Part, check_moment, recut
+from .origin import check, same_blocks, shards_of
+from .packing import BROKEN, incomplete, pack
+from .recut import Part, check_moment, recut, restore
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -140,7 +141,7 @@ def load(
     own = directory / file_names(guard)[1]
     # A file of a rank that is beyond those of the latest save is of another moment.
     files = _details_files(guard, directory)
-    if ranks is None and own in files and _read_details(guard, own).get("shards", [0, 1]) == shards_of(guard):
+    if ranks is None and own in files and _is_own(guard, _read_details(guard, own)):
         check_moment([_read_details(guard, path) for path in files])
         _take(guard, _read(guard, own))
         return
@@ -157,7 +158,7 @@ def load(
 
 
 def _take(guard: Guard, part: Part) -> None:
-    unpack(guard, {"details": part[0], "tensors": part[1]})
+    restore(guard, {"details": part[0], "tensors": part[1]})
 
 
 def load_own(
@@ -204,9 +205,13 @@ def weights_beside(directory: Path) -> dict[str, str] | None:
 def _is_part_of(guard: Guard, directory: Path, place: tuple[int, int]) -> bool:
     """Whether the files there are of ranks that share model and rows as they do now; also without any files."""
     details = [_read_details(guard, path) for path in _details_files(guard, directory)]
-    return all(
-        item.get("shards") == shards_of(guard) and item.get("place") in (None, list(place)) for item in details
-    )
+    return all(_is_own(guard, item) and item.get("place") in (None, list(place)) for item in details)
+
+
+def _is_own(guard: Guard, details: Mapping[str, Any]) -> bool:
+    """Whether a state is this rank's part, also a whole one whose parameters are stacked in another way."""
+    sharded = guard.view.shards.sharded
+    return details.get("shards", [0, 1]) == shards_of(guard) and (not sharded or same_blocks(guard, details))
 
 
 def _folders(directory: Path, otherwise: int) -> int:

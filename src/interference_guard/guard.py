@@ -24,7 +24,7 @@ from .local_model import predict
 from .metering import collect
 from .places import Places, curvature_places, projected_places
 from .probe import Completions, Measurement, Policy, check_completions, model_policy
-from .recut import share_out
+from .recut import restore, share_out
 from .trust_region import Raw
 
 # The first foreign steps are the ones about which least is known.
@@ -147,9 +147,13 @@ class Guard(GuardState):
             MissingDomainError: If `begin` or `domain` has not said what the step trains, or `end` was called
                 since.
         """
-        self.open_step()
-        if self.enabled and self.view.zero is None:
-            self.take_gradients()
+        if not self.enabled:
+            return
+        self._check_announced()
+        stepping.open_step(self)
+        if self.view.zero is None:
+            with exact_products(self.device):
+                stepping.take_gradients(self)
 
     @torch.no_grad()
     def open_step(self) -> None:
@@ -160,7 +164,6 @@ class Guard(GuardState):
         """
         if self.enabled:
             self._check_announced()
-            stepping.follow(self)
             stepping.open_step(self)
 
     @torch.no_grad()
@@ -367,7 +370,7 @@ class Guard(GuardState):
             StateVersionError: If its format is unknown.
         """
         if self.enabled:
-            packing.unpack(self, state)
+            restore(self, state)
 
     def save(self, directory: str | Path, *, folders: int = 1, place: tuple[int, int] | None = None) -> None:
         """Write the state beside a checkpoint, atomically; see `checkpoint.save`."""

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from .blocks import Block
-from .checks import difference
 from .curvature import BlockSums
 from .domain import MEANS, DomainState
-from .errors import StateError, StateVersionError
+from .errors import StateError
 from .first_order import GradientMean
 from .local_block import LocalBlock
 from .local_model import LocalModel
 from .metering import TensorMean
+from .origin import BINDING, VERSION, blocks_of, check, check_blocks, check_shards, parameters_of, shards_of
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
 from .recovery import RecoverySchedule
@@ -26,11 +26,8 @@ from .trust_region import TrustRegion
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 7
 # Tensors of completions, by field.
 ROWS = ("input_ids", "attention_mask", "completion_mask", "rewards")
-# Settings that give the saved tensors their meaning; the others may change between runs.
-BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
 PLAIN = (
     "anchored",
     "own_steps",
@@ -103,7 +100,7 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
         # For readers without the model: which layers are stored transposed cannot be seen from shapes.
         "transposed": sorted(guard.view.layout.transposed),
         "shards": shards_of(guard),
-        "blocks": [[view.name for view in block.views] for block in guard.view.blocks],
+        "blocks": blocks_of(guard),
         "cuts": guard.view.shards.cuts,
         # Whether the ranks keep different completions.
         "dealt": guard.ranks.reduce is not None,
@@ -115,13 +112,11 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
 
 
 def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
-    """Take over what `pack` made; raises before the guard is changed."""
-    known = packed if isinstance(packed, Mapping) else {}
-    details, tensors = known.get("details"), known.get("tensors")
-    if not isinstance(details, dict) or not isinstance(tensors, Mapping):
-        raise StateError("The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned.")
+    """Take over what `pack` made, of the same blocks (or `recut.restore`); raises before anything is changed."""
+    details, tensors = parts_of(packed)
     check(guard, details, "The state")
     check_shards(guard, details, "The state")
+    check_blocks(guard, details, "The state")
     try:
         domains = {
             name: _unpack_domain(guard, name, f"{number}/", item, tensors)
@@ -145,68 +140,20 @@ def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
     guard.kept, guard.fruitless = kept, fruitless
 
 
+def parts_of(packed: Mapping[str, object]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Details and tensors of a state; raises `StateError` for what is none."""
+    known = packed if isinstance(packed, Mapping) else {}
+    details, tensors = known.get("details"), known.get("tensors")
+    if not isinstance(details, dict) or not isinstance(tensors, Mapping):
+        raise StateError("The state has no 'details' and 'tensors'; it must be what Guard.state_dict() returned.")
+    return details, tensors
+
+
 def incomplete(error: Exception) -> StateError:
     """What to raise where a state lacks a part."""
     return StateError(
         f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
     )
-
-
-def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
-    """Check that a state is of this format, these settings and this model; `source` is what messages call it.
-
-    Raises:
-        StateError: If it is not.
-        StateVersionError: If its format is another one.
-    """
-    if details.get("format") != "interference_guard":
-        raise StateError(f"{source} was not written by interference_guard. Point to a guard's state file.")
-    if details.get("version") != VERSION:
-        raise StateVersionError(
-            f"{source} has format version {details.get('version')!r}; this version reads {VERSION}. "
-            "Use the release of interference-guard that wrote it, or start a new guard."
-        )
-    settings, saved = details.get("settings"), details.get("parameters")
-    if not isinstance(settings, dict) or not isinstance(saved, dict):
-        raise StateError(f"{source} is damaged: it names no settings or no parameters. Use another one.")
-    shards = details.get("shards", [0, 1])
-    if not (isinstance(shards, list) and list(map(type, shards)) == [int, int]):
-        raise StateError(f"{source} is damaged: its rank and their number are {shards!r}. Use another one.")
-    for name in BINDING:
-        if settings.get(name) != getattr(guard.config, name):
-            raise StateError(
-                f"{source} was made with {name}={settings.get(name)!r}, this guard has "
-                f"{name}={getattr(guard.config, name)!r}. Use the same value; budgets and step counts may "
-                "change, these may not: " + ", ".join(BINDING) + "."
-            )
-    own = parameters_of(guard)
-    if saved != own:
-        count, name = difference(saved, own)
-        raise StateError(
-            f"{source} is of another model: {count} of {len({*saved, *own})} parameters differ, for "
-            f"instance {name!r} with shape {saved.get(name)} there and {own.get(name)} here. Load it into "
-            "the model it was saved with."
-        )
-
-
-def check_shards(guard: Guard, details: Mapping[str, Any], source: str) -> None:
-    """Check that a state is this rank's part; raises `StateError` if it is not."""
-    saved, own = details.get("shards", [0, 1]), shards_of(guard)
-    if saved != own:
-        raise StateError(
-            f"{source} is rank {saved[0]} of {saved[1]} of a sharded model, this is rank {own[0]} of {own[1]}. "
-            "Each rank has a part of its own: give it that, or read the files of all ranks with Guard.load()."
-        )
-
-
-def parameters_of(guard: Guard) -> dict[str, list[int]]:
-    """Shapes of the guarded parameters by canonical name."""
-    return {view.name: list(view.shape) for block in guard.view.blocks for view in block.views}
-
-
-def shards_of(guard: Guard) -> list[int]:
-    """This rank and the number of ranks the model is sharded over."""
-    return [guard.view.shards.rank, guard.view.shards.world]
 
 
 def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

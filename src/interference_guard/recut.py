@@ -21,7 +21,8 @@ from .errors import StateError
 from .local_block import LocalBlock
 from .local_model import LocalModel
 from .model_view import ModelView
-from .packing import ROWS, pack, unpack
+from .origin import blocks_of, check, check_shards, parameters_of, same_blocks
+from .packing import BROKEN, ROWS, incomplete, pack, parts_of, unpack
 from .regions import Region
 from .shards import Shards
 
@@ -48,6 +49,8 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
     Raises:
         StateError: If the parts are not those of one moment of one run.
     """
+    # Of a running guard they may lie on a device.
+    parts = [(details, {name: tensor.cpu() for name, tensor in tensors.items()}) for details, tensors in parts]
     cutters = _cutters(guard, parts)
     place = place if guard.ranks.reduce is not None else (0, 1)
     keepers = _keepers([details for details, _ in parts])
@@ -72,7 +75,36 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
         domains[name]["pending"] = _deal(kept, [getters[index] for index in keepers], place, found)
         tensors |= {f"{number}/{key}": tensor for key, tensor in found.items()}
     shards = guard.view.shards
-    return {**parts[0][0], "domains": domains, "shards": [shards.rank, shards.world]}, tensors
+    now = {"shards": [shards.rank, shards.world], "blocks": blocks_of(guard), "cuts": shards.cuts}
+    return {**parts[0][0], "domains": domains, **now}, tensors
+
+
+def restore(guard: Guard, packed: Mapping[str, object]) -> None:
+    """Take over what `pack` made, by the names of parameters where they are stacked in another way here.
+
+    They are where the model registers them in another order, or has some of them in another format.
+
+    Args:
+        guard: Not changed where anything is wrong.
+        packed: Of a whole model, or this rank's part, whose parameters must be stacked as they were.
+
+    Raises:
+        StateError: If the state is of another model or of other settings, or incomplete.
+        StateVersionError: If its format is unknown.
+    """
+    part: Part = parts_of(packed)
+    details, tensors = part
+    check(guard, details, "The state")
+    check_shards(guard, details, "The state")
+    if not guard.view.shards.sharded and not same_blocks(guard, details):
+        try:
+            if sorted(name for names in details["blocks"] for name in names) != sorted(parameters_of(guard)):
+                raise ValueError("its blocks are not those of its parameters")
+            # Each process keeps the completions that it has.
+            part = recut(guard, [(details, tensors)], (0, 1))
+        except BROKEN as error:
+            raise incomplete(error) from error
+    unpack(guard, {"details": part[0], "tensors": part[1]})
 
 
 def share_out(guard: Guard, model: nn.Module) -> None:

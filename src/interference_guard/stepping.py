@@ -36,6 +36,7 @@ def follow(guard: Guard) -> None:
 
 def open_step(guard: Guard) -> None:
     """Anchor the domains that stop being trained, at weights that are still unchanged."""
+    follow(guard)
     active, spread = guard.active, guard.view.spread
     guard.trained = active
     started = perf_counter()

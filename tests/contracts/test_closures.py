@@ -10,8 +10,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:No completions of domain")
 CONFIG = GuardConfig(rank=4, sketch=8, residual=4)
 
 
-class Sam(torch.optim.SGD):
+class Sam(torch.optim.Optimizer):
     """Steps with the gradient at the weights a little uphill (sharpness-aware minimisation)."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -22,7 +26,7 @@ class Sam(torch.optim.SGD):
             loss = closure()
         for parameter, before, _ in moved:
             parameter.copy_(before)
-        super().step()
+        self.base.step()
         return loss
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from interference_guard import Guard
 from interference_guard.local_model import see_through
 from interference_guard.protected import select_units
 from interference_guard.protection import by_parameter
@@ -106,8 +105,8 @@ def test_a_recovered_domain_keeps_the_set_of_its_training():
 def test_a_mixed_step_that_keeps_the_anchor_is_no_beginning():
     run = Run()
     run.train(*["math"] * 5, *["code"] * 4)
-    guard: Guard = run.guard
-    with pytest.warns(UserWarning, match="A step trained the domains"), guard.domain({"math": 0.5, "code": 0.5}):
-        guard.before_step()
-        guard.after_step()
-    assert guard.domains["math"].start is None
+    run.guard.begin({"math": 0.5, "code": 0.5})
+    with pytest.warns(UserWarning, match="A step trained the domains"):
+        run.guard.before_step()
+    run.guard.after_step()
+    assert run.guard.domains["math"].start is None

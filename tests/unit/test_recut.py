@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
-from interference_guard import Guard, StateError
+from interference_guard import Guard, GuardedOptimizer, StateError
 from interference_guard.checkpoint import DETAILS
+from interference_guard.packing import unpack
 from tests.unit.helpers import CONFIG
 
 
@@ -64,3 +66,82 @@ def test_without_any_part_the_file_is_named(trained, tmp_path):
     _, guard, _ = trained
     with pytest.raises(StateError, match=r"interference_guard\.json does not exist"):
         guard.load(tmp_path / "none", [])
+
+
+def named(order, low=""):
+    """Equal layers in some order, those named in `low` in bf16."""
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(6, 6, bias=False) for name in "abc"}
+    for name in low:
+        layers[name].to(torch.bfloat16)
+    return nn.ModuleDict({name: layers[name] for name in order})
+
+
+def trained_named(order, low=""):
+    model = named(order, low)
+    guard = Guard(model, CONFIG)
+    optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), guard)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    for domain in "xxyy":
+        with guard.domain(domain):
+            # Each layer has a size of its own to know it by.
+            sizes = {name: 10.0**-place for place, name in enumerate("abc")}
+            sum(
+                s * model[n](x.to(model[n].weight.dtype)).float().square().sum() for n, s in sizes.items()
+            ).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, guard
+
+
+def energies(guard):
+    sums = guard.domains["x"].curvature.sums
+    return {
+        view.name: part.flatten().tolist()
+        for block, item in zip(guard.view.blocks, sums, strict=True)
+        for view, part in zip(block.views, item.energy.chunk(len(block.views)), strict=True)
+    }
+
+
+@pytest.mark.filterwarnings("ignore:No completions of domain")
+@pytest.mark.parametrize(
+    ("order", "low", "other"),
+    [("abc", "", ("cba", "")), ("abc", "b", ("abc", "c")), ("abc", "", ("bac", "b"))],
+    ids=["order", "formats", "fewer formats"],
+)
+def test_parameters_that_are_stacked_in_another_way_are_found_by_name(tmp_path, order, low, other):
+    model, guard = trained_named(order, low)
+    guard.save(tmp_path)
+    again = named(*other)
+    with torch.no_grad():
+        for name in "abc":
+            again[name].weight.copy_(model[name].weight)
+    read, given = Guard(again, CONFIG), Guard(again, CONFIG)
+    read.load(tmp_path)
+    given.load_state_dict(guard.state_dict())
+    for found in (read, given):
+        assert energies(found) == energies(guard)
+        # Formats differ by their rounding.
+        torch.testing.assert_close(
+            found.raw("x"), guard.raw("x"), rtol=1e-5 if low == other[1] else 0.1, atol=0.0
+        )
+    assert read.state_dict()["details"]["blocks"] != guard.state_dict()["details"]["blocks"]
+
+
+def test_blocks_of_other_parameters_are_refused_and_change_nothing(trained):
+    _, guard, folder = trained
+    before = guard.raw("math")
+    target = changed(folder, "other", lambda details: details["blocks"][0].pop())
+    with pytest.raises(StateError, match="incomplete: ValueError: its blocks are not those of its parameters"):
+        guard.load(target)
+    assert guard.raw("math") == before
+
+
+def test_a_part_in_another_order_names_the_first_difference(trained):
+    _, guard, _ = trained
+    state = guard.state_dict()
+    state["details"]["blocks"] = state["details"]["blocks"][::-1]
+    with pytest.raises(
+        StateError, match=r"its block 0 is of \[.*\], this guard's of \['embed\.weight'.* Guard\.load"
+    ):
+        unpack(guard, state)

@@ -15,7 +15,7 @@ from interference_guard.curvature import nystrom, sketch_matrix
 from interference_guard.errors import CheckpointError, StateError, StateVersionError, UnknownDomainError
 from interference_guard.files import DETAILS, TENSORS, digest
 from interference_guard.local_block import LocalBlock
-from interference_guard.packing import VERSION
+from interference_guard.origin import VERSION
 from interference_guard.places import Places, by_place
 from interference_guard.residual import residual_of
 from interference_guard.trust_region import TrustRegion
