@@ -2,9 +2,10 @@
 
 The first line says what the run is. Each further line is one report of metrics (``"step"``), one evaluation
 (``"evaluation"``), or the sums by layer and module so far (``"places"``), of which the latest counts. When more
-than `limit` lines lie in the file, every second step line is dropped and from then on only every second one is
-written, so that the whole run keeps one resolution. In a run of phases the lines on both sides of a change of
-domain are written and kept all the same; where domains take turns, the one with fewer lines goes first.
+than `limit` lines lie in the file, or more than `size` bytes, every second step line is dropped and from then on
+only every second one is written, so that the whole run keeps one resolution. In a run of phases the lines on both
+sides of a change of domain are written and kept all the same; where domains take turns, the one with fewer lines
+goes first.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, StateError
 from .files import HISTORY, beside
+from .recorded import RecordedRun, find_history, outline, read_history
 from .thinning import Key, Line, active_of, halved, has_phases, key_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 VERSION = 1
 __all__ = ["HISTORY", "History", "RecordedRun", "find_history", "read_history"]
 LIMIT = 4000
+# Bytes: with dozens of domains a line holds thousands of numbers, one for each pair of them.
+SIZE = 32 << 20
+# Of steps, however long they are, and of a whole file at least.
+LEAST = 8
 FAULTS = (OSError, TypeError, ValueError, StateError)
 
 
@@ -46,21 +51,29 @@ class History:
         settings: The run's settings, for the first line; JSON-ready.
         step: Steps the run has done so far, above 0 where it resumes.
         limit: Most lines in the file, at least 8.
+        size: Most bytes in the file, about, where more than 8 step lines lie in it.
 
     Raises:
         ConfigError: If `limit` is under 8.
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any] | None = None, step: int = 0, limit: int = LIMIT
+        self,
+        path: Path,
+        settings: Mapping[str, Any] | None = None,
+        step: int = 0,
+        limit: int = LIMIT,
+        size: int = SIZE,
     ) -> None:
-        if limit < 8:
-            raise ConfigError(f"limit={limit!r} is not allowed: a history needs 8 lines or more.")
+        if limit < LEAST:
+            raise ConfigError(f"limit={limit!r} is not allowed: a history needs {LEAST} lines or more.")
         self.path = path
         self.limit = limit
+        self.size = size
         self.failed = False
         self.stride = 1
         self._lines = 1
+        self._bytes = 0
         # The newest report; the newest that is in the file; of those since then, the one to write next.
         self._latest: Line | None = None
         self._written: Line | None = None
@@ -143,17 +156,17 @@ class History:
             self._write(self._latest)
         self._append({"kind": "places", "step": step, "places": tables})
 
-    def _earlier(self, step: int) -> list[dict[str, Any]]:
+    def _earlier(self, step: int) -> list[Line]:
         if step <= 0 or not self.path.is_file():
             return []
         try:
-            found = read_history(self.path)
+            found = outline(self.path)
         except StateError as error:
             self._set_aside(error)
             return []
         self.stride = found.stride
         # The sums will be written again when the run ends.
-        lines = [line for line in found.lines if line["step"] <= step and line["kind"] != "places"]
+        lines: list[Line] = [line for line in found.lines if line["step"] <= step and line["kind"] != "places"]
         self._note([line for line in lines if line["kind"] == "step"])
         return lines
 
@@ -186,20 +199,21 @@ class History:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_dumped(line))
+                self._bytes += file.write(_dumped(line))
             self._lines += 1
-            if self._lines > self.limit:
+            if self._lines > self.limit or (self._bytes > self.size and self._counts.total() > LEAST):
                 self._thin()
         except FAULTS as error:
             self._fail(error)
 
     def _thin(self) -> None:
-        lines = read_history(self.path).lines
+        # Never all of the file at once: it may hold tens of megabytes, and their numbers many times that.
+        lines = outline(self.path).lines
         steps: list[Line] = [line for line in lines if line["kind"] == "step"]
         others: list[Line] = [line for line in lines if line["kind"] == "evaluation"]
         last = [line for line in lines if line["kind"] == "places"][-1:]
-        # A run of evaluations alone must be bounded too.
-        if len(steps) >= len(others):
+        # A run of evaluations alone must be bounded too. The bytes are those of steps.
+        if self._lines <= self.limit or len(steps) >= len(others):
             self.stride *= 2
             steps = halved(steps)
             self._note(steps)
@@ -208,16 +222,22 @@ class History:
         self._rewrite(sorted([*steps, *others, *last], key=lambda line: int(line["step"])))
 
     def _rewrite(self, lines: Sequence[Line]) -> None:
+        """Put a file with these lines of the present one, as `outline` gives them, in its place."""
         head = {"kind": "run", "version": VERSION, "stride": self.stride, "settings": self._settings}
         temporary = beside(self.path)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(_dumped(line) for line in (head, *lines))
+            with temporary.open("wb") as file:
+                written = file.write(_dumped(head).encode())
+                if lines:
+                    with self.path.open("rb") as source:
+                        for line in lines:
+                            source.seek(line["at"])
+                            written += file.write(source.read(line["size"]) + b"\n")
             os.replace(temporary, self.path)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        self._lines = 1 + len(lines)
+        self._lines, self._bytes = 1 + len(lines), written
 
     def _fail(self, error: Exception) -> None:
         self.failed = True
@@ -226,128 +246,6 @@ class History:
             "free space or choose another output folder to have one.",
             stacklevel=4,
         )
-
-
-@dataclass
-class RecordedRun:
-    """What `read_history` found.
-
-    Args:
-        settings: Settings of the first line.
-        lines: Step and evaluation lines in the file's order.
-        skipped: Lines that could not be read.
-        stride: Reports behind one step line.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-    stride: int = 1
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """Lines with metrics."""
-        return [line for line in self.lines if line["kind"] == "step"]
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Lines with an evaluation."""
-        return [line for line in self.lines if line["kind"] == "evaluation"]
-
-    @property
-    def places(self) -> dict[str, dict[str, Places]]:
-        """The sums by layer and module, as `Guard.places` returned them; empty where the run has not ended."""
-        found: dict[str, dict[str, Places]] = {}
-        for line in self.lines:
-            if line["kind"] == "places":
-                found = {
-                    name: {
-                        domain: {(layer, module): float(value or 0.0) for layer, module, value in rows}
-                        for domain, rows in table.items()
-                    }
-                    for name, table in line["places"].items()
-                }
-        return found
-
-
-def find_history(run: Path) -> Path:
-    """The history file of a run, given the run's folder or the file.
-
-    Raises:
-        StateError: If there is none.
-    """
-    path = run / HISTORY if run.is_dir() else run
-    if not path.is_file():
-        raise StateError(
-            f"{run} has no guard history ({HISTORY}). Give the folder a guarded run wrote its checkpoints to "
-            "(output_dir), or the history file itself."
-        )
-    return path
-
-
-def read_history(path: Path) -> RecordedRun:
-    """Read a history; damaged lines are skipped and counted.
-
-    Raises:
-        StateError: If the file cannot be read, or no line of it is one of a history.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise StateError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
-    found = RecordedRun()
-    headed = False
-    for raw in text.splitlines():
-        line = _parsed(raw)
-        if line is None:
-            found.skipped += bool(raw.strip())
-        elif line["kind"] == "run":
-            headed = True
-            found.settings = line["settings"]
-            found.stride = line["stride"]
-        else:
-            found.lines.append(line)
-    if not found.lines and not headed:
-        raise StateError(
-            f"{path} is no guard history: none of its {found.skipped} lines could be read. Give a file named "
-            f"{HISTORY} that a guarded run wrote."
-        )
-    return found
-
-
-def _parsed(raw: str) -> dict[str, Any] | None:
-    """A line as a table with the fields its kind must have, else None."""
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict):
-        return None
-    kind, step = line.get("kind"), line.get("step")
-    if kind == "run":
-        settings, stride = line.get("settings"), line.get("stride")
-        return line if isinstance(settings, dict) and isinstance(stride, int) and stride > 0 else None
-    if kind == "places":
-        return line if isinstance(step, int) and _are_places(line.get("places")) else None
-    table = line.get({"step": "metrics", "evaluation": "rewards"}.get(str(kind), ""))
-    if not isinstance(step, int) or isinstance(step, bool) or not isinstance(table, dict):
-        return None
-    numbers = all(isinstance(value, int | float) for value in table.values() if value is not None)
-    seconds = line.get("seconds", 0.0)
-    if not numbers or not isinstance(seconds, int | float) or not isinstance(line.get("active", []), list):
-        return None
-    return line
-
-
-def _are_places(tables: Any) -> bool:
-    try:
-        rows = [row for table in tables.values() for rows in table.values() for row in rows]
-        return all(
-            isinstance(layer, int | None) and isinstance(module, str) and isinstance(value, int | float | None)
-            for layer, module, value in rows
-        )
-    except (AttributeError, TypeError, ValueError):
-        return False
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -222,7 +223,7 @@ def test_a_history_damaged_while_the_run_goes_on_ends_it_with_one_warning(tmp_pa
     def damaged(path):
         raise StateError("no line could be read")
 
-    monkeypatch.setattr("interference_guard.history.read_history", damaged)
+    monkeypatch.setattr("interference_guard.history.outline", damaged)
     with pytest.warns(UserWarning, match="Training goes on without it"):
         history.report(8, ["math"], {})
     history.report(9, ["math"], {})
@@ -235,3 +236,57 @@ def test_a_line_with_a_damaged_field_is_skipped(tmp_path, field):
     (tmp_path / HISTORY).write_text(line + line.replace('"metrics"', field + ',"metrics"') + "[" * 100_000 + "\n")
     found = read_history(tmp_path / HISTORY)
     assert (len(found.steps), found.skipped) == (1, 2)
+
+
+def many(step, count=400):
+    return {f"guard/overlap/a/{number}": step + number / 7 for number in range(count)}
+
+
+def test_bytes_are_bounded_too(tmp_path):
+    size = 100_000
+    history = History(tmp_path / HISTORY, size=size)
+    for step in range(1, 201):
+        history.report(step, ["math" if step <= 120 else "code"], many(step))
+        assert (tmp_path / HISTORY).stat().st_size <= size
+    found = read_history(tmp_path / HISTORY)
+    steps = [line["step"] for line in found.steps]
+    assert {120, 121} <= set(steps)
+    assert history.stride == found.stride > 1
+    # What is kept is as it was written.
+    assert all(line["metrics"]["guard/overlap/a/7"] == line["step"] + 1 for line in found.steps)
+    assert found.skipped == 0
+
+
+def test_a_few_steps_stay_however_long_they_are(tmp_path):
+    history = History(tmp_path / HISTORY, size=10)
+    for step in range(1, 101):
+        history.report(step, ["math"], many(step))
+        history.evaluation(step, {"math": 0.5})
+    found = read_history(tmp_path / HISTORY)
+    assert 4 <= len(found.steps) <= 8
+    assert history.stride == 16
+    assert len(found.evaluations) == 100
+
+
+def test_a_resumed_run_thins_a_history_that_was_longer(tmp_path):
+    first = History(tmp_path / HISTORY)
+    for step in range(1, 41):
+        first.report(step, ["math"], many(step))
+    long = (tmp_path / HISTORY).stat().st_size
+    second = History(tmp_path / HISTORY, step=40, size=long // 3)
+    for step in range(41, 60):
+        second.report(step, ["math"], many(step))
+    assert (tmp_path / HISTORY).stat().st_size <= long // 3
+    assert read_history(tmp_path / HISTORY).steps[0]["step"] <= 8
+
+
+def test_thinning_holds_no_numbers(tmp_path):
+    history = History(tmp_path / HISTORY, limit=300)
+    for step in range(1, 300):
+        history.report(step, ["math"], many(step, 2000))
+    tracemalloc.start()
+    history.report(300, ["math"], many(300, 2000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert history.stride == 2
+    assert peak < (tmp_path / HISTORY).stat().st_size / 2
