@@ -146,6 +146,7 @@ class Guard(GuardState):
         Raises:
             MissingDomainError: If `begin` or `domain` has not said what the step trains, or `end` was called
                 since.
+            HostError: If a domain is to be anchored and the model's parameters were replaced; see `bind`.
         """
         if not self.enabled:
             return

@@ -11,7 +11,7 @@ from .blocks import STACK_LIMIT, Block, Blocks, make_blocks
 from .checks import difference, trainable_parameters
 from .config import GuardConfig
 from .curvature import sketch_matrices
-from .errors import ShapeError, StateError
+from .errors import HostError, ShapeError, StateError
 from .flat import FlatView
 from .local_block import Correction
 from .residual import full_matrices, rank_of, residual_matrices
@@ -73,6 +73,27 @@ class ModelView:
         if not agrees:
             self._lay_out()
         self.place()
+
+    def check_in_place(self) -> None:
+        """Check that the model still has the parameters that are watched.
+
+        Engines that share parameters out show others while a module runs, and are not asked.
+
+        Raises:
+            HostError: If some were replaced since.
+        """
+        if self.shards.managed:
+            return
+        present = set(map(id, self._model.parameters()))
+        gone = [name for name, parameter in self._parameters.items() if id(parameter) not in present]
+        if gone:
+            raise HostError(
+                f"{len(gone)} of the {len(self._parameters)} parameters that the guard watches are no longer the "
+                f"model's, for instance {gone[0]!r}: they were replaced after the guard was built, as by "
+                "load_state_dict(assign=True), a resized embedding or sharding, and what training does to the new "
+                "ones would not be seen. Call guard.bind(model) where shapes are as before, else build the guard "
+                "afterwards."
+            )
 
     def shared_since(self, model: nn.Module) -> bool:
         """Whether ranks share the parameters of the same model, which were whole here; `ShapeError` as `bind`."""

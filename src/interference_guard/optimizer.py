@@ -127,8 +127,8 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
     Raises:
         UnsupportedError: If the optimizer cannot be hooked; nothing is attached then.
         HostError: If the guard watches this optimizer already, or another one that steps other parameters, if the
-            optimizer steps none of the guard's parameters, or if it is a ZeRO optimizer and the guard was not
-            built on its engine.
+            optimizer steps none of the guard's parameters or the model has others now, or if it is a ZeRO
+            optimizer and the guard was not built on its engine.
     """
     inner = innermost(optimizer)
     if _watches(guard, inner):
@@ -212,6 +212,8 @@ def _check_parameters(optimizer: Optimizer, guard: Any) -> None:
             f"{len(watched)} the guard watches. Build the guard on the model whose parameters the optimizer was "
             "given, or call guard.bind(model)."
         )
+    if watched:
+        guard.view.check_in_place()
     if _beside(guard, watched, steps) is not None:
         # One that nobody holds any more is in a cycle with its hooks, and does not count.
         gc.collect()

@@ -38,6 +38,14 @@ def open_step(guard: Guard) -> None:
     """Anchor the domains that stop being trained, at weights that are still unchanged."""
     follow(guard)
     active, spread = guard.active, guard.view.spread
+    # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
+    ended = [
+        name
+        for name in sorted(guard.domains)
+        if name not in active and guard.domains[name].own_steps and name != guard.recovery
+    ]
+    if ended:
+        guard.view.check_in_place()
     guard.trained = active
     started = perf_counter()
     for name in guard.protected:
@@ -48,13 +56,11 @@ def open_step(guard: Guard) -> None:
         if guard.recovery is None:
             # One that a recovery had interrupted, if it was not taken up again.
             guard.domains[name].start = None
-    # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.
-    for name in sorted(guard.domains):
-        if name not in active and guard.domains[name].own_steps and name != guard.recovery:
-            own_steps = guard.domains[name].own_steps
-            set_anchor(guard, guard.domains[name])
-            if not guard.domains[name].anchored:
-                guard.warn_without_gradients(name, own_steps)
+    for name in ended:
+        own_steps = guard.domains[name].own_steps
+        set_anchor(guard, guard.domains[name])
+        if not guard.domains[name].anchored:
+            guard.warn_without_gradients(name, own_steps)
     for name in active if guard.config.selection == "edits" else ():
         state = guard.domains[name]
         if state.start is None and name != guard.recovery and not keeps_anchor(guard, state):

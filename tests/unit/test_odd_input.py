@@ -314,3 +314,28 @@ def test_an_optimizer_may_find_its_rate_itself():
             optimizer.step()
             handle.remove()
     assert guard.steps == 2
+
+
+def test_an_optimizer_that_steps_inside_of_the_backward_pass_is_named_as_a_cause():
+    model = Toy()
+    guard = Guard(model, CONFIG)
+    for parameter in model.parameters():
+        inner = torch.optim.SGD([parameter], lr=0.1)
+
+        def step(parameter, inner=inner):
+            inner.step()
+            parameter.grad = None
+
+        parameter.register_post_accumulate_grad_hook(step)
+
+    def train_on(domain):
+        with guard.domain(domain):
+            policy_gradient(model, rollout(model, domain)).backward()
+            guard.before_step()
+            guard.after_step()
+
+    for _ in range(5):
+        train_on("math")
+    with pytest.warns(UserWarning, match=r"gone when the guard looked, .* inside of backward hooks"):
+        train_on("code")
+    assert not guard.domains["math"].anchored
