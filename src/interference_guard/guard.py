@@ -148,20 +148,18 @@ class Guard(GuardState):
                 since.
             HostError: If a domain is to be anchored and the model's parameters were replaced; see `bind`.
         """
-        if not self.enabled:
-            return
-        self._check_announced()
-        stepping.open_step(self)
-        if self.view.zero is None:
-            with exact_products(self.device):
-                stepping.take_gradients(self)
+        if self.enabled:
+            self._check_announced()
+            stepping.open_step(self)
+            if self.view.zero is None:
+                with exact_products(self.device):
+                    stepping.take_gradients(self)
 
     @torch.no_grad()
     def open_step(self) -> None:
         """All of `before_step` that needs no gradients, anchors among it; raises as that does.
 
-        `attach` calls it, and `take_gradients` later, where `before_step` would come too late: a closure may be
-        evaluated at other weights than those that are stepped.
+        `attach` calls it, since a closure may be evaluated at other weights than those that are stepped.
         """
         if self.enabled:
             self._check_announced()

@@ -294,9 +294,9 @@ class GuardState:
             warnings.warn(
                 f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "
                 "of each group are alike, or gone when the guard looked, as where an optimizer steps inside of "
-                "backward hooks. Until it has others it is not protected. If the model has mastered it already, "
-                "give rows of it as a reference, see Guard.protect(); if its weights do change, let the optimizer "
-                "step after the whole backward pass, and clear gradients after that.",
+                "hooks of the backward pass. Until it has others it is not protected. If the model has mastered "
+                "it already, give rows of it as a reference, see Guard.protect(); if its weights do change, let "
+                "the optimizer step after the whole backward pass, and clear gradients after that.",
                 stacklevel=6,
             )
 

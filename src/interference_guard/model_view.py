@@ -88,11 +88,11 @@ class ModelView:
         gone = [name for name, parameter in self._parameters.items() if id(parameter) not in present]
         if gone:
             raise HostError(
-                f"{len(gone)} of the {len(self._parameters)} parameters that the guard watches are no longer the "
-                f"model's, for instance {gone[0]!r}: they were replaced after the guard was built, as by "
-                "load_state_dict(assign=True), a resized embedding or sharding, and what training does to the new "
-                "ones would not be seen. Call guard.bind(model) where shapes are as before, else build the guard "
-                "afterwards."
+                f"{len(gone)} of the {len(self._parameters)} parameters that the guard watches are no longer "
+                f"the model's, for instance {gone[0]!r}: they were replaced after the guard was built, as "
+                "by load_state_dict(assign=True), a resized embedding or sharding, and what training does to the "
+                "new ones would not be seen. Call guard.bind(model) where shapes are as before, else build the "
+                "guard afterwards."
             )
 
     def shared_since(self, model: nn.Module) -> bool:

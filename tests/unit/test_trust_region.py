@@ -112,9 +112,7 @@ def test_without_further_truth_measured_losses_are_believed_again():
     control.measured(found(0.1), Raw(1.0, 0.0))
     control.truth(0.0)
     assert control.scale == SCALE_LIMITS[0]
-    scales = []
-    for _ in range(60):
-        scales.append(control.measured(found(0.1), Raw(1.0, 0.0)).loss / 0.1)
+    scales = [control.measured(found(0.1), Raw(1.0, 0.0)).loss / 0.1 for _ in range(60)]
     assert scales == sorted(scales)
     assert scales[-1] > 0.95
 
