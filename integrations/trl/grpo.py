@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from .callback import InterferenceGuardCallback
 from .loading import DomainSettings, load_rows
 from .order import ORDERS, order_by_domain, prompts_per_generation
 from .rewards import load, route
+from .rows import read_column
 
 PREFIX = "guard_"
 
@@ -117,8 +119,9 @@ def arrange(rows: Any, arguments: DomainArguments, training: Any, column: str) -
     """Rows in the order of the run, every generation batch of one domain."""
     given = {domain.name: domain.batches for domain in arguments.domains}
     prompts = prompts_per_generation(training)
+    found = Counter(read_column(rows, column))
     counts = {
-        name: batches if batches is not None else max(1, rows[column][:].count(name) // prompts)
+        name: batches if batches is not None else max(1, found[name] // prompts)
         for name, batches in given.items()
     }
     order: Any = arguments.order

@@ -12,7 +12,7 @@ import torch
 from interference_guard.errors import ConfigError
 from interference_guard.rehearsal import Rehearsal
 
-from .rows import DomainTable, check_dataset
+from .rows import DomainTable, check_dataset, read_column
 
 ORDERS = ("sequential", "round_robin")
 
@@ -91,9 +91,9 @@ def order_by_domain(
             f"rehearsal={rehearsal!r} goes with order='sequential' alone, where domains are finished one after "
             f"the other; order is {order!r}, which takes them up again by itself."
         )
-    check_dataset(dataset, DomainTable(column))
+    names = check_dataset(dataset, DomainTable(column)) or read_column(dataset, column)
     rows: dict[str, list[int]] = {}
-    for index, name in enumerate(dataset[column]):
+    for index, name in enumerate(names):
         rows.setdefault(name, []).append(index)
     least = 0 if rehearsal else 1
     counts = _counts(rows, prompts, None if isinstance(order, Mapping) else batches, least)

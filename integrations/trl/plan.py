@@ -60,8 +60,7 @@ def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: f
         MissingDomainError: If a row has no domain.
     """
     # The trainer may have been given other rows since it was looked through.
-    check_dataset(dataset, DomainTable(column))
-    rows = [str(name) for name in dataset[column][:]] if hasattr(dataset, "select") else []
+    rows = check_dataset(dataset, DomainTable(column))
     if len(set(rows)) > 1:
         for trouble in _troubles(rows, args, state, active_share):
             warnings.warn(trouble, stacklevel=3)

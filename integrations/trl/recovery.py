@@ -8,6 +8,8 @@ from typing import Any
 
 from interference_guard.errors import ConfigError, HostError, UnsupportedError
 
+from .rows import read_column
+
 
 class RecoveryRows:
     """Rows of each domain that a recovery phase can train.
@@ -41,7 +43,7 @@ class RecoveryRows:
             )
         if searchable:
             places: dict[str, list[int]] = {}
-            for index, name in enumerate(training[column]):
+            for index, name in enumerate(read_column(training, column)):
                 places.setdefault(name, []).append(index)
             self.rows = {name: training.select(indices) for name, indices in places.items()}
         for name, rows in (given or {}).items():

@@ -83,7 +83,8 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
                 f"data.train_files have no column {column!r}, only {sorted(self.dataframe.column_names)}. "
                 "Add it, or name another one with +guard.domain_column=..."
             )
-        found: list[str] = list(self.dataframe[column])
+        # As they are stored, and at once: row by row a large file takes minutes.
+        found: list[str] = list(self.dataframe.with_format(None)[column][:])
         for index, name in enumerate(found):
             if not isinstance(name, str) or not name:
                 raise MissingDomainError(

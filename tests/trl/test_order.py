@@ -111,6 +111,18 @@ def test_domains_of_a_kind_that_cannot_be_read_are_told_with_their_row(data, wra
         order_by_domain(rows, 4)
 
 
+def test_the_domains_are_read_as_they_are_stored(data):
+    made = []
+
+    def transform(batch):
+        made.extend(batch["index"])
+        return {"prompt": batch["index"]}
+
+    ordered = order_by_domain(data.with_transform(transform), 4)
+    assert made == []
+    assert ordered.with_format(None)["index"][:] == order_by_domain(data, 4)["index"][:]
+
+
 def test_bad_rows(data):
     with pytest.raises(HostError, match="no column 'subject'"):
         order_by_domain(data, 4, column="subject")

@@ -1,6 +1,7 @@
 """What the callback says of the order of the rows before training begins."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from interference_guard.integrations.trl import (
     prompts_per_generation,
 )
 from interference_guard.integrations.trl.plan import look_ahead
-from tests.trl.host import TWO_PHASES, guarded, online, rows, supervised
+from tests.trl.host import CONFIG, TWO_PHASES, guarded, online, rows, supervised
 
 
 def begin(trainer, active_share=0.05, epochs=1, steps=1000):
@@ -174,6 +175,23 @@ def test_a_trainer_that_generates_fills_nothing_up(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         look_ahead(data, "domain", args, TrainerState(num_train_epochs=1, max_steps=17), 0.05)
+
+
+def test_a_transform_makes_no_rows_before_they_are_trained(tmp_path):
+    made = []
+
+    def transform(batch):
+        made.extend(batch["place"])
+        return {name: batch[name] for name in ("prompt", "answer", "domain")}
+
+    data = rows(TWO_PHASES)
+    data = data.add_column("place", list(range(12))).with_transform(transform)
+    trainer = online("grpo", tmp_path, data, max_steps=3)
+    made.clear()
+    guarded(trainer, replace(CONFIG, recovery=True))
+    with pytest.warns(UserWarning, match=r"after max_steps=3 steps"):
+        begin(trainer, steps=3)
+    assert made == []
 
 
 # What is read of the arguments of a trainer that generates nothing.
