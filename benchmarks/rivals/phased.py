@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from interference_guard.innermost import innermost
 from interference_guard.integrations.trl.seams import Seams
-from interference_guard.optimizer import innermost
 
 from ..bed.method import Method
 from ..bed.run import Result

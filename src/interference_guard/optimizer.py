@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .closures import closure_of, observed, with_closure
 from .errors import HostError, UnsupportedError
+from .innermost import innermost
 from .unusual import scale_of, trains_nothing
 from .zero import Zero, partitioned
 
@@ -76,33 +77,6 @@ class StepHooks:
         trace: TracebackType | None,
     ) -> None:
         self.detach()
-
-
-def innermost(optimizer: Any) -> Optimizer:
-    """The torch optimizer that changes the weights, inside accelerate's and other wrappers.
-
-    Raises:
-        UnsupportedError: If there is none, or it is one whose step evaluates the loss many times.
-    """
-    seen: list[int] = []
-    found = optimizer
-    while id(found) not in seen:
-        seen.append(id(found))
-        inner = getattr(found, "optimizer", None)
-        if inner is None or inner is found:
-            break
-        found = inner
-    if not isinstance(found, Optimizer) or not hasattr(found, "_optimizer_step_pre_hooks"):
-        raise UnsupportedError(
-            f"{type(found).__name__} is not a torch.optim.Optimizer with step hooks. Give attach() a torch "
-            "optimizer, or a wrapper that has one as its .optimizer attribute."
-        )
-    if isinstance(found, torch.optim.LBFGS):
-        raise UnsupportedError(
-            "LBFGS evaluates the loss several times in one step, so there is no one gradient to observe. "
-            "Use a first-order optimizer, for instance AdamW."
-        )
-    return found
 
 
 def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = None) -> StepHooks:

@@ -292,6 +292,38 @@ def test_what_cannot_be_hooked_is_refused():
     assert not stranger._optimizer_step_pre_hooks
 
 
+class Lomo(torch.optim.SGD):
+    """As the one of lomo-optim: hooks of the backward pass change the weights, and `step` does nothing."""
+
+    def fused_backward(self, loss, lr):
+        loss.backward()
+
+    def step(self, closure=None):
+        pass
+
+
+class Layerwise(torch.optim.Optimizer):
+    """As the one of transformers, which has an optimizer for each parameter and steps none itself."""
+
+    def __init__(self, optimizer_dict):
+        self.optimizer_dict = optimizer_dict
+        super().__init__([torch.zeros(1)], {"lr": 1e-3})
+
+    def step(self, closure=None):
+        pass
+
+
+def test_steps_within_the_backward_pass_are_refused():
+    net = model()
+    guard = Guard(net, CONFIG)
+    lomo = Lomo(net.parameters(), lr=1e-3)
+    layerwise = Layerwise({p: torch.optim.SGD([p], lr=1e-3) for p in net.parameters()})
+    for inner, message in ((lomo, "Lomo changes .* leaves no gradients"), (layerwise, "without _layerwise")):
+        with pytest.raises(UnsupportedError, match=message):
+            attach(inner, guard)
+        assert not inner._optimizer_step_pre_hooks
+
+
 def test_a_guard_watches_an_optimizer_once():
     net = model()
     guard = Guard(net, CONFIG)
