@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +18,7 @@ from interference_guard.guard import Guard
 from interference_guard.handover import checksums, compare
 from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
-from interference_guard.probe import Completions
+from interference_guard.probe import Completions, model_policy
 from interference_guard.recovering import abandon_unserved
 
 from .card import add_section
@@ -115,7 +114,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         return self
 
     def detach(self) -> None:
-        """Remove every hook and wrapped method; the trainer is as it was. Works at any time."""
+        """Remove every hook and wrapped method; the trainer is as it was, and can be freed. Works at any time."""
         self._unhook()
         if self.live is not None:
             self.live.close()
@@ -124,7 +123,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._seams.restore()
             if self in _callbacks(trainer):
                 trainer.remove_callback(self)
-        self._seams = self._rows = self._checkpoints = None
+        self._seams = self._rows = self._checkpoints = self._recovery = None
+        if self.guard is not None:
+            # The one before holds the trainer.
+            self.guard.policy = model_policy(self.guard.model)
 
     def save(self, directory: str | Path) -> None:
         """Save the guard's state beside a model of one's own saving; every rank must call it.
@@ -183,22 +185,20 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if name not in known
         }
         model = guarded_model(trainer)
-        accelerator = trainer.accelerator
-        processes = accelerator.num_processes
+        processes = trainer.accelerator.num_processes
         if self.guard is None:
             self.guard = Guard(model, self.config)
         elif model is not trainer.model or not steps_in_backward(trainer):
             self.guard.bind(model)
+        self.detach()
         self.guard.policy = trainer_policy(trainer)
         self.guard.keepers = processes
-        self.guard.ranks.reduce = partial(reduce, accelerator) if processes > 1 else None
-        self.detach()
-        self._seams, self._recovery = seams, recovery
+        self.guard.ranks.reduce = reduce if processes > 1 else None
+        self._seams = seams
         compare(self._left, self.guard.view, "the run before ended with")
         self._left = None
         if recovery is not None:
-            self.domains.add(sorted(recovery.domains))
-            self.guard.recoverable = recovery.domains
+            self._recover_from(recovery)
             seams.wrap("get_batch_samples", self._batches)
         seams.wrap("log", self._log)
         self._checkpoints = Checkpoints(seams, self.guard, self._bind)
@@ -299,6 +299,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         look_ahead(self._trainer.train_dataset, config.domain_column, args, state, config.active_share)
         if self._recovery is not None:
             self._training, self._trainer._buffered_inputs = None, None
+            self._recover_from(self._recovery.renewed())
             abandon_unserved(self._guard())
         self._bind()
         # A resumed run has read them from its checkpoint by now.
@@ -365,6 +366,11 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         if self._rows is None:
             raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
         return self._rows
+
+    def _recover_from(self, rows: RecoveryRows) -> None:
+        self._recovery = rows
+        self.domains.add(sorted(rows.domains))
+        self._guard().recoverable = rows.domains
 
     def _bind(self) -> None:
         # The trainer may have sharded the model since the callback was attached.

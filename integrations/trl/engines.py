@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import gather
 from torch import Tensor
 
 from interference_guard.errors import UnsupportedError
@@ -43,7 +44,10 @@ def guarded_model(trainer: Any) -> Any:
     return wrapped if is_engine(wrapped) else trainer.model
 
 
-def reduce(accelerator: Any, values: Tensor, kind: str) -> Tensor:
-    """A 1-d tensor's sum, or its largest values, over all ranks; see `ranks.Reduce`."""
-    gathered: Tensor = accelerator.gather(values.unsqueeze(0))
+def reduce(values: Tensor, kind: str) -> Tensor:
+    """A 1-d tensor's sum, or its largest values, over all ranks; see `ranks.Reduce`.
+
+    It holds no accelerator, which would keep the optimizer of a trainer that is left.
+    """
+    gathered: Tensor = gather(values.unsqueeze(0))
     return gathered.sum(0) if kind == "sum" else gathered.amax(0)

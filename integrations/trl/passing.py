@@ -16,7 +16,7 @@ from .collating import DOMAIN_ID, WIDTH, NamingCollator, unnamed, unpack
 from .completions import generated, labelled, sampling_temperature
 from .engines import reduce
 from .evaluation import EvaluationRounds
-from .rows import DomainTable, missing, named, numbered_ahead
+from .rows import DomainTable, check_dataset, missing, named, numbered_ahead
 from .seams import Seams
 
 
@@ -33,6 +33,8 @@ class PassingRows:
     def __init__(self, seams: Seams, guard: Guard, domains: DomainTable, rounds: EvaluationRounds) -> None:
         self.trainer, self.generates = seams.trainer, seams.generates
         self.guard, self.domains, self.rounds = guard, domains, rounds
+        # What the domains were numbered by.
+        self._dataset = self.trainer.train_dataset
         self._rewards: Tensor | None = None
         self._counts: dict[str, float] = {}
         self._added = False
@@ -52,7 +54,16 @@ class PassingRows:
             seams.afterwards(lambda: setattr(naming, "active", False))
 
     def begin(self) -> None:
-        """A run begins: no row of it was seen yet, and none made before the guard was attached is used up."""
+        """A run begins: no row of it was seen yet, and none made before the guard was attached is used up.
+
+        Raises:
+            HostError: If the trainer has been given other rows since, which have no domains.
+            MissingDomainError: If one of them has none.
+        """
+        if self.trainer.train_dataset is not self._dataset:
+            # All ranks number new names in one order.
+            check_dataset(self.trainer.train_dataset, self.domains)
+            self._dataset = self.trainer.train_dataset
         self._counts = {}
         buffered = getattr(self.trainer, "_buffered_inputs", None)
         if buffered and not all(DOMAIN_ID in batch for batch in buffered):
@@ -77,7 +88,7 @@ class PassingRows:
         if accelerator.num_processes > 1:
             names = self.domains.names
             table = torch.tensor([float(counts.get(name, 0)) for name in names], device=accelerator.device)
-            summed = reduce(accelerator, table, "sum").tolist()
+            summed = reduce(table, "sum").tolist()
             counts = {name: count for name, count in zip(names, summed, strict=True) if count}
         if not counts:
             raise HostError(

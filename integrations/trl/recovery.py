@@ -31,8 +31,9 @@ class RecoveryRows:
                 f"{type(trainer).__name__} does not generate completions, so a recovery phase has no rewards to "
                 "end by. Use recovery=False with it, or a GRPOTrainer or RLOOTrainer."
             )
-        self.trainer, self.column = trainer, column
-        training = trainer.train_dataset
+        self.trainer, self.column, self.given = trainer, column, given
+        # Kept, to know whether the trainer still has it.
+        self.training = training = trainer.train_dataset
         searchable = hasattr(training, "select") and column in (training.column_names or ())
         needed = set(training.column_names or ()) - {column}
         self.rows: dict[str, Any] = {}
@@ -63,6 +64,16 @@ class RecoveryRows:
                     f"reward functions may read; it has {sorted(rows.column_names)}. Add them."
                 )
             self.rows[name] = rows
+
+    def renewed(self) -> RecoveryRows:
+        """These, or those of another training set that the trainer has been given since.
+
+        Raises:
+            HostError: If that cannot be searched and no rows are given, or given rows lack one of its columns.
+        """
+        if self.trainer.train_dataset is self.training:
+            return self
+        return RecoveryRows(self.trainer, self.column, self.given)
 
     @property
     def domains(self) -> frozenset[str]:

@@ -57,6 +57,23 @@ def test_batches_that_pass_the_guard_by_are_an_error(tmp_path):
         trainer.train()
 
 
+def test_domains_of_rows_that_replace_others_are_numbered_before_the_first_step(tmp_path):
+    trainer = in_order(tmp_path)
+    callback = guarded(trainer)
+    others = labelled([("words", 6), ("art", 6)])
+    trainer.train_dataset = supervised(tmp_path, others).train_dataset
+    numbered = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            numbered.extend(callback.domains.names)
+
+    trainer.add_callback(Look())
+    trainer.train()
+    # By name, as on every rank, whichever rows it sees first.
+    assert numbered == ["code", "math", "art", "words"]
+
+
 def test_batches_made_before_the_guard_came_are_not_used_up(tmp_path):
     trainer = online("grpo", tmp_path, rows(TWO_PHASES), steps_per_generation=2, max_steps=3)
     trainer.train()

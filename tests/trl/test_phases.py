@@ -1,6 +1,9 @@
 """One trainer a phase: a guard that goes from one to the next, with its state or in the same process."""
 
+import gc
 import warnings
+import weakref
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, PeftModel
@@ -27,6 +30,35 @@ def test_one_trainer_a_phase(tmp_path):
     # The first trainer is as it was.
     assert not any(name in vars(first) for name in ("log", "_prepare_inputs", "_calculate_rewards"))
     assert not any(isinstance(item, InterferenceGuardCallback) for item in first.callback_handler.callbacks)
+
+
+def released(trainer):
+    """Whether nothing holds the trainer and its optimizer any more, once the caller has let go of it."""
+    inner = trainer.optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    seen = weakref.ref(trainer), weakref.ref(inner)
+    return lambda: gc.collect() >= 0 and all(item() is None for item in seen)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_trainer_that_is_left_can_be_freed(detach, tmp_path):
+    model, _ = model_and_words(tmp_path / "model")
+    callback = InterferenceGuardCallback(config=replace(CONFIG, recovery=True))
+    former = None
+    for domain in ("math", "code", "math"):
+        trainer = online("grpo", tmp_path, rows([(domain, 4)]), model=model, max_steps=2)
+        callback.attach(trainer)
+        assert former is None or former()
+        trainer.train()
+        former = released(trainer)
+        if detach:
+            callback.detach()
+            # The guard itself can still measure.
+            assert not callback.guard.protected or callback.guard.measure(callback.guard.protected[0])
+        del trainer
+    assert former() == detach
+    assert callback.guard.steps == 6
 
 
 def test_one_trainer_a_phase_with_saved_state(tmp_path):

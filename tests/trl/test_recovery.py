@@ -180,6 +180,32 @@ def test_a_phase_without_rows_in_the_next_trainer_is_given_up(tmp_path):
     assert callback.guard.schedule.failures == 1
 
 
+def test_rows_that_replace_others_after_attaching_are_recovered_from(tmp_path):
+    others = rows([("words", 4), ("code", 20)])
+    config = dataclasses.replace(never(EAGER), recovery_share=1.0)
+    found = []
+    for first in (others, rows(TWO_PHASES)):
+        trainer = online("grpo", tmp_path, first, max_steps=8)
+        callback = guarded(trainer, config)
+        trainer.train_dataset = others
+        watch = Watch(callback, at=5, domain="words")
+        trainer.add_callback(watch)
+        trainer.train()
+        assert callback.guard.recoverable == {"words", "code"}
+        assert watch.trained[5] == {"words": None}
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+def test_rows_that_cannot_be_recovered_from_are_refused_before_training(tmp_path):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+    callback = guarded(trainer)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(HostError, match="is a stream, which cannot be searched"):
+        trainer.train()
+    assert callback.guard.steps == 0
+
+
 def test_detach_leaves_nothing(tmp_path):
     trainer = online("grpo", tmp_path, rows(TWO_PHASES))
     before = dict(vars(trainer))
