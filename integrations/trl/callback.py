@@ -24,7 +24,7 @@ from interference_guard.recovering import abandon_unserved
 from .card import add_section
 from .checkpoints import Checkpoints
 from .completions import trainer_policy
-from .engines import check_engine, guarded_model, reduce, steps_in_backward
+from .engines import batch_size, check_engine, guarded_model, reduce, steps_in_backward
 from .evaluation import EvaluationRounds
 from .live import LiveDisplay
 from .passing import PassingRows
@@ -296,7 +296,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._passing().begin()
         config = self.config
-        look_ahead(self._trainer.train_dataset, config.domain_column, args, state, config.active_share)
+        rows, size = self._trainer.train_dataset, batch_size(self._trainer)
+        look_ahead(rows, config.domain_column, args, state, config.active_share, size)
         if self._recovery is not None:
             self._training, self._trainer._buffered_inputs = None, None
             self._recover_from(self._recovery.renewed())

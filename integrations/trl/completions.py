@@ -16,6 +16,8 @@ from interference_guard.errors import HostError
 from interference_guard.evaluating import evaluating
 from interference_guard.probe import Completions, Policy, model_policy
 
+from .engines import batch_size
+
 # The keyword by which TRL's own head is asked for.
 FUSED = "fused_lm_head"
 # Keys of a batch that hold what a text model does not read.
@@ -99,7 +101,7 @@ def trainer_policy(trainer: Any) -> Policy:
     Its own way knows one temperature and never makes all logits. Rows of another trainer's are scored by the
     model's logits, one row at a time: they take much more room.
     """
-    size = trainer.args.per_device_train_batch_size
+    size = min(trainer.args.per_device_train_batch_size, batch_size(trainer))
     if hasattr(trainer, "_get_per_token_logps_and_entropies"):
         score = partial(_scores, trainer, size)
     elif _has_fused_head(trainer.model):

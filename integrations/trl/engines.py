@@ -38,6 +38,11 @@ def steps_in_backward(trainer: Any) -> bool:
     return bool(getattr(trainer, "is_deepspeed_enabled", False))
 
 
+def batch_size(trainer: Any) -> int:
+    """Rows of a training batch of one process; `auto_find_batch_size` may have lowered what the settings say."""
+    return int(getattr(trainer, "_train_batch_size", trainer.args.train_batch_size))
+
+
 def guarded_model(trainer: Any) -> Any:
     """What the guard is built on: DeepSpeed's engine, which there is once training begins, or the model."""
     wrapped = getattr(trainer, "model_wrapped", None)

@@ -27,13 +27,13 @@ class Pace(NamedTuple):
     whole: int
 
     @classmethod
-    def of(cls, args: Any) -> Pace:
-        """The pace of a trainer with these settings."""
+    def of(cls, args: Any, size: int | None = None) -> Pace:
+        """The pace of a trainer with these settings, where it does not generate with batches of `size` rows."""
         if _generates(args):
             lasts, each = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
             prompts = args.generation_batch_size // args.num_generations
             return cls(prompts_per_generation(args), math.lcm(lasts, each) // each, prompts)
-        micro = args.train_batch_size * args.world_size
+        micro = (size or args.train_batch_size) * args.world_size
         return cls(micro * args.gradient_accumulation_steps, 1, micro if args.dataloader_drop_last else 1)
 
     def kept(self, rows: int) -> int:
@@ -45,7 +45,9 @@ class Pace(NamedTuple):
         return -(-steps // self.steps) * self.batch
 
 
-def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: float) -> None:
+def look_ahead(
+    dataset: Any, column: str, args: Any, state: Any, active_share: float, size: int | None = None
+) -> None:
     """Warn where steps will mix domains, leave some out, or go through finished ones again.
 
     Args:
@@ -54,6 +56,7 @@ def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: f
         args: The trainer's settings.
         state: The trainer's, of which the length of the run is read and where it resumes.
         active_share: From which share of a batch's rows a domain counts as in training.
+        size: Rows of a batch of one process, where the trainer does not take as many as its settings say.
 
     Raises:
         HostError: If the rows have no such column.
@@ -62,12 +65,23 @@ def look_ahead(dataset: Any, column: str, args: Any, state: Any, active_share: f
     # The trainer may have been given other rows since it was looked through.
     rows = check_dataset(dataset, DomainTable(column))
     if len(set(rows)) > 1:
-        for trouble in _troubles(rows, args, state, active_share):
+        for trouble in _troubles(rows, args, state, active_share, size):
             warnings.warn(trouble, stacklevel=3)
 
 
-def _troubles(rows: list[str], args: Any, state: Any, active_share: float) -> Iterator[str]:
-    pace = Pace.of(args)
+def _lowered(args: Any, size: int | None) -> str:
+    """What there is to say of batches that are not as large as was asked for."""
+    if _generates(args) or size is None or size >= args.train_batch_size or not args.auto_find_batch_size:
+        return ""
+    return (
+        f" auto_find_batch_size=True has lowered the batches of a process from {args.train_batch_size} rows to "
+        f"{size}, which the order of the rows does not know: set it to False, with {size} rows from the start."
+    )
+
+
+def _troubles(rows: list[str], args: Any, state: Any, active_share: float, taken: int | None) -> Iterator[str]:
+    lowered = _lowered(args, taken)
+    pace = Pace.of(args, taken)
     size = pace.batch
     if not in_order(args):
         setting = "shuffle_dataset=False" if _generates(args) else "train_sampling_strategy='sequential'"
@@ -95,16 +109,16 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float) -> It
             f"whole ones, as order_by_domain(dataset, {size}) does."
         )
         count = f"Of the {len(rows)} rows the run trains {len(trained)}"
-        yield f"{count}, of which none is of the domains {missed}: {why}"
+        yield f"{count}, of which none is of the domains {missed}: {why}{lowered}"
     # An epoch of which nothing is dropped, of single rows.
     filled = not _generates(args) and args.world_size > 1 and not args.dataloader_drop_last
-    rest = len(rows) % (args.train_batch_size * args.world_size) if filled and len(trained) == len(rows) else 0
+    rest = len(rows) % (size // args.gradient_accumulation_steps) if filled and len(trained) == len(rows) else 0
     if rest and rows[0] != rows[-1]:
         yield (
             f"The last {rest} of the {len(rows)} rows are no whole batch of {args.world_size} processes, and "
             f"accelerate fills it up with the first rows, of {rows[0]!r}: that domain is trained once more. Set "
             "dataloader_drop_last=True, or give each domain whole batches, as order_by_domain(dataset, "
-            f"{size}) does."
+            f"{size}) does.{lowered}"
         )
     # A last batch that is not full is no phase of its own.
     batches = [Counter(trained[start : start + size]) for start in range(0, len(trained) - size + 1, size)]
@@ -115,7 +129,7 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float) -> It
                 f"Rows {number * size} to {number * size + size - 1} are one batch and hold "
                 f"{dict(counts)}. {len(active)} domains have at least active_share={active_share} of it, so the "
                 f"guard learns of none and protects none of them. order_by_domain(dataset, {size}) keeps domains "
-                "apart; where rows are only rehearsed, set active_share above their share."
+                f"apart; where rows are only rehearsed, set active_share above their share.{lowered}"
             )
             return
     # Beside the domain in training a batch may hold others that are rehearsed.
