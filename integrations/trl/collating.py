@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ DOMAIN_ID = "interference_guard_domain"
 WIDTH = 256
 # Before what is no name: no UTF-8 has this byte.
 UNNAMED = b"\xff"
+# What a `NamingCollator` keeps itself.
+OWN = ("collator", "column", "width", "strip", "active")
 
 
 class NamingCollator:
@@ -25,6 +28,9 @@ class NamingCollator:
 
     It may run in a worker process, or on the first rank for all others. What it knew about other rows would be
     lost there, so names are numbered later, in the main process of each rank; only tensors get that far.
+
+    The trainer may ask what it has for a collator, or change a setting of it: for `isinstance`, and in attributes
+    that can be read and set, this one is the trainer's own.
 
     Args:
         collator: The trainer's own.
@@ -36,6 +42,28 @@ class NamingCollator:
     def __init__(self, collator: Any, column: str, width: int = WIDTH, strip: bool = True) -> None:
         self.collator, self.column, self.width, self.strip = collator, column, width, strip
         self.active = True
+
+    def _kind(self) -> type[Any]:
+        # `inspect` reads further into what says that it is a function.
+        return type(self) if inspect.isroutine(self.collator) else type(self.collator)
+
+    __class__ = property(_kind)
+
+    def __getattr__(self, name: str) -> Any:
+        # Private names stay its own: copying and pickling ask for some before there is a collator.
+        if name.startswith("_") or name in OWN:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.collator, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.collator, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # As pickle would find it by itself, were the class not that of the trainer's collator.
+        return NamingCollator, (self.collator, self.column, self.width, self.strip), vars(self).copy()
 
     def __call__(self, rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """The trainer's batch, and in it the names; the trainer's alone once it is not `active` any more."""

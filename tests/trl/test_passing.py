@@ -1,5 +1,6 @@
 """How a trainer's rows reach the guard, and what is said where they do not."""
 
+import copy
 import pickle
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, default_data_collator
 from trl.trainer import utils
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from interference_guard import HostError
 from interference_guard.integrations.trl import InterferenceGuardCallback
+from interference_guard.integrations.trl.collating import DOMAIN_ID, NamingCollator
 from interference_guard.integrations.trl.completions import trainer_policy
 from interference_guard.probe import model_policy
 from tests.trl.host import CONFIG, TWO_PHASES, guarded, online, rows, supervised
@@ -121,3 +124,26 @@ def test_a_collator_that_is_a_function_can_still_go_to_other_processes(tmp_path)
     # A data loader that is running keeps it, and gets the trainer's own batches from it.
     rows = [{"input_ids": [1, 2], "domain": "math"}]
     assert ours(rows).keys() == default_data_collator(rows).keys()
+
+
+def test_the_trainer_finds_its_own_collator_in_the_one_that_is_put_around_it(tmp_path):
+    trainer = in_order(tmp_path)
+    own = trainer.data_collator
+    callback = guarded(trainer)
+    ours = trainer.data_collator
+    assert ours is not own
+    assert isinstance(ours, DataCollatorForLanguageModeling)
+    assert ours.pad_token_id == own.pad_token_id
+    assert not hasattr(ours, "tokenizer")
+    ours.pad_to_multiple_of = 8
+    assert own.pad_to_multiple_of == 8
+    ours.active = False
+    example = [{"input_ids": [1, 2], "labels": [1, 2], "domain": "math"}]
+    for again in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert isinstance(again, NamingCollator)
+        assert (again.column, again.active, again.collator.pad_to_multiple_of) == ("domain", False, 8)
+        assert again(example).keys() == own(example).keys()
+        again.active = True
+        assert again(example).keys() == {*own(example), DOMAIN_ID}
+    callback.detach()
+    assert trainer.data_collator is own
