@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -15,25 +16,18 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 
-from interference_guard import checkpoint
-from interference_guard.errors import GuardError, HostError, StateError
+from interference_guard.errors import HostError
 from interference_guard.files import HISTORY
 from interference_guard.guard import Guard
-from interference_guard.handover import compare, compare_regions
 from interference_guard.history import History
 from interference_guard.optimizer import attach
 from interference_guard.probe import Completions, spread
 from interference_guard.recovering import abandon_unserved
 
 from . import batch
+from .checkpoints import Checkpoints
 from .coordinator import Link
 from .settings import RunSettings
-
-ADVICE = (
-    "Set actor_rollout_ref.model.path to the weights of the checkpoint that +guard.state names: its folder "
-    "huggingface, if it was saved with actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,"
-    "hf_model]. verl.model_merger rounds to bf16."
-)
 
 
 class Session:
@@ -54,7 +48,6 @@ class Session:
         self.settings = settings
         self.history: History | None = None
         self._began = 0.0
-        self._former = former
         self.group = engine.get_data_parallel_group()
         self.world = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
@@ -62,7 +55,6 @@ class Session:
         self.fresh = batch.FreshRows()
         # Rows of all ranks in the present update, by domain.
         self._update: dict[str, float] = {}
-        self._failed: GuardError | None = None
         # Steps before this process's first one: later lines of a history are of a run that was cut off.
         self._start = 0
         self.link = Link() if settings.guard.recovery else None
@@ -74,6 +66,8 @@ class Session:
         self.guard.scores_together = self.world > 1
         if self.link is not None:
             self.guard.recoverable = self.link.domains()
+        self.checkpoints = Checkpoints(self.guard, (self.rank, self.world), self._say, former)
+        self.checkpoints.look(settings)
         self.hooks = attach(engine.optimizer, self.guard)
         self._introduce()
 
@@ -91,12 +85,8 @@ class Session:
             StateError: If the state beside the last checkpoint could not be written, where the host's is
                 complete; or if that of a former run cannot be read.
         """
-        if self._former is not None:
-            self._take_over(self._former)
-            self._former = None
-        error, self._failed = self._failed, None
-        if error is not None:
-            raise error
+        if self.checkpoints.begin():
+            self._go_on()
         started = perf_counter()
         temperature = batch.temperature_of(data)
         self.temperature = self.temperature if temperature is None else temperature
@@ -149,63 +139,33 @@ class Session:
 
     # State
 
-    def save(self, folder: Path) -> bool:
-        """Write this rank's state, and the sums by layer and module so far into the history.
+    @contextlib.contextmanager
+    def saving(self, folder: Path) -> Iterator[bool]:
+        """Save this rank's state around the engine's own saving; see `Checkpoints.saving`.
 
-        What cannot be written is said, and an error of all ranks' next step: the trainer's own checkpoint, of
-        which the engine's is a part, is complete only after this.
-
-        Returns:
-            Whether all ranks' states are written.
+        The sums by layer and module so far go into the history.
         """
         if self.settings.folder is not None:
             # All ranks: energies of a sharded model are sums over them. An engine is not told of a run's end.
             places = self.guard.places()
             if self.history is not None:
                 self.history.places(self.guard.steps, places)
-        ranks, failed = dist.get_world_size(), None
-        try:
-            self.guard.save(folder, folders=ranks, place=(self.rank, self.world))
-        except GuardError as error:
-            failed = error
-        found: list[str | None] = [None] * ranks
-        dist.all_gather_object(found, None if failed is None else str(failed))
-        messages = [message for message in found if message is not None]
-        if messages:
-            self._failed = failed or StateError(messages[0])
-            self._say(
-                f"A checkpoint is without the guard's state on {len(messages)} of {ranks} ranks, so a guarded "
-                f"run cannot resume from it: {messages[0]} Former checkpoints are kept, and the next step is an "
-                "error."
-            )
-        return not messages
+        with self.checkpoints.saving(folder) as complete:
+            yield complete
 
     def load(self, folder: Path) -> None:
-        """Read this rank's state, or what belongs to it of the states of another number of ranks.
+        """Read this rank's state; see `Checkpoints.load`."""
+        self.checkpoints.load(folder)
+        self._go_on()
 
-        Raises:
-            StateError: If it is missing, damaged, of another model, or if a rank's folder is missing.
-        """
-        stem = folder.name.rstrip("0123456789")
-        checkpoint.load_own(
-            self.guard,
-            lambda rank: folder.with_name(f"{stem}{rank}"),
-            dist.get_rank(),
-            dist.get_world_size(),
-            (self.rank, self.world),
-        )
-        # A run that had trained nothing yet, as veRL's critic_warmup lets it, still has to begin with it.
-        if self.guard.steps or self.guard.domains:
-            self._former = None
+    def resume(self, folder: Path) -> None:
+        """Read this rank's state beside weights that the engine has just read; see `Checkpoints.resume`."""
+        self.checkpoints.resume(folder)
+        self._go_on()
+
+    def _go_on(self) -> None:
         self._start = self.guard.steps
         self._tell()
-
-    def _take_over(self, folder: Path) -> None:
-        """Read the state of a former run, and see whether the weights are those that it was saved beside."""
-        self.load(folder)
-        where = f"saved beside {folder}"
-        if not compare(checkpoint.weights_beside(folder), self.guard.view, where, ADVICE):
-            compare_regions(self.guard, where, ADVICE)
 
     # Parts
 
@@ -264,8 +224,11 @@ class Session:
     def _introduce(self) -> None:
         config = self.guard.config
         count = sum(parameter.numel() for parameter in self.engine.module.parameters() if parameter.requires_grad)
+        # Ranks of sequence parallelism share their rows.
+        size = dist.get_world_size()
+        ranks = f"{size} ranks" + (f" (data-parallel size {self.world})" if self.world < size else "")
         self._say(
-            f"guards {count:,} parameters of {type(self.engine).__name__} on {self.world} ranks: budget "
+            f"guards {count:,} parameters of {type(self.engine).__name__} on {ranks}: budget "
             f"{config.budget}, rank {config.rank}, domains by {config.domain_column!r}, "
             f"recovery {'on' if config.recovery else 'off'}."
         )

@@ -62,11 +62,13 @@ class RunSettings:
         guard: Its own settings.
         folder: Where the run writes its checkpoints, and the guard its history; None where nothing says so.
         state: The engine's folder of a checkpoint, whose guard's state a new run begins with.
+        resume_mode: Whether the trainer looks for a checkpoint to go on from; None where nothing says so.
     """
 
     guard: GuardConfig
     folder: str | None = None
     state: str | None = None
+    resume_mode: str | None = None
 
     @classmethod
     def of(cls, config: DictConfig) -> RunSettings:
@@ -81,10 +83,9 @@ class RunSettings:
                 "verl.experimental.fully_async_policy is not supported: it draws single prompts, and hands on "
                 "none of the columns that could hold their domain. Train with verl.trainer.main_ppo."
             )
-        names = ("trainer.default_local_dir", f"{NODE}.{STATE}")
+        names = ("trainer.default_local_dir", f"{NODE}.{STATE}", "trainer.resume_mode")
         found = [OmegaConf.select(config, name, default=None) for name in names]
-        folder, state = (None if path is None else str(path) for path in found)
-        return cls(guard, folder, state)
+        return cls(guard, *(None if value is None else str(value) for value in found))
 
 
 def warn_unguarded(config: DictConfig) -> None:

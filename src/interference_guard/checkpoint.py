@@ -9,7 +9,6 @@ is found before anything is taken over.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from .errors import StateError
 from .files import DETAILS, TENSORS, beside, digest
-from .handover import checksums
+from .handover import check_resumed, checksums, piece_checksums
 from .origin import check, same_blocks, shards_of
 from .packing import BROKEN, incomplete, pack
 from .recut import Part, check_moment, recut, restore
+from .written import Written, unwritten
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -45,6 +45,25 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         StateError: If the files cannot be written, for instance on a full disk, or ranks that hold the same
             weights and each their own completions would write the same files. Earlier files stay.
     """
+    write(guard, directory, folders, place).publish()
+
+
+def write(
+    guard: Guard,
+    directory: Path,
+    folders: int = 1,
+    place: tuple[int, int] | None = None,
+    save_id: str | None = None,
+) -> Written:
+    """Write a guard's state under temporary names, flushed; errors are those of `save`.
+
+    Args:
+        guard: As for `save`.
+        directory: As for `save`.
+        folders: As for `save`.
+        place: As for `save`.
+        save_id: The same on all ranks and another at each saving, by which files of two of them are told apart.
+    """
     if folders == 1 and place is None:
         _check_writers(guard)
     packed = pack(guard, folders, place)
@@ -54,25 +73,29 @@ def save(guard: Guard, directory: Path, folders: int = 1, place: tuple[int, int]
         for name, tensor in packed["tensors"].items()
     }
     names = file_names(guard)
-    written = [beside(directory / name) for name in names]
+    files = [beside(directory / name) for name in names]
+    written = Written(directory, files, names)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, written[0])
+        save_file(tensors, files[0])
         details = dict(packed["details"])
-        details["tensor_bytes"] = written[0].stat().st_size
-        details["tensor_sha256"] = digest(written[0])
+        details["tensor_bytes"] = files[0].stat().st_size
+        details["tensor_sha256"] = digest(files[0])
         details["weights"] = checksums(guard.view)
-        written[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
-        _move(directory, written, names)
+        details["pieces"] = piece_checksums(guard.view)
+        if save_id is not None:
+            details["save_id"] = save_id
+        files[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
+        for path in files:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
-        raise StateError(
-            f"The guard's state could not be written to {directory}: {error}. The checkpoint of the host is "
-            "not touched. Free space or choose another folder, then save again."
-        ) from error
-    finally:
-        for path in written:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        written.drop()
+        raise unwritten(directory, error) from error
+    except BaseException:
+        written.drop()
+        raise
+    return written
 
 
 def _check_writers(guard: Guard) -> None:
@@ -85,27 +108,6 @@ def _check_writers(guard: Guard) -> None:
             "different parts, by which files are named: in one folder they would overwrite each other. Give each "
             "rank a folder of its own: guard.save(folder / str(rank), folders=ranks, place=(rank, ranks))."
         )
-
-
-def _move(directory: Path, written: Sequence[Path], names: Sequence[str]) -> None:
-    """Flush both files and put them in place; where the second cannot be, the first is what it was before."""
-    for path in written:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    tensors, before = directory / names[0], beside(directory / f"{names[0]}.old")
-    # Of a process that was killed here, whose number came again.
-    before.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        # Nothing to keep, or a file system without links.
-        os.link(tensors, before)
-    try:
-        os.replace(written[0], tensors)
-        os.replace(written[1], directory / names[1])
-    except BaseException:
-        if before.exists():
-            os.replace(before, tensors)
-        raise
-    before.unlink(missing_ok=True)
 
 
 def file_names(guard: Guard) -> tuple[str, str]:
@@ -122,7 +124,7 @@ def load(
     directory: Path,
     ranks: Sequence[Path] | None = None,
     place: tuple[int, int] | None = None,
-) -> None:
+) -> str | None:
     """Read what `save` wrote into `directory`, by as many ranks as there are now or by others.
 
     Args:
@@ -132,6 +134,9 @@ def load(
             another number of them than now; by default all files lie in `directory`.
         place: This rank and their number, among those that keep completions; by default among those that the
             model is sharded over.
+
+    Returns:
+        The `save_id` that it was written with.
 
     Raises:
         StateError: If a file is missing, damaged, or of another model or other settings.
@@ -143,8 +148,7 @@ def load(
     files = _details_files(guard, directory)
     if ranks is None and own in files and _is_own(guard, _read_details(guard, own)):
         check_moment([_read_details(guard, path) for path in files])
-        _take(guard, _read(guard, own))
-        return
+        return _take(guard, _read(guard, own))
     paths = [
         path for folder in ([directory] if ranks is None else ranks) for path in _details_files(guard, folder)
     ]
@@ -154,11 +158,14 @@ def load(
         part = recut(guard, [_read(guard, path) for path in paths], place)
     except BROKEN as error:
         raise incomplete(error) from error
-    _take(guard, part)
+    return _take(guard, part)
 
 
-def _take(guard: Guard, part: Part) -> None:
-    restore(guard, {"details": part[0], "tensors": part[1]})
+def _take(guard: Guard, part: Part) -> str | None:
+    details, tensors = part
+    restore(guard, {"details": details, "tensors": tensors})
+    found: str | None = details.get("save_id")
+    return found
 
 
 def load_own(
@@ -167,7 +174,7 @@ def load_own(
     rank: int,
     world: int,
     place: tuple[int, int] | None = None,
-) -> None:
+) -> str | None:
     """Read this rank's state where every rank saved into a folder of its own.
 
     Args:
@@ -178,19 +185,46 @@ def load_own(
             and shared out anew.
         place: As for `load`; by default this rank among all.
 
+    Returns:
+        As `load`.
+
     Raises:
         StateError: As `load`.
     """
-    # Without a shared disk a rank sees the folders of its own machine alone, and asks its own.
-    first, own = folder_of(0), folder_of(rank)
-    saved = _folders(first if first.is_dir() else own, world)
     place = place or (rank, world)
-    alone = saved == world and _is_part_of(guard, own, place)
-    folders = [folder_of(item) for item in range(saved)]
+    folders, alone = _folders_to_read(guard, folder_of, rank, world, place)
     if alone:
         # Each rank looks at all that it sees, so that all of them refuse.
         check_moment([_read_details(guard, path) for folder in folders for path in _details_files(guard, folder)])
-    load(guard, own, None if alone else folders, place)
+    return load(guard, folder_of(rank), None if alone else folders, place)
+
+
+def look_own(
+    guard: Guard,
+    folder_of: Callable[[int], Path],
+    rank: int,
+    world: int,
+    place: tuple[int, int] | None = None,
+) -> None:
+    """Check what `load_own` would read as far as can be told without it; arguments and errors are the same."""
+    folders, alone = _folders_to_read(guard, folder_of, rank, world, place or (rank, world))
+    own = folder_of(rank) / file_names(guard)[1]
+    paths = [path for folder in folders for path in _details_files(guard, folder)]
+    if (alone and own not in paths) or not paths:
+        raise _missing(own)
+    check_moment([_read_details(guard, path) for path in paths], complete=not alone)
+    for path in [own] if alone else paths:
+        _tensors_of(path)
+
+
+def _folders_to_read(
+    guard: Guard, folder_of: Callable[[int], Path], rank: int, world: int, place: tuple[int, int]
+) -> tuple[list[Path], bool]:
+    """The folders of all ranks that saved, and whether this rank's own is all that it needs."""
+    # Without a shared disk a rank sees the folders of its own machine alone, and asks its own.
+    first, own = folder_of(0), folder_of(rank)
+    saved = _folders(first if first.is_dir() else own, world)
+    return [folder_of(item) for item in range(saved)], saved == world and _is_part_of(guard, own, place)
 
 
 def weights_beside(directory: Path) -> dict[str, str] | None:
@@ -200,6 +234,25 @@ def weights_beside(directory: Path) -> dict[str, str] | None:
         return None
     found: dict[str, str] | None = json.loads(path.read_text(encoding="utf-8")).get("weights")
     return found
+
+
+def check_weights(guard: Guard, directory: Path, advice: str) -> None:
+    """Check that weights a host has just read are those that the state beside them was saved with.
+
+    Says nothing where it cannot be known: of a state by other ranks, and of one from before there were checksums.
+
+    Args:
+        guard: The guard of a run that is resumed.
+        directory: This rank's folder, from which its state was read.
+        advice: What to do where they are others.
+
+    Raises:
+        StateError: If they are others.
+    """
+    path = directory / file_names(guard)[1]
+    details = _read_details(guard, path) if path.is_file() else {}
+    if details.get("shards", [0, 1]) == shards_of(guard):
+        check_resumed(details, guard.view, directory, advice)
 
 
 def _is_part_of(guard: Guard, directory: Path, place: tuple[int, int]) -> bool:
@@ -242,10 +295,7 @@ def _details_files(guard: Guard, directory: Path) -> list[Path]:
 
 def _read(guard: Guard, path: Path) -> Part:
     """One rank's details and tensors, checked but for its number."""
-    details = _read_details(guard, path)
-    tensors_path = path.with_suffix(Path(TENSORS).suffix)
-    if not tensors_path.is_file():
-        raise _missing(tensors_path)
+    details, tensors_path = _read_details(guard, path), _tensors_of(path)
     size = tensors_path.stat().st_size
     if size != details.get("tensor_bytes") or digest(tensors_path) != details.get("tensor_sha256"):
         raise StateError(
@@ -256,6 +306,14 @@ def _read(guard: Guard, path: Path) -> Part:
         return details, load_file(tensors_path)
     except (OSError, SafetensorError) as error:
         raise StateError(f"{tensors_path} is damaged: {error}. Resume from another checkpoint.") from error
+
+
+def _tensors_of(path: Path) -> Path:
+    """The tensor file that belongs to a JSON file."""
+    found = path.with_suffix(Path(TENSORS).suffix)
+    if not found.is_file():
+        raise _missing(found)
+    return found
 
 
 def _read_details(guard: Guard, path: Path) -> dict[str, Any]:
@@ -272,6 +330,6 @@ def _read_details(guard: Guard, path: Path) -> dict[str, Any]:
 def _missing(path: Path) -> StateError:
     return StateError(
         f"{path} does not exist. A guard's state is {DETAILS} and {TENSORS} side by side, a pair for "
-        "each rank of a sharded model; resume from a checkpoint that was saved with the guard "
-        "attached, or start without resuming."
+        "each rank of a sharded model. Take a checkpoint that was saved with the guard attached, or begin "
+        "without the guard's state."
     )

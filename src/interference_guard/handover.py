@@ -6,11 +6,12 @@ import math
 import warnings
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .errors import StateError
 from .model_view import ModelView
 from .stepping import follow
 
@@ -37,9 +38,20 @@ def checksums(view: ModelView) -> dict[str, str] | None:
     if view.shards.sharded:
         return None
     # DeepSpeed's parameters as it saves them, and not the fp32 weights behind them.
-    whole = view.parameters if view.zero is not None else view.pieces()
+    return _checksums(view.parameters if view.zero is not None else view.pieces())
+
+
+def piece_checksums(view: ModelView) -> dict[str, str] | None:
+    """The same of what lies on this rank, of a model that ranks share; None of another, and with DeepSpeed."""
+    return _checksums(view.pieces()) if view.shards.sharded and view.zero is None else None
+
+
+def _checksums(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    if any(tensor.is_pinned() for tensor in weights.values()):
+        # Engines that offload weights do not wait for the copy.
+        torch.accelerator.synchronize()
     # Before training an engine may have put the weights away.
-    return {name: _checksum(tensor.detach()) for name, tensor in whole.items() if tensor.device.type != "meta"}
+    return {name: _checksum(tensor.detach()) for name, tensor in weights.items() if tensor.device.type != "meta"}
 
 
 def compare(before: Mapping[str, str] | None, view: ModelView, where: str, advice: str = TRAINERS) -> bool:
@@ -57,17 +69,45 @@ def compare(before: Mapping[str, str] | None, view: ModelView, where: str, advic
     after = checksums(view) if before else None
     if not before or after is None:
         return False
-    # A model in another number format is rounded anew.
-    pairs = [(name, before[name], found) for name, found in after.items() if name in before]
-    known = [(name, a, b) for name, a, b in pairs if a.rpartition(" ")[0] == b.rpartition(" ")[0]]
-    other = [name for name, a, b in known if a != b]
+    known, other = _compared(before, after)
     if other:
         warnings.warn(
-            f"The weights are not those {where}: {len(other)} of {len(known)} parameters differ, for instance "
+            f"The weights are not those {where}: {len(other)} of {known} parameters differ, for instance "
             f"{other[0]!r}. What the guard knows is of those before. {advice}",
             stacklevel=5,
         )
     return bool(known)
+
+
+def check_resumed(details: Mapping[str, Any], view: ModelView, where: object, advice: str) -> None:
+    """Check weights that were read from a checkpoint against what the state in it says of them.
+
+    Args:
+        details: Of a state that was saved by ranks that held the same parts.
+        view: The model, with the weights of the checkpoint.
+        where: The folder of the state.
+        advice: What to do where they are others.
+
+    Raises:
+        StateError: If they are others than those it was saved beside.
+    """
+    for before, now in ((details.get("weights"), checksums), (details.get("pieces"), piece_checksums)):
+        after = now(view) if before else None
+        known, other = _compared(before or {}, after or {})
+        if other:
+            raise StateError(
+                f"The guard's state in {where} was saved beside other weights than its checkpoint holds: "
+                f"{len(other)} of {known} parameters differ, for instance {other[0]!r}. One of the two is of "
+                f"another attempt at the same step. {advice}"
+            )
+
+
+def _compared(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[int, list[str]]:
+    """How many parameters can be compared, and which of them differ."""
+    pairs = [(name, before[name], found) for name, found in after.items() if name in before]
+    # A model in another number format is rounded anew.
+    known = [(name, a, b) for name, a, b in pairs if a.rpartition(" ")[0] == b.rpartition(" ")[0]]
+    return len(known), [name for name, a, b in known if a != b]
 
 
 def compare_regions(guard: Guard, where: str, advice: str) -> None:

@@ -139,12 +139,15 @@ def check_moment(details: Sequence[Mapping[str, Any]], *, complete: bool = False
     """
     ranks = [tuple(item.get("shards", (0, 1))) for item in details]
     worlds, steps = {world for _, world in ranks}, {item.get("steps") for item in details}
+    # A step that was trained a second time is of another moment.
+    saves = {item.get("save_id") for item in details}
     missing = sorted(set(range(max(worlds))) - {rank for rank, _ in ranks}) if complete else []
-    if len(worlds) > 1 or len(steps) > 1 or missing:
+    if len(worlds) > 1 or len(steps) > 1 or len(saves) > 1 or missing:
+        attempts = f" of {len(saves)} attempts" if len(saves) > 1 else ""
         raise StateError(
             f"The guard's files are not those of all ranks at one moment: they are ranks {sorted(ranks)} at "
-            f"steps {sorted(steps, key=str)}, rank {missing or 'none'} is missing. Put the files of every rank "
-            "of one checkpoint there, or resume with as many ranks as before."
+            f"steps {sorted(steps, key=str)}{attempts}, rank {missing or 'none'} is missing. Put the files of "
+            "every rank of one checkpoint there, or resume with as many ranks as before."
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from interference_guard import Guard, StateError
-from interference_guard.checkpoint import load_own
+from interference_guard.checkpoint import load_own, look_own
 from tests.unit.helpers import CONFIG, Toy, rollout, step_by_hand, two_ranks
 
 
@@ -92,6 +92,23 @@ def test_files_of_runs_that_trained_other_domains_are_refused(tmp_path):
     begun(tmp_path, forgets=1)
     with pytest.raises(StateError, match=r"know different domains, \[\['code', 'math'\], \['math'\]\]"):
         load_own(Guard(Toy(), CONFIG), folder_of(tmp_path), 0, 1)
+
+
+def test_what_cannot_be_read_is_found_without_reading_it(tmp_path):
+    begun(tmp_path)
+    guard = Guard(Toy(), CONFIG)
+    for rank, world in ((0, 2), (1, 2), (0, 1)):
+        look_own(guard, folder_of(tmp_path), rank, world)
+    assert not guard.domains
+    (tmp_path / "rank1/interference_guard.safetensors").unlink()
+    look_own(guard, folder_of(tmp_path), 0, 2)
+    for rank, world in ((1, 2), (0, 1)):
+        with pytest.raises(StateError, match=r"rank1/interference_guard\.safetensors does not exist"):
+            look_own(guard, folder_of(tmp_path), rank, world)
+    with pytest.raises(StateError, match="made with rank=8"):
+        look_own(Guard(Toy(), replace(CONFIG, rank=4)), folder_of(tmp_path), 0, 2)
+    with pytest.raises(StateError, match="saved with the guard attached, or begin without"):
+        look_own(guard, folder_of(tmp_path / "none"), 0, 2)
 
 
 def test_ranks_that_share_their_rows_from_now_on_get_the_same(tmp_path):

@@ -1,13 +1,15 @@
 """Whether weights are those that a state was saved beside."""
 
 import dataclasses
+import json
 import warnings
 
 import pytest
 import torch
 
-from interference_guard import Guard
-from interference_guard.checkpoint import weights_beside
+from interference_guard import Guard, StateError
+from interference_guard.checkpoint import check_weights, weights_beside
+from interference_guard.files import DETAILS
 from interference_guard.handover import compare, compare_regions
 from tests.unit.helpers import CONFIG, Toy, guarded, train
 
@@ -74,3 +76,29 @@ def test_a_domain_that_was_being_trained_was_not_held(trained):
         warnings.simplefilter("error")
         compare_regions(guard, "saved", "")
     assert torch.isfinite(guard.domains["math"].radius)
+
+
+def test_other_weights_than_the_states_in_one_checkpoint_are_refused(trained):
+    model, _, folder = trained
+    check_weights(read(model, folder), folder, "Take another.")
+    # Of a run in another number format nothing is known.
+    check_weights(read(Toy(1).to(torch.bfloat16), folder), folder, "Take another.")
+    guard = read(Toy(1), folder)
+    with pytest.raises(StateError, match=r"beside other weights.* parameters differ.*another attempt.* another\.$"):
+        check_weights(guard, folder, "Take another.")
+    # As of a release that noted none.
+    change_details(folder, weights=None)
+    check_weights(guard, folder, "Take another.")
+
+
+def test_a_state_of_other_ranks_says_nothing_of_these_weights(trained):
+    guard, folder = read(Toy(1), trained[2]), trained[2]
+    change_details(folder, shards=[0, 2])
+    check_weights(guard, folder, "Take another.")
+    (folder / DETAILS).unlink()
+    check_weights(guard, folder, "Take another.")
+
+
+def change_details(folder, **values):
+    path = folder / DETAILS
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

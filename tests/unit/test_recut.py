@@ -62,6 +62,18 @@ def test_parts_of_two_moments_are_refused(trained):
         guard.load(folder, [folder, later])
 
 
+def test_parts_of_two_attempts_at_one_step_are_refused(trained):
+    _, guard, folder = trained
+    first, second = (
+        changed(folder, name, lambda details, name=name: details.update(save_id=name)) for name in ("a", "b")
+    )
+    guard.load(first, [first])
+    # One of before there were such numbers is of another moment, too.
+    for other in (second, folder):
+        with pytest.raises(StateError, match=r"at steps \[6\] of 2 attempts"):
+            guard.load(first, [first, other])
+
+
 def test_without_any_part_the_file_is_named(trained, tmp_path):
     _, guard, _ = trained
     with pytest.raises(StateError, match=r"interference_guard\.json does not exist"):

@@ -22,12 +22,12 @@ def model(tmp_path_factory):
     return host.write_model(tmp_path_factory.mktemp("model"))
 
 
-def two_ranks(model, out, plan, *begun):
+def two_ranks(model, out, plan, *begun, module="rank"):
     """Start two ranks and wait for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.verl.rank"]
+    command = [sys.executable, "-m", f"tests.verl.{module}"]
     with contextlib.ExitStack() as opened:
         ranks = []
         for rank in range(2):
@@ -140,3 +140,7 @@ def test_a_missing_ranks_folder_is_an_error(two, model, tmp_path):
         made.engine.interference.load(tmp_path / "a/interference_guard_rank0")
     with pytest.raises(StateError, match=r"rank \[1\] is missing"):
         made.engine.interference.load(tmp_path / "b/interference_guard_rank0")
+
+
+def test_ranks_refuse_together_what_is_of_several_attempts(model, tmp_path):
+    two_ranks(model, tmp_path, [], module="attempts")

@@ -1,12 +1,15 @@
 """What a run leaves behind and what the next one begins with: its state, its checkpoints, and its weights."""
 
+import shutil
 import warnings
 
 import pytest
 
-from interference_guard import StateError
+from interference_guard import GuardConfig, StateError
 from interference_guard.errors import UnsupportedError
 from interference_guard.integrations.verl import engine
+from interference_guard.integrations.verl.checkpoints import Checkpoints
+from interference_guard.integrations.verl.settings import RunSettings
 from tests.verl import host
 
 PLAN = ["math"] * 3 + ["code"] * 2
@@ -86,6 +89,71 @@ def test_the_last_good_state_stays_where_the_next_cannot_be_written(model, tmp_p
         host.train(made, PLAN[2:3], start=2)
     made.save_checkpoint(str(folders[2]), global_step=3, max_ckpt_to_keep=1)
     assert [folder.exists() for folder in folders] == [False, False, True]
+
+
+class Killed(BaseException):
+    """In the place of a signal."""
+
+
+@pytest.mark.parametrize("when", ["before", "within", "after"])
+def test_a_checkpoint_that_is_saved_again_has_no_state_of_the_first_attempt(model, tmp_path, monkeypatch, when):
+    """Steps of a run that was cut off are trained again, with other rows, and saved into the same folder."""
+    first, second = host.worker(model, host.SMALL), host.worker(model, host.SMALL)
+    host.train(first, PLAN[:1])
+    first.save_checkpoint(str(tmp_path), global_step=1)
+    host.train(second, PLAN[:1], start=50)
+
+    def dies(*arguments, **named):
+        raise Killed
+
+    name = {
+        "before": "interference_guard.checkpoint.save_file",
+        "within": "verl.utils.checkpoint.fsdp_checkpoint_manager.FSDPCheckpointManager.save_checkpoint",
+        "after": "interference_guard.written.Written.publish",
+    }[when]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(name, dies)
+        second.save_checkpoint(str(tmp_path), global_step=1)
+    made = host.worker(model, host.SMALL)
+    with pytest.raises(StateError, match="saved with the guard attached"):
+        made.load_checkpoint(str(tmp_path), del_local_after_load=False)
+    second.save_checkpoint(str(tmp_path), global_step=1)
+    made.load_checkpoint(str(tmp_path), del_local_after_load=False)
+    assert made.engine.interference.guard.steps == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": 4}, {"model_dtype": "bf16"}])
+def test_weights_of_another_attempt_than_the_state_are_refused(model, tmp_path, options):
+    for name, start in (("first", 0), ("second", 50)):
+        made = host.worker(model, host.SMALL, **options)
+        host.train(made, PLAN[:2], start=start)
+        made.save_checkpoint(str(tmp_path / name), global_step=2)
+    made.load_checkpoint(str(tmp_path / "first"), del_local_after_load=False)
+    state = "interference_guard_rank0"
+    shutil.rmtree(tmp_path / "first" / state)
+    shutil.copytree(tmp_path / "second" / state, tmp_path / "first" / state)
+    with pytest.raises(StateError, match=r"beside other weights than its checkpoint holds.*resume_from_path"):
+        made.load_checkpoint(str(tmp_path / "first"), del_local_after_load=False)
+
+
+def test_a_former_runs_state_is_looked_at_before_anything_is_trained(model, former, tmp_path):
+    guard = host.worker(model, host.SMALL).engine.interference.guard
+    fresh = RunSettings(GuardConfig(), str(tmp_path), resume_mode="auto")
+
+    def look(folder, settings=fresh):
+        Checkpoints(guard, (0, 1), str, folder).look(settings)
+
+    look(None)
+    look(former[1] / "interference_guard_rank0")
+    gone = tmp_path / "gone/interference_guard_rank0"
+    for settings in (fresh, RunSettings(GuardConfig(), resume_mode="disable")):
+        with pytest.raises(StateError, match="does not exist.*begin without the guard's state"):
+            look(gone, settings)
+    # A run that is resumed has a state of its own, whatever became of the former one's.
+    look(gone, RunSettings(GuardConfig(), str(tmp_path), resume_mode="resume_path"))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "global_step_3").mkdir()
+    look(gone)
 
 
 def test_another_model_than_the_states_is_told(model, former):
