@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from interference_guard.checkpoint import load_own
 from interference_guard.errors import StateError
 from interference_guard.files import DETAILS
 from interference_guard.guard import Guard
+from interference_guard.written import withdraw
 
 from .seams import Seams
 
@@ -58,6 +60,10 @@ class Checkpoints:
 
     def _save(self, method: Any) -> Any:
         def save(directory: str, *args: Any, **kwargs: Any) -> Any:
+            # Of an earlier attempt at this step; the weights of this one are written by now. What cannot be
+            # deleted cannot be replaced either, which is reported below.
+            with contextlib.suppress(StateError):
+                withdraw(_folder(directory, self.trainer.accelerator.process_index))
             result = method(directory, *args, **kwargs)
             try:
                 self.save(directory)

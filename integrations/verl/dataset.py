@@ -13,6 +13,7 @@ from interference_guard.rehearsal import check_active_share
 
 from .batch import CARRIER
 from .coordinator import Link, launch
+from .domain_settings import check_names
 from .drawing import check_drawing
 from .order import DomainOrder
 from .settings import DOMAIN_COLUMN, RunSettings, warn_unguarded
@@ -31,9 +32,9 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
     each batch is of domains that were trained before, which stay protected.
 
     Raises:
-        ConfigError: If the data is shuffled or read by other processes, if a step of the run is not one batch of
-            it, if validation reads the same files, if the trainer is one that is not supported, or if the order
-            cannot be served.
+        ConfigError: If a setting that begins with `domain` is unknown, if the data is shuffled or read by other
+            processes, if a step of the run is not one batch of it, if validation reads the same files, if the
+            trainer is one that is not supported, or if the order cannot be served.
         MissingDomainError: If a row has no domain.
     """
 
@@ -44,6 +45,7 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         self._link: Link | None = None
         if _listed(self.original_data_files) != _listed(config.train_files):
             return
+        check_names(config)
         if _listed(config.get("val_files")) == _listed(config.train_files):
             raise ConfigError(
                 f"data.val_files are data.train_files, {_listed(config.train_files)}: DomainDataset tells the "

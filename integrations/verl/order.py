@@ -137,6 +137,11 @@ class DomainOrder:
         if batches is None:
             counts = {name: len(self.rows[name]) // self.prompts for name in names}
         elif isinstance(batches, Mapping):
+            if unknown := [name for name in batches if name not in self.rows]:
+                raise ConfigError(
+                    f"data.domain_batches names {unknown!r}, and data.train_files holds rows of "
+                    f"{sorted(self.rows)}. Take one of these names, or leave it out."
+                )
             counts = {name: batches.get(name, 0) for name in names}
         else:
             counts = dict.fromkeys(names, batches)

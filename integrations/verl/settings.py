@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError
 
+from .domain_settings import check_reader
+
 NODE = "guard"
 # Of the node what is a path and no setting of the guard.
 STATE = "state"
@@ -129,13 +131,18 @@ def remember(config: Any) -> None:
     """Take the settings from a part of the run's configuration; parts know the whole they belong to.
 
     Anything else than such a part is left alone.
+
+    Raises:
+        ConfigError: As `RunSettings.of`, and if no data set of the run reads its settings of an order.
     """
     global _found
     if not isinstance(config, DictConfig):
         return
     whole = config._get_root()
     if isinstance(whole, DictConfig) and "actor_rollout_ref" in whole:
-        _found = RunSettings.of(whole)
+        found = RunSettings.of(whole)
+        check_reader(whole)
+        _found = found
 
 
 def recall() -> RunSettings:

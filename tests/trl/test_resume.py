@@ -57,6 +57,18 @@ class TestSaving:
         mine = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
         assert mine == theirs
 
+    def test_a_full_disk_leaves_no_state_of_an_earlier_attempt(self, tmp_path, monkeypatch):
+        _, folder = self.saved(tmp_path)
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
+        with pytest.raises(StateError, match="No space left on device"):
+            self.saved(tmp_path)
+        assert (folder / "optimizer.pt").is_file()
+        assert not any(folder.glob("interference_guard*"))
+
     def test_the_state_lies_beside_the_checkpoint(self, tmp_path):
         _callback, folder = self.saved(tmp_path)
         assert (folder / DETAILS).is_file()

@@ -103,6 +103,12 @@ def data(tmp_path, *overrides):
     return whole.data, path
 
 
+def test_a_misspelt_setting_of_the_order_is_refused(tmp_path):
+    config, path = data(tmp_path, "+data.domain_ordre=[gcd]")
+    with pytest.raises(ConfigError, match=r"data\.domain_ordre is not .* Did you mean data\.domain_order\?"):
+        DomainDataset([path], SimpleNamespace(), config)
+
+
 def test_one_file_for_training_and_validation_is_refused(tmp_path):
     config, path = data(tmp_path, f"data.val_files={tmp_path}/rows.parquet")
     with pytest.raises(ConfigError, match=r"data\.val_files are data\.train_files"):

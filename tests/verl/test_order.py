@@ -121,6 +121,10 @@ def test_a_domain_without_rows_cannot_recover():
         ({"order": "random"}, "domain_order='random' is not allowed"),
         ({"order": ["art"]}, r"domain_order=\['art'\] is not allowed"),
         ({"prompts": 5}, "'code' has 4 rows and would get 0 batches of 5"),
+        (
+            {"order": ["math"], "batches": {"math": 2, "cod": 5}},
+            r"domain_batches names \['cod'\], .* rows of \['code', 'math'\]",
+        ),
         ({"batches": {"math": 2}}, "'code' has 4 rows and would get 0 batches"),
     ],
 )

@@ -111,9 +111,10 @@ def test_a_checkpoint_that_is_saved_again_has_no_state_of_the_first_attempt(mode
         "within": "verl.utils.checkpoint.fsdp_checkpoint_manager.FSDPCheckpointManager.save_checkpoint",
         "after": "interference_guard.written.Written.publish",
     }[when]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(name, dies)
-        second.save_checkpoint(str(tmp_path), global_step=1)
+        with pytest.raises(Killed):
+            second.save_checkpoint(str(tmp_path), global_step=1)
     made = host.worker(model, host.SMALL)
     with pytest.raises(StateError, match="saved with the guard attached"):
         made.load_checkpoint(str(tmp_path), del_local_after_load=False)

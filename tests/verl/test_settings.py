@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pickle
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -58,6 +59,29 @@ def test_the_file_holds_every_setting_at_its_default_with_a_comment():
 def test_an_unknown_setting_is_refused_with_the_nearest_name(wrong, near):
     with pytest.raises(ConfigError, match=rf"guard\.{wrong} is not a setting\. Did you mean guard\.{near}\?"):
         settings.RunSettings.of(composed(f"+guard.{wrong}=1"))
+
+
+@pytest.mark.parametrize("name", ["domain_order=[a,b]", "domain_batches=2", "domain_rehearsal=0.25"])
+def test_an_order_that_no_data_set_reads_is_refused(name):
+    with pytest.raises(ConfigError, match=rf"data\.{name.split('=')[0]} is set, .*cls\.name=DomainDataset"):
+        settings.remember(composed(f"+data.{name}").actor_rollout_ref)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "told"),
+    [
+        ("pkg://interference_guard.integrations.verl.dataset", "DomainDataset", False),
+        ("my_rows.py", "MyDomainDataset", False),
+        ("my_rows.py", "MyDataset", True),
+    ],
+)
+def test_a_data_set_that_may_not_read_the_order_is_told(path, name, told, monkeypatch):
+    monkeypatch.setattr(settings, "_found", None)
+    found = composed("+data.domain_batches=2", f"data.custom_cls.path={path}", f"data.custom_cls.name={name}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        settings.remember(found.actor_rollout_ref)
+    assert any("only DomainDataset and its subclasses" in str(item.message) for item in said) is told
 
 
 def test_a_value_out_of_range_is_refused():
