@@ -26,8 +26,8 @@ FORMER = (
     "hf_model]. verl.model_merger rounds to bf16."
 )
 RESUMED = (
-    "Resume from another checkpoint (trainer.resume_mode=resume_path trainer.resume_from_path=...), or train on "
-    "without the guard: +guard.enabled=false."
+    "Resume from another checkpoint (trainer.resume_mode=resume_path trainer.resume_from_path=...), with model "
+    "among actor_rollout_ref.actor.checkpoint.load_contents, or train on without the guard: +guard.enabled=false."
 )
 
 

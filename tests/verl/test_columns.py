@@ -68,6 +68,14 @@ def test_probes_take_the_smaller_batches_and_no_rows_in_vain(model, monkeypatch)
     assert seen == [(5, 5), (16, 8)]
 
 
+def test_ranks_that_share_their_rows_are_counted(model, monkeypatch, capsys):
+    session = host.worker(model, host.SMALL).engine.interference
+    assert "on 1 ranks: budget" in capsys.readouterr().out
+    monkeypatch.setattr(host.dist, "get_world_size", lambda group=None: 2)
+    session._introduce()
+    assert "on 2 ranks (data-parallel size 1): budget" in capsys.readouterr().out
+
+
 def test_a_new_run_begins_with_the_state_of_a_former_one(model, tmp_path):
     former = host.worker(model, host.SMALL)
     host.train(former, ["math"] * 3 + ["code"] * 2)
