@@ -16,6 +16,7 @@ from .collating import DOMAIN_ID, WIDTH, NamingCollator, unnamed, unpack
 from .completions import generated, labelled, sampling_temperature
 from .engines import reduce
 from .evaluation import EvaluationRounds
+from .rewards import takes
 from .rows import DomainTable, check_dataset, missing, named, numbered_ahead
 from .seams import Seams
 
@@ -114,10 +115,17 @@ class PassingRows:
 
     def _calculate(self, method: Any) -> Any:
         def calculate(inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Tensor:
+            column = self.domains.column
+            if self._added and not all(takes(function, column) for function in self.trainer.reward_funcs):
+                # It would not be there without the guard, and every column is handed over by name.
+                inputs = [{key: value for key, value in row.items() if key != column} for row in inputs]
             every: Tensor = method(inputs, prompts, *args, **kwargs)
             weights = self.trainer.reward_weights.to(every.device).unsqueeze(0)
             total = (every * weights).nansum(dim=1)
             total[every.isnan().all(dim=1)] = torch.nan
+            # RLOO alone has it, and takes clipped rewards for its steps and its evaluations; NaN stays NaN.
+            if limits := getattr(self.trainer, "reward_clip_range", None):
+                total = total.clamp(limits[0], limits[1])
             # The trainer gathers rewards over ranks; the first axis is ordered by rank.
             start = self.trainer.accelerator.process_index * len(prompts)
             self._rewards = total[start : start + len(prompts)]

@@ -127,6 +127,15 @@ def for_domain(function: RewardFunction, domain: str, column: str = "domain") ->
     return scored
 
 
+def takes(function: Any, column: str) -> bool:
+    """Whether a reward can be given a column of the rows by its name; a reward model is handed none."""
+    if isinstance(function, torch.nn.Module):
+        return True
+    # Of a wrapper it is its own arguments that count: one by domain reads a column that the function lacks.
+    arguments = inspect.signature(function, follow_wrapped=False).parameters
+    return column in arguments or any(item.kind is item.VAR_KEYWORD for item in arguments.values())
+
+
 class _Share:
     """What of a batch one domain's reward function sees, and how its answers meet the whole batch."""
 
