@@ -166,18 +166,13 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
                 "guards all domains."
             )
         check_engine(trainer.accelerator)
+        self.domains.reserved = frozenset(self.reference or {})
         check_dataset(trainer.train_dataset, self.domains)
         recovery = (
             RecoveryRows(trainer, self.config.domain_column, self.recovery_datasets)
             if self.config.recovery
             else None
         )
-        clash = sorted(set(self.reference or {}) & set(self.domains.names))
-        if clash:
-            raise ConfigError(
-                f"Reference domain {clash[0]!r} is also a domain of the training rows, {self.domains.names}. "
-                "Give the reference a name of its own."
-            )
         known = self.guard.domains if self.guard is not None else {}
         self._reference = {
             name: read(trainer, name, dataset)

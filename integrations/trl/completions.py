@@ -48,8 +48,13 @@ def generated(output: Mapping[str, Any], rewards: Tensor | None, temperature: fl
     )
 
 
-def labelled(batch: Mapping[str, Any]) -> Completions | None:
+def labelled(batch: Mapping[str, Any], count: int) -> Completions | None:
     """Rows of a supervised batch whose labels are scored; None where it holds no ids or labels.
+
+    Args:
+        batch: What the collator made; ids and labels are ``(rows, length)``, or ``(1, tokens)`` without padding
+            between the rows.
+        count: How many rows it was made of.
 
     Raises:
         HostError: If they are about pictures.
@@ -63,18 +68,20 @@ def labelled(batch: Mapping[str, Any]) -> Completions | None:
         places = batch.get("position_ids")
         if not isinstance(places, Tensor):
             return None
-        ids, labels, attention = _apart(ids, labels, places)
+        ids, labels, attention = _apart(ids, labels, places, count)
     scored = (labels != -100).to(torch.int64)
     # Nothing comes before the first token, so nothing foretells it.
     scored[:, 0] = 0
     return Completions(ids, attention, scored)
 
 
-def _apart(ids: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _apart(ids: Tensor, labels: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows that lie one after the other in a padding-free batch, ``(1, tokens)``, padded: ids, labels, mask."""
     begin = [*(places.flatten() == 0).nonzero().flatten().tolist(), places.numel()]
     lengths = [after - before for before, after in pairwise(begin)]
-    parts = [list(torch.split(tensor.flatten()[begin[0] :], lengths)) for tensor in (ids, labels)]
+    # What fills the batch up to a multiple has position 0 and comes last: each token of it looks like a row.
+    kept = count if all(length == 1 for length in lengths[count:]) else len(lengths)
+    parts = [list(torch.split(tensor.flatten()[begin[0] :], lengths))[:kept] for tensor in (ids, labels)]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     ones = [torch.ones_like(part) for part in parts[0]]
     return pad(parts[0]), pad(parts[1], padding_value=-100), pad(ones)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ class PassingRows:
         self._dataset = self.trainer.train_dataset
         self._rewards: Tensor | None = None
         self._counts: dict[str, float] = {}
-        self._added = False
+        self._added = self._told = False
         seams.wrap("_prepare_inputs", self._prepare_inputs)
         seams.wrap("_set_signature_columns_if_needed", self._keep_column)
         seams.afterwards(self._drop_column)
@@ -188,12 +189,16 @@ class PassingRows:
 
     def _number(self, rows: list[dict[str, Any]], needed: bool = True) -> Tensor:
         several = self.trainer.accelerator.num_processes > 1
+        names = [row.get(self.domains.column) for row in rows]
         if several and (self.generates or not numbered_ahead(self.trainer.train_dataset)):
             from accelerate.utils import gather_object
 
             # A streaming dataset shows new names at different times on different ranks.
-            fresh = [row.get(self.domains.column) for row in rows]
-            self.domains.add(sorted(set(filter(named, gather_object(fresh)))))
+            names = gather_object(names)
+            self.domains.add(sorted(set(filter(named, names))))
+        if needed:
+            # Of all ranks' rows, so that none goes on alone.
+            self.domains.check(names)
         return self.domains.numbers(rows, needed)
 
     def _retain(self, output: Mapping[str, Any], rewards: Tensor | None, numbers: Tensor) -> None:
@@ -205,12 +210,26 @@ class PassingRows:
             self.guard.retain(name, rows.rows(chosen.to(rows.input_ids.device)))
 
     def _retain_labelled(self, batch: Mapping[str, Any], numbers: Tensor) -> None:
-        rows = labelled(batch)
-        if rows is None or len(rows) != len(numbers):
+        rows = labelled(batch, len(numbers))
+        if rows is None:
+            return
+        if len(rows) != len(numbers):
+            self._tell_of_joined_rows(len(rows), len(numbers))
             return
         for name in self.domains.counts(numbers):
             chosen = numbers == self.domains.names.index(name)
             self.guard.retain(name, rows.rows(chosen.to(rows.input_ids.device)))
+
+    def _tell_of_joined_rows(self, found: int, rows: int) -> None:
+        if self._told:
+            return
+        self._told = True
+        warnings.warn(
+            f"The data_collator made {found} sequences of {rows} rows, so nothing tells which domain each is of. "
+            "They are trained and not retained, and a domain that has no others is not measured. Use a collator "
+            "that makes one sequence of each row.",
+            stacklevel=2,
+        )
 
     def _note_evaluation(self, rewards: Tensor, numbers: Tensor) -> None:
         accelerator = self.trainer.accelerator

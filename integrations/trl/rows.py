@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from interference_guard.errors import HostError, MissingDomainError
+from interference_guard.errors import ConfigError, HostError, MissingDomainError
 
 
 class DomainTable:
@@ -21,10 +21,21 @@ class DomainTable:
     def __init__(self, column: str) -> None:
         self.column = column
         self.names: list[str] = []
+        # Of reference domains, which no row that is trained may have.
+        self.reserved: frozenset[str] = frozenset()
 
     def add(self, names: Sequence[str]) -> None:
         """Number names that are new, in the order given."""
         self.names += [name for name in names if name not in self.names]
+
+    def check(self, names: Iterable[object]) -> None:
+        """Raise `ConfigError` where rows that are trained have the name of a reference domain."""
+        clash = sorted(self.reserved.intersection(filter(named, names)))
+        if clash:
+            raise ConfigError(
+                f"Reference domain {clash[0]!r} is also a domain of the training rows. Give the reference a name "
+                "of its own, or leave these rows out."
+            )
 
     def number(self, row: Mapping[str, Any], index: int) -> int:
         """Number of a row's domain.
@@ -90,6 +101,7 @@ def check_dataset(dataset: Any, table: DomainTable) -> list[str]:
     Raises:
         HostError: If there is no dataset, or it has no such column.
         MissingDomainError: If a row's domain is no string, or empty.
+        ConfigError: If it is the name of a reference domain.
     """
     if dataset is None:
         raise HostError("The trainer has no train_dataset. Build the trainer with one, then attach the guard.")
@@ -110,6 +122,7 @@ def check_dataset(dataset: Any, table: DomainTable) -> list[str]:
     unnamed = next((index for index, name in enumerate(names) if not named(name)), None)
     if unnamed is not None:
         raise missing(table.column, unnamed, repr(names[unnamed]), dataset[unnamed])
+    table.check(names)
     table.add(sorted(set(names)))
     return names
 

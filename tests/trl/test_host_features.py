@@ -313,13 +313,15 @@ class TestSupervised:
         trainer.train()
         assert callback.guard.steps == 6
 
-    def test_rows_without_padding_are_measured_apart(self):
+    @pytest.mark.parametrize("filled", [0, 3])
+    def test_rows_without_padding_are_measured_apart(self, filled):
+        # Up to a multiple of a length, as TRL does.
         batch = {
-            "input_ids": torch.tensor([[5, 6, 7, 8, 9]]),
-            "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
-            "labels": torch.tensor([[-100, 6, 7, 8, 9]]),
+            "input_ids": torch.tensor([[5, 6, 7, 8, 9] + [1] * filled]),
+            "position_ids": torch.tensor([[0, 1, 2, 0, 1] + [0] * filled]),
+            "labels": torch.tensor([[-100, 6, 7, 8, 9] + [-100] * filled]),
         }
-        found = labelled(batch)
+        found = labelled(batch, 2)
         assert found.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
         assert found.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
         # Nothing foretells a first token.
@@ -347,7 +349,7 @@ def test_rows_with_pictures_are_refused():
     ids = torch.ones(1, 3, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "pixel_values": torch.ones(1, 3)}
     with pytest.raises(HostError, match="'pixel_values'.*text alone"):
-        labelled(batch)
+        labelled(batch, 1)
     with pytest.raises(HostError, match="'pixel_values'"):
         generated({**batch, "prompt_ids": ids}, None, 1.0)
 

@@ -147,3 +147,32 @@ def test_the_trainer_finds_its_own_collator_in_the_one_that_is_put_around_it(tmp
         assert again(example).keys() == {*own(example), DOMAIN_ID}
     callback.detach()
     assert trainer.data_collator is own
+
+
+def test_rows_that_fill_a_batch_up_to_a_multiple_are_measured(tmp_path):
+    trainer = in_order(tmp_path, padding_free=True, max_length=None, pad_to_multiple_of=8)
+    callback = guarded(trainer)
+    trainer.train()
+    math = callback.guard.domains["math"]
+    assert math.measurable
+    assert len(math.retained) == 6
+
+
+def test_a_collator_that_joins_rows_is_told_once(tmp_path, recwarn):
+    trainer = in_order(tmp_path)
+    collate = trainer.data_collator
+
+    def joined(examples):
+        batch = collate(examples)
+        return {name: values.reshape(1, -1) for name, values in batch.items()}
+
+    trainer.data_collator = joined
+    guarded(trainer)
+    trainer.train()
+    told = [
+        str(item.message)
+        for item in recwarn
+        if "The data_collator made 1 sequences of 2 rows" in str(item.message)
+    ]
+    assert len(told) == 1
+    assert "Use a collator that makes one sequence of each row" in told[0]

@@ -4,7 +4,7 @@ from transformers import TrainerCallback
 
 from interference_guard import ConfigError, HostError, MissingDomainError
 from interference_guard.integrations.trl import InterferenceGuardCallback, route
-from tests.trl.host import CONFIG, StopAt, online, reward, rows, same, weights
+from tests.trl.host import CONFIG, StopAt, online, reward, rows, same, supervised, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -102,6 +102,39 @@ def test_a_reference_named_like_a_trained_domain_is_refused(tmp_path):
     trainer = online("grpo", tmp_path, rows([("math", 12)]))
     with pytest.raises(ConfigError, match="'math' is also a domain of the training rows"):
         InterferenceGuardCallback(trainer, CONFIG, reference={"math": general()})
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_nor_may_its_name_come_up_in_a_stream(kind, tmp_path):
+    data = rows([("math", 4), ("general", 4)]).rename_column("answer", "completion").to_iterable_dataset()
+    if kind == "sft":
+        trainer = supervised(tmp_path, data)
+    else:
+        trainer = online("grpo", tmp_path, data, rewards=lambda completions, **columns: [1.0] * len(completions))
+    callback = guarded(trainer, reference={"general": general()})
+    with pytest.raises(ConfigError, match="'general' is also a domain of the training rows"):
+        trainer.train()
+    assert callback.guard.steps == 2
+    assert callback.guard.domains["general"].reference
+
+
+def test_an_evaluation_may_be_of_a_reference(tmp_path):
+    data = rows([("math", 8), ("general", 2)])
+    trainer = online(
+        "grpo",
+        tmp_path,
+        data.select(range(8)).to_iterable_dataset(),
+        evaluation=data.select(range(8, 10)),
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+        max_steps=2,
+    )
+    callback = guarded(trainer, reference={"general": general()})
+    trainer.train()
+    callback.detach()
+    callback.attach(online("grpo", tmp_path / "b", data.select(range(8)), model=trainer.model))
+    assert callback.guard.domains["general"].true_reward > 0
 
 
 def test_rewards_reach_their_own_domain(tmp_path):
