@@ -42,7 +42,14 @@ class Checkpoints:
         seams.wrap("_load_best_model", self._load_best)
 
     def save(self, directory: str | Path) -> None:
-        """Save this rank's part; each rank retains completions, and may hold weights, of its own."""
+        """Save this rank's part; each rank retains completions, and may hold weights, of its own.
+
+        A step that is over for the trainer is over for the guard too: callbacks that save by themselves, as that
+        of `enable_jit_checkpoint` does, may come before the guard's own, and a resumed run begins after it.
+        """
+        if self.guard.steps > max(self.guard.asked, 0):
+            self.guard.end()
+            self.guard.probe()
         accelerator = self.trainer.accelerator
         place = accelerator.process_index, accelerator.num_processes
         self.guard.save(_folder(directory, place[0]), folders=place[1], place=place)

@@ -67,6 +67,7 @@ class PassingRows:
             check_dataset(self.trainer.train_dataset, self.domains)
             self._dataset = self.trainer.train_dataset
         self._counts = {}
+        self.rounds.begin()
         buffered = getattr(self.trainer, "_buffered_inputs", None)
         if buffered and not all(DOMAIN_ID in batch for batch in buffered):
             self.trainer._buffered_inputs = None

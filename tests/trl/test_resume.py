@@ -1,5 +1,6 @@
 import pytest
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from interference_guard import GuardConfig, HostError, StateError
 from interference_guard.checkpoint import DETAILS, TENSORS
@@ -32,6 +33,55 @@ def test_resume_is_bit_identical(shape, stop, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert callback.guard.steps == 6
     assert same(weights(whole), weights(resumed))
+
+
+class Saving(TrainerCallback):
+    """Saves by itself at the end of a step and ends the run, as the trainer's own does for SIGTERM."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step = trainer, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            control.should_training_stop = True
+
+
+def assert_resumed_is_whole(tmp_path, data, interrupt, **options):
+    """A run that `interrupt` ends goes on to the same weights and regions as one that it does not."""
+    whole = online("grpo", tmp_path, data, **options)
+    expected = guarded(whole)
+    whole.train()
+    first = online("grpo", tmp_path / "b", data, **options)
+    interrupt(first)
+    first.train()
+    resumed = online("grpo", tmp_path / "b", data, **options)
+    found = guarded(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
+    regions = [item.guard.domains["math"].region.state() for item in (expected, found)]
+    assert regions[0] == regions[1]
+
+
+def test_a_callback_before_the_guards_may_save_by_itself(tmp_path):
+    def interrupt(trainer):
+        trainer.add_callback(Saving(trainer, 4))
+        guarded(trainer)
+
+    assert_resumed_is_whole(tmp_path, rows([("math", 4), ("code", 8)]), interrupt)
+
+
+def test_an_evaluation_that_begins_a_resumed_run_is_of_no_other_weights(tmp_path):
+    def interrupt(trainer):
+        guarded(trainer)
+        trainer.add_callback(StopAt(4))
+
+    options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    evaluation = rows([("math", 2), ("code", 2)])
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    assert_resumed_is_whole(
+        tmp_path, rows([("math", 4), ("code", 8)]), interrupt, evaluation=evaluation, **options, **saving
+    )
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 4}
