@@ -87,14 +87,16 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     """Log-probabilities and mean reward of the retained completions, and the reward range over ranks."""
     rows = scored = 0.0
     if state.retained is not None:
-        rows, scored = float(len(state.retained)), float((state.retained.completion_mask != 0).any(1).sum())
+        rows, scored = float(len(state.retained)), float(state.retained.scorable.sum())
     rewarded = state.retained is not None and state.retained.rewards is not None
     every, with_rewards = guard.ranks.totals([scored, rows if rewarded else 0.0], guard.device)
     state.measurable = every > 0
     if not state.measurable:
         warnings.warn(
             f"No completions of domain {state.name!r} with a token to score were retained, so its interference "
-            "cannot be measured: its radius stays what the first foreign step sets. Call guard.retain().",
+            "cannot be measured: its radius stays what the first foreign step sets. Give Guard.retain() such "
+            "rows; in TRL and veRL see that the domain's rows have rewards, or labels in SFT, and are not all cut "
+            "off or masked.",
             stacklevel=6,
         )
         return
@@ -111,10 +113,11 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
         return
     own = state.retained.rewards if state.retained is not None else None
     totals = [sum(total for total, _ in state.recent), sum(count for _, count in state.recent)]
-    total, recent, count = guard.ranks.totals(
-        [0.0 if own is None else doubled(own).sum().item(), *totals], guard.device
+    total, recent, count, unscorable = guard.ranks.totals(
+        [0.0 if own is None else doubled(own).sum().item(), *totals, float(state.unscorable())], guard.device
     )
-    state.retained_reward = total / with_rewards
+    # The rows that were left out were rewarded too, and differently: those that are kept are not all there were.
+    state.retained_reward = recent / count if unscorable and count else total / with_rewards
     if recovered:
         # An evaluation of the anchor before says nothing of this one. What a recovery must reach stays what the
         # domain's own training reached, so that it neither sinks nor rises from phase to phase.

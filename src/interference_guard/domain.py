@@ -80,7 +80,8 @@ class DomainState:
         recent: Sum and number of the rewards of the latest batches of own rollouts, newest last.
         target_reward: Mean reward of those when the domain's own training ended, which a recovery must reach; NaN
             without rewards.
-        retained_reward: Mean reward of the retained rows at the anchor; NaN without rewards.
+        retained_reward: Mean reward of the retained rows at the anchor, or of the batches in `recent` where rows
+            without a token to score were left out; NaN without rewards.
         rollouts: Rewards of the recovery step now made.
         fresh: Whether the probe is of the present anchor, and not of one a few own steps before it.
         interrupted: Whether this anchor stands inside the domain's own training, for another's recovery.
@@ -192,8 +193,15 @@ class DomainState:
         self.pending.append(rows)
         self.kept_at = step
         # Where steps are small it takes more of them, and none that are not needed: the policy was another one.
-        while len(self.pending) > POOL and sum(map(len, self.pending[1:])) >= limit:
+        while len(self.pending) > POOL and self._suffice(self.pending[1:], limit):
             self.pending.pop(0)
+
+    def _suffice(self, parts: list[Completions], limit: int) -> bool:
+        """Whether `limit` of these rows have a token to score, or they are as many as large steps leave."""
+        count = sum(map(len, parts))
+        if not limit <= count < POOL * limit:
+            return count >= limit
+        return sum(int(part.scorable.sum()) for part in parts) >= limit
 
     def discard(self, step: int) -> None:
         """Let go of the rows of a step that proved to be none of the domain's own."""
@@ -202,11 +210,18 @@ class DomainState:
             self.kept_at = -1
 
     def latest(self, limit: int) -> Completions | None:
-        """At most `limit` retained rows, spread over the latest steps; earlier ones of the probe fill up."""
-        rows = join(self.pending).spread(limit) if self.pending else None
+        """At most `limit` retained rows, spread over the latest steps; earlier ones of the probe fill up.
+
+        Rows without a token to score are left out where there are others.
+        """
+        rows = join(self.pending).preferred().spread(limit) if self.pending else None
         if self.retained is None or (rows is not None and len(rows) >= limit):
             return rows
         return self.retained if rows is None else join([self.retained.spread(limit - len(rows)), rows])
+
+    def unscorable(self) -> int:
+        """How many of the rows that wait for the next anchor have no token to score; reads the device."""
+        return sum(int((~part.scorable).sum()) for part in self.pending)
 
     def forget_pending(self) -> None:
         """Begin a new list of retained rows."""

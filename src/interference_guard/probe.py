@@ -130,6 +130,19 @@ class Completions:
             return self
         return self.rows(finite.nonzero().flatten().to(self.input_ids.device))
 
+    @property
+    def scorable(self) -> Tensor:
+        """Whether a row has a token to score, ``(rows,)`` bool."""
+        return (self.completion_mask != 0).any(1)
+
+    def preferred(self) -> Completions:
+        """The rows with a token to score; the same object where all are such, or none.
+
+        The others, of cut off answers for instance, say nothing in a probe.
+        """
+        chosen = self.scorable.nonzero().flatten()
+        return self.rows(chosen) if 0 < len(chosen) < len(self) else self
+
     def spread(self, limit: int) -> Completions:
         """At most `limit` rows, chosen by `spread`; the same object where there are no more."""
         return self if len(self) <= limit else self.rows(spread(len(self), limit))

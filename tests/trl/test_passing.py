@@ -176,3 +176,23 @@ def test_a_collator_that_joins_rows_is_told_once(tmp_path, recwarn):
     ]
     assert len(told) == 1
     assert "Use a collator that makes one sequence of each row" in told[0]
+
+
+def test_answers_that_were_cut_off_leave_the_probe_to_others(tmp_path):
+    data = rows([("math", 16), ("code", 4)])
+    options = {"mask_truncated_completions": True, "max_completion_length": 8, "max_steps": 9}
+    trainer = online("grpo", tmp_path, data, **options)
+    callback = guarded(trainer)
+    retain, masks = callback.guard.retain, []
+
+    def watch(name, completions):
+        masks.extend(completions.completion_mask.any(1).tolist() if name == "math" else [])
+        retain(name, completions)
+
+    callback.guard.retain = watch
+    trainer.train()
+    assert 0 < sum(masks) < len(masks)
+    math = callback.guard.domains["math"]
+    assert len(math.retained) == min(sum(masks), CONFIG.retain)
+    assert math.retained.completion_mask.any(1).all()
+    assert math.measurement is not None

@@ -1,5 +1,7 @@
 """Which completions a domain keeps for its probe."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -138,6 +140,54 @@ def test_rows_of_the_probe_before_fill_up_where_new_ones_are_few():
     assert sorted(set(kept(domain)[:-6])) == sorted(set(before))
     keep(domain, rollouts(11).rows(slice(0, 10)))
     assert min(kept(domain)) == 20
+
+
+def cut_off(rows, places):
+    """The rows with nothing to score at these places, as where a host masks answers that were cut off."""
+    mask = rows.completion_mask.clone()
+    mask[places] = 0
+    return replace(rows, completion_mask=mask)
+
+
+def test_a_probe_is_made_of_rows_that_can_be_scored():
+    domain = state()
+    for step in range(8):
+        keep(domain, cut_off(rollouts(step), slice(0, ANSWERS)))
+    # The second prompt of each of the last four steps.
+    assert sorted(set(kept(domain))) == [9.0, 11.0, 13.0, 15.0]
+    assert len(kept(domain)) == LIMIT
+    few = state()
+    for step in range(40):
+        keep(few, cut_off(rollouts(step).rows(slice(0, 4)), slice(0, 2)))
+    # It takes more steps to find as many of them.
+    assert len(kept(few)) == LIMIT
+    assert few.latest(LIMIT).scorable.all()
+    assert len(few.pending) == LIMIT // 2
+    rare = state()
+    for step in range(400):
+        keep(rare, cut_off(rollouts(step), slice(1, None)))
+    assert sum(map(len, rare.pending)) == POOL * LIMIT
+    assert kept(rare) == [float(PROMPTS * step) for step in range(396, 400)]
+
+
+def test_where_none_can_be_scored_all_are_kept():
+    domain = state()
+    keep(domain, cut_off(rollouts(0), slice(None)))
+    assert len(kept(domain)) == LIMIT
+
+
+def test_the_reward_at_an_anchor_is_of_the_rows_that_were_left_out_too():
+    model, guard, optimizer = guarded(config=GuardConfig(rank=2, sketch=4, retain=LIMIT))
+
+    def worthless(rows):
+        half = len(rows) // 2
+        rewards = torch.cat([torch.zeros(half), torch.ones(len(rows) - half)])
+        return cut_off(replace(rows, rewards=rewards), slice(0, half))
+
+    train(model, guard, optimizer, ["math"] * 3 + ["code"], keep=worthless)
+    math = guard.domains["math"]
+    assert math.retained.rewards.tolist() == [1.0] * len(math.retained)
+    assert math.retained_reward == math.anchor_reward == math.target_reward == 0.5
 
 
 def test_steps_of_turns_are_not_taken_for_parts_of_one():
