@@ -95,8 +95,8 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
         warnings.warn(
             f"No completions of domain {state.name!r} with a token to score were retained, so its interference "
             "cannot be measured: its radius stays what the first foreign step sets. Give Guard.retain() such "
-            "rows; in TRL and veRL see that the domain's rows have rewards, or labels in SFT, and are not all cut "
-            "off or masked.",
+            "rows; in TRL and veRL see that the domain's rows have rewards, or labels in SFT, and are not all "
+            "cut off or masked.",
             stacklevel=6,
         )
         return
