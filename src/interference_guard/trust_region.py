@@ -14,9 +14,6 @@ GROW, SHRINK = 2.0, 0.5
 SURFACE = 0.9
 # Weight an older (raw, loss) pair keeps when a new one arrives.
 MEMORY = 0.7
-# Weight that what truths said keeps at each measurement, beside the belief that measured losses are true. A truth
-# is noisy, and one that came out too low may keep the next from being asked for.
-FADING = 0.9
 # Where the part outside the directions leads, the radius stops at this part of its largest value.
 FLOOR = 1.0 / 16.0
 # Smallest radius in any case, as a part of the largest: far below it, fp32 has no room left.
@@ -158,7 +155,6 @@ class TrustRegion:
             The measurement corrected by the truth, with the prediction that was made for it.
         """
         x = raw.quadratic
-        self.truth_xy, self.truth_xx = FADING * self.truth_xy, FADING * self.truth_xx
         result = found.scaled(self.scale, x, self.predict(raw))
         unit = "nats" if found.ratio == "nats" else "reward"
         if unit != self.unit:
