@@ -350,6 +350,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             except (RuntimeError, ValueError, OSError) as error:
                 # The training is done; a table of a report must not take its result away.
                 warnings.warn(f"The history ends without its sums by layer and module: {error!r}.", stacklevel=2)
+        if self._checkpoints is not None:
+            self._checkpoints.report_late()
 
     # Parts
 

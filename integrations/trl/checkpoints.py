@@ -65,6 +65,12 @@ class Checkpoints:
         if error is not None:
             raise error
 
+    def report_late(self) -> None:
+        """Warn of such an error at the end of a run: what another callback saves is followed by no `on_save`."""
+        error, self._failed = self._failed, None
+        if error is not None:
+            warnings.warn(f"The last checkpoint is without the guard's state: {error}", stacklevel=3)
+
     def _save(self, method: Any) -> Any:
         def save(directory: str, *args: Any, **kwargs: Any) -> Any:
             # Of an earlier attempt at this step; the weights of this one are written by now. What cannot be

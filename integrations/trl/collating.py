@@ -50,8 +50,8 @@ class NamingCollator:
     __class__ = property(_kind)
 
     def __getattr__(self, name: str) -> Any:
-        # Private names stay its own: copying and pickling ask for some before there is a collator.
-        if name.startswith("_") or name in OWN:
+        # Copying and pickling ask for some before there is a collator.
+        if name.startswith("__") or name in OWN:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.collator, name)
 

@@ -17,7 +17,7 @@ from .collating import DOMAIN_ID, WIDTH, NamingCollator, unnamed, unpack
 from .completions import generated, labelled, sampling_temperature
 from .engines import reduce
 from .evaluation import EvaluationRounds
-from .rewards import takes
+from .rewards import without
 from .rows import DomainTable, check_dataset, missing, named, numbered_ahead
 from .seams import Seams
 
@@ -117,10 +117,9 @@ class PassingRows:
 
     def _calculate(self, method: Any) -> Any:
         def calculate(inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Tensor:
-            column = self.domains.column
-            if self._added and not all(takes(function, column) for function in self.trainer.reward_funcs):
+            if self._added:
                 # It would not be there without the guard, and every column is handed over by name.
-                inputs = [{key: value for key, value in row.items() if key != column} for row in inputs]
+                inputs = without(self.trainer.reward_funcs, self.domains.column, inputs)
             every: Tensor = method(inputs, prompts, *args, **kwargs)
             weights = self.trainer.reward_weights.to(every.device).unsqueeze(0)
             total = (every * weights).nansum(dim=1)

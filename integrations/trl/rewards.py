@@ -19,6 +19,8 @@ from interference_guard.errors import ConfigError
 
 RewardFunction = Callable[..., Any]
 """Takes a batch's columns and returns a number or None for each completion; may be ``async``."""
+# On a function by domain: the column that it reads.
+READS = "interference_guard_reads"
 
 
 def load(path: str) -> RewardFunction:
@@ -123,16 +125,36 @@ def for_domain(function: RewardFunction, domain: str, column: str = "domain") ->
             found = function(**arguments) if mine else []
             return share.spread(mine, found, len(completions), columns)
 
+    # On the function itself: wrappers that are made with `functools.wraps` have it too.
+    vars(scored)[READS] = column
     scored.__name__ = f"{domain}_{getattr(function, '__name__', 'reward')}"
     return scored
 
 
-def takes(function: Any, column: str) -> bool:
-    """Whether a reward can be given a column of the rows by its name; a reward model is handed none."""
-    if isinstance(function, torch.nn.Module):
+def without(functions: Sequence[Any], column: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows for reward functions of which some cannot be given a column by its name; as they are if all can.
+
+    Raises:
+        ConfigError: If another one is by domain, and needs it.
+    """
+    strict = [function for function in functions if not _takes(function, column)]
+    if not strict:
+        return rows
+    if any(getattr(function, READS, None) == column for function in functions):
+        name = getattr(strict[0], "__name__", type(strict[0]).__name__)
+        raise ConfigError(
+            f"The reward function {name!r} takes no argument {column!r}, and stands beside functions by domain, "
+            "which need that column of the rows. Give it **columns, or route it too."
+        )
+    return [{key: value for key, value in row.items() if key != column} for row in rows]
+
+
+def _takes(function: Any, column: str) -> bool:
+    if isinstance(function, torch.nn.Module) or getattr(function, READS, None) == column:
+        # A reward model is handed no column.
         return True
-    # Of a wrapper it is its own arguments that count: one by domain reads a column that the function lacks.
-    arguments = inspect.signature(function, follow_wrapped=False).parameters
+    # Of the function inside of wrappers: they hand on what they are given.
+    arguments = inspect.signature(function).parameters
     return column in arguments or any(item.kind is item.VAR_KEYWORD for item in arguments.values())
 
 

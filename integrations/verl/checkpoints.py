@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,17 +81,17 @@ class Checkpoints:
         self._former = None
         return True
 
-    @contextlib.contextmanager
-    def saving(self, folder: Path) -> Iterator[bool]:
-        """Write the state beside what the engine writes meanwhile, and put it in place when that is done.
+    def save(self, folder: Path) -> bool:
+        """Write this rank's state before the engine writes, and put it in place if all ranks' can be.
 
-        An earlier state in the folder goes before. So whatever fails or is killed, and when, no rank finds a
-        state beside weights that it was not saved with. What cannot be written is said, and an error of all
-        ranks' next step: the trainer's own checkpoint, of which the engine's is a part, is complete only after
-        this.
+        First, since the engine deletes former checkpoints when it has written. An earlier state in the folder
+        goes before: it is of an attempt whose weights are about to be replaced. If the process is killed until
+        they are, resuming finds a state of other weights, see `resume`. What cannot be written is said, and an
+        error of all ranks' next step: the trainer's own checkpoint, of which the engine's is a part, is complete
+        only after this.
 
-        Yields:
-            Whether all ranks' states are written.
+        Returns:
+            Whether all ranks' states are in place.
         """
         save_id = self._gather(uuid.uuid4().hex)[0]
         written: Written | None = None
@@ -102,23 +101,16 @@ class Checkpoints:
             written = checkpoint.write(self.guard, folder, self.world, self.place, save_id)
         except GuardError as error:
             failed = error
-        complete = self._all_saved(failed)
-        try:
-            yield complete
-        except BaseException:
+        if not self._all_saved(failed):
             if written is not None:
                 written.drop()
-            raise
-        if not complete:
-            if written is not None:
-                written.drop()
-            return
+            return False
         try:
             if written is not None:
                 written.publish()
         except GuardError as error:
             failed = error
-        self._all_saved(failed)
+        return self._all_saved(failed)
 
     def load(self, folder: Path) -> None:
         """Read this rank's state, or what belongs to it of the states of another number of ranks.

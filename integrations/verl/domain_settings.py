@@ -12,14 +12,16 @@ from interference_guard.errors import ConfigError
 
 SETTINGS = ("domain_order", "domain_batches", "domain_rehearsal")
 CLASS = "DomainDataset"
+# How alike a name must be to be taken for a slip, as `difflib` counts.
+NEAR = 0.75
 USE = f"data.custom_cls.path=pkg://interference_guard.integrations.verl.dataset data.custom_cls.name={CLASS}"
 
 
 def check_names(data: Mapping[str, object]) -> None:
-    """Check that what begins with `domain` under `data` is a setting of the data set.
+    """Check that nothing under `data` is nearly a setting of the data set.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If something is.
 
     >>> check_names({"domain_ordre": ["math", "code"]})
     Traceback (most recent call last):
@@ -27,7 +29,10 @@ def check_names(data: Mapping[str, object]) -> None:
     """
     for key in data:
         if str(key).startswith("domain") and key not in SETTINGS:
-            near = difflib.get_close_matches(str(key), SETTINGS, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(key), SETTINGS, n=1, cutoff=NEAR)
+            if not near:
+                # A subclass may have settings of its own.
+                continue
             raise ConfigError(
                 f"data.{key} is not a setting. Did you mean data.{near[0]}? All of {CLASS}: "
                 f"{', '.join(SETTINGS)}."

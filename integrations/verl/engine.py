@@ -73,13 +73,12 @@ class GuardMixin(_Engine):
         max_ckpt_to_keep: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The engine's checkpoint with the guard's state beside it; without a path neither."""
-        if self.interference is None or local_path is None:
-            return super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
-        with self.interference.saving(self._state_folder(local_path)) as complete:
-            # The engine deletes former checkpoints, which must stay where this one lacks the state.
-            kept = max_ckpt_to_keep if complete else None
-            return super().save_checkpoint(local_path, hdfs_path, global_step, kept, **kwargs)
+        """The guard's state, then the engine's checkpoint beside it; without a path neither."""
+        if self.interference is not None and local_path is not None:
+            # First, since the engine deletes former checkpoints, which must stay where this one lacks the state.
+            written = self.interference.save(self._state_folder(local_path))
+            max_ckpt_to_keep = max_ckpt_to_keep if written else None
+        return super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
 
     def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> Any:
         """The engine's checkpoint, then the guard's; without a path neither."""

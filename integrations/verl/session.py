@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -139,19 +138,18 @@ class Session:
 
     # State
 
-    @contextlib.contextmanager
-    def saving(self, folder: Path) -> Iterator[bool]:
-        """Save this rank's state around the engine's own saving; see `Checkpoints.saving`.
+    def save(self, folder: Path) -> bool:
+        """Save this rank's state, and the sums by layer and module so far into the history.
 
-        The sums by layer and module so far go into the history.
+        Returns:
+            Whether all ranks' states are in place; see `Checkpoints.save`.
         """
         if self.settings.folder is not None:
             # All ranks: energies of a sharded model are sums over them. An engine is not told of a run's end.
             places = self.guard.places()
             if self.history is not None:
                 self.history.places(self.guard.steps, places)
-        with self.checkpoints.saving(folder) as complete:
-            yield complete
+        return self.checkpoints.save(folder)
 
     def load(self, folder: Path) -> None:
         """Read this rank's state; see `Checkpoints.load`."""

@@ -141,7 +141,8 @@ def remember(config: Any) -> None:
     whole = config._get_root()
     if isinstance(whole, DictConfig) and "actor_rollout_ref" in whole:
         found = RunSettings.of(whole)
-        check_reader(whole)
+        if found.guard.enabled:
+            check_reader(whole)
         _found = found
 
 

@@ -200,6 +200,9 @@ class GuardState:
                 "In TRL the callback announces them: keep it among the trainer's callbacks, or call its detach() "
                 "to go on unguarded. Elsewhere call guard.begin() before each step."
             )
+        if any(name not in self._domains for name in self._shares):
+            # A state that does not hold them was read since.
+            self._announce()
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -245,10 +248,7 @@ class GuardState:
         schedule: RecoverySchedule,
         announced: Iterable[str],
     ) -> None:
-        """Put other states in place of all present ones (used when a state file is read).
-
-        A step that was announced and has not ended may train a domain that they do not hold.
-        """
+        """Put other states in place of all present ones (used when a state file is read)."""
         self._domains = dict(domains)
         self.steps = self.followed = steps
         self.unfollowed, self.asked = {}, -1
@@ -256,8 +256,6 @@ class GuardState:
         self.schedule = schedule
         self.grams.clear()
         self.overlaps.clear()
-        if not self._over:
-            self._announce()
 
     @property
     def device(self) -> torch.device:

@@ -212,13 +212,16 @@ class History:
         steps: list[Line] = [line for line in lines if line["kind"] == "step"]
         others: list[Line] = [line for line in lines if line["kind"] == "evaluation"]
         last = [line for line in lines if line["kind"] == "places"][-1:]
-        # A run of evaluations alone must be bounded too. The bytes are those of steps.
-        if self._lines <= self.limit or len(steps) >= len(others):
-            self.stride *= 2
-            steps = halved(steps)
-            self._note(steps)
-        else:
-            others = halved(others)
+        kept = [*steps, *others, *last]
+        # Sums that are out of date may be most of it; without them there may be room again.
+        if 2 * sum(line["size"] for line in kept) > self.size or 2 * len(kept) > self.limit:
+            # A run of evaluations alone must be bounded too. The bytes are those of steps.
+            if self._lines <= self.limit or len(steps) >= len(others):
+                self.stride *= 2
+                steps = halved(steps)
+                self._note(steps)
+            else:
+                others = halved(others)
         self._rewrite(sorted([*steps, *others, *last], key=lambda line: int(line["step"])))
 
     def _rewrite(self, lines: Sequence[Line]) -> None:

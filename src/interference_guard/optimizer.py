@@ -262,7 +262,7 @@ def _in_parts(
             open_step()
             buffers.put_away()
         if buffers.complete:
-            guard.before_last_part()
+            guard.take_gradients()
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         buffers = zero()

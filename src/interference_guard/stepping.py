@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .anchoring import set_anchor
 from .correcting import project
+from .errors import MissingDomainError
 from .exact import exact_products
 from .first_order import GradientMean
 from .local_model import displacements, see_through
@@ -81,6 +82,12 @@ def take_gradients(guard: Guard) -> None:
     one sum over ranks serves the observation and the prediction.
     """
     active, spread = guard.active, guard.view.spread
+    if active != guard.trained:
+        raise MissingDomainError(
+            f"The step began as one of {list(guard.trained)}, and its gradients are of {list(active)}. Call "
+            "guard.begin(), or enter guard.domain(), before optimizer.step(closure) and not inside of the "
+            "closure: anchors are set before it is evaluated."
+        )
     started = perf_counter()
     batch = guard.view.gradients(guard.grad_scale)
     if spread is not None:

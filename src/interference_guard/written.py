@@ -58,6 +58,9 @@ def withdraw(directory: Path) -> None:
         for path in sorted(directory.glob("interference_guard*"), key=lambda path: path.suffix != kind):
             if STATE.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+        # What a killed process left half written.
+        for path in directory.glob(".interference_guard*.tmp-*"):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise StateError(
             f"The guard's earlier state in {directory} could not be deleted: {error}. It does not belong to the "

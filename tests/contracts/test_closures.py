@@ -96,6 +96,22 @@ def test_a_step_without_a_domain_is_refused_before_the_closure_is_evaluated():
     assert not calls
 
 
+def test_a_domain_that_is_named_inside_of_the_closure_is_refused():
+    net, guard, optimizer = guarded(torch.optim.AdamW, 0.01)
+    step(net, optimizer, guard, "a", 0)
+    guard.begin({"a": 1.0})
+    before = weights(net)
+
+    def closure():
+        guard.begin({"b": 1.0})
+        net(batch(1)[0]).square().mean().backward()
+
+    with pytest.raises(MissingDomainError, match=r"began as one of \['a'\], and its gradients are of \['b'\]"):
+        optimizer.step(closure)
+    assert same(before, weights(net))
+    assert guard.steps == 1
+
+
 def test_what_has_two_methods_alone_is_called_around_the_step():
     calls = []
 

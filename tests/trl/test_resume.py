@@ -119,6 +119,17 @@ class TestSaving:
         assert (folder / "optimizer.pt").is_file()
         assert not any(folder.glob("interference_guard*"))
 
+    def test_a_full_disk_is_told_where_another_callback_saves(self, tmp_path, monkeypatch):
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        trainer.add_callback(Saving(trainer, 4))
+        guarded(trainer)
+        with pytest.warns(UserWarning, match="without the guard's state.*No space left on device"):
+            trainer.train()
+
     def test_the_state_lies_beside_the_checkpoint(self, tmp_path):
         _callback, folder = self.saved(tmp_path)
         assert (folder / DETAILS).is_file()

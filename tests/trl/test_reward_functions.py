@@ -1,7 +1,10 @@
 """What reward functions are handed, and what the guard takes of what they return."""
 
+from functools import wraps
+
 import pytest
 
+from interference_guard import ConfigError
 from interference_guard.integrations.trl import route
 from tests.trl.host import TWO_PHASES, guarded, online, rows
 
@@ -41,8 +44,14 @@ def test_rewards_are_clipped_where_the_trainer_clips_them(tmp_path):
     assert min(math.anchor_reward, math.true_reward) > -1.0
 
 
-def test_a_function_is_handed_no_column_that_the_guard_alone_has_kept(tmp_path):
-    trainer = online("grpo", tmp_path, rows(TWO_PHASES), rewards=strict, remove_unused_columns=True)
+@wraps(strict)
+def timed(*args, **columns):
+    return strict(*args, **columns)
+
+
+@pytest.mark.parametrize("rewards", [strict, timed])
+def test_a_function_is_handed_no_column_that_the_guard_alone_has_kept(tmp_path, rewards):
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), rewards=rewards, remove_unused_columns=True)
     callback = guarded(trainer)
     trainer.train()
     assert callback.guard.steps == 6
@@ -55,3 +64,11 @@ def test_routed_functions_are_handed_it(tmp_path):
     callback = guarded(trainer)
     trainer.train()
     assert callback.guard.domains["math"].retained.rewards.isfinite().all()
+
+
+def test_functions_of_which_one_needs_it_and_another_cannot_be_given_it_are_refused(tmp_path):
+    functions = [*route({"math": [length], "code": [length]}), strict]
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), rewards=functions, remove_unused_columns=True)
+    guarded(trainer)
+    with pytest.raises(ConfigError, match=r"'strict' takes no argument 'domain'.*\*\*columns, or route it too"):
+        trainer.train()

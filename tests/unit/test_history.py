@@ -257,6 +257,19 @@ def test_bytes_are_bounded_too(tmp_path):
     assert found.skipped == 0
 
 
+def test_sums_that_are_out_of_date_cost_no_steps(tmp_path):
+    size = 50_000
+    history = History(tmp_path / HISTORY, size=size)
+    places = {"curvature": {"math": {(str(layer), "mlp"): layer / 7 for layer in range(200)}}, "projected": {}}
+    for step in range(1, 101):
+        history.report(step, ["math"], {"guard/math/measured": 0.1})
+        history.places(step, places)
+        assert (tmp_path / HISTORY).stat().st_size <= size
+    found = read_history(tmp_path / HISTORY)
+    assert found.stride == 1
+    assert [line["step"] for line in found.steps] == list(range(1, 101))
+
+
 def test_a_few_steps_stay_however_long_they_are(tmp_path):
     history = History(tmp_path / HISTORY, size=10)
     for step in range(1, 101):

@@ -212,7 +212,6 @@ def test_a_state_may_be_read_once_a_step_is_announced(announce):
     assert guard.domains["qa"].own_steps == 1
     assert guard.announced == {"math", "code", "qa"}
     # After it a state is what was saved.
-    guard.end()
     guard.load_state_dict(saved)
     assert set(guard.domains) == guard.announced == {"math", "code"}
 
@@ -336,6 +335,6 @@ def test_an_optimizer_that_steps_inside_of_the_backward_pass_is_named_as_a_cause
 
     for _ in range(5):
         train_on("math")
-    with pytest.warns(UserWarning, match=r"gone when the guard looked, .* inside of backward hooks"):
+    with pytest.warns(UserWarning, match=r"gone when the guard looked, .* inside of hooks of the backward pass"):
         train_on("code")
     assert not guard.domains["math"].anchored

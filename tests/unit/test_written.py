@@ -31,7 +31,8 @@ def test_what_is_dropped_leaves_the_earlier_state_alone(trained):
 
 def test_the_files_of_a_state_alone_are_withdrawn(tmp_path):
     others = ["interference_guard_history.jsonl", "interference_guard_rank1", "model.safetensors"]
-    for name in (DETAILS, TENSORS, "interference_guard_rank2.json", *others):
+    killed = f".{TENSORS}.tmp-1-2"
+    for name in (DETAILS, TENSORS, "interference_guard_rank2.json", killed, *others):
         (tmp_path / name).touch()
     withdraw(tmp_path)
     assert sorted(os.listdir(tmp_path)) == others

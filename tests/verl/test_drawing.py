@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_module
 
 from examples.verl import assets
 from interference_guard.errors import ConfigError
+from interference_guard.integrations.verl import domain_settings
 from interference_guard.integrations.verl.dataset import DomainDataset
 from interference_guard.integrations.verl.drawing import check_drawing
 from tests.verl import platform
@@ -107,6 +108,8 @@ def test_a_misspelt_setting_of_the_order_is_refused(tmp_path):
     config, path = data(tmp_path, "+data.domain_ordre=[gcd]")
     with pytest.raises(ConfigError, match=r"data\.domain_ordre is not .* Did you mean data\.domain_order\?"):
         DomainDataset([path], SimpleNamespace(), config)
+    # One that a data set of one's own may read is none of its business.
+    domain_settings.check_names({"domain_order": ["gcd"], "domain_weights": [1.0]})
 
 
 def test_one_file_for_training_and_validation_is_refused(tmp_path):

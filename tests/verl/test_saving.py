@@ -14,6 +14,7 @@ from tests.verl import host
 
 PLAN = ["math"] * 3 + ["code"] * 2
 ROUGH = host.platform.VERSION < (0, 8)
+MANAGER = "verl.utils.checkpoint.fsdp_checkpoint_manager.FSDPCheckpointManager"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def test_a_state_is_not_lost_where_the_actor_is_trained_later(model, former, tmp
     assert third.engine.interference.guard.steps == len(PLAN) + 2
 
 
-def test_the_last_good_state_stays_where_the_next_cannot_be_written(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fails", ["checkpoint.save_file", "written._move"])
+def test_the_last_good_state_stays_where_the_next_cannot_be_written(model, tmp_path, monkeypatch, capsys, fails):
     made = host.worker(model, host.SMALL)
     host.train(made, PLAN[:1])
     folders = [tmp_path / f"global_step_{step}/actor" for step in (1, 2, 3)]
@@ -75,7 +77,7 @@ def test_the_last_good_state_stays_where_the_next_cannot_be_written(model, tmp_p
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("interference_guard.checkpoint.save_file", full)
+        patch.setattr(f"interference_guard.{fails}", full)
         made.save_checkpoint(str(folders[1]), global_step=2, max_ckpt_to_keep=1)
     # A run may end here, where no next step would raise.
     assert (
@@ -95,8 +97,17 @@ class Killed(BaseException):
     """In the place of a signal."""
 
 
-@pytest.mark.parametrize("when", ["before", "within", "after"])
-def test_a_checkpoint_that_is_saved_again_has_no_state_of_the_first_attempt(model, tmp_path, monkeypatch, when):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("interference_guard.checkpoint.save_file", "saved with the guard attached"),
+        ("interference_guard.written.Written.publish", "saved with the guard attached"),
+        (f"{MANAGER}.save_checkpoint", "beside other weights than its checkpoint holds"),
+    ],
+)
+def test_a_checkpoint_that_is_saved_again_is_not_taken_for_one_where_it_was_cut_off(
+    model, tmp_path, monkeypatch, name, message
+):
     """Steps of a run that was cut off are trained again, with other rows, and saved into the same folder."""
     first, second = host.worker(model, host.SMALL), host.worker(model, host.SMALL)
     host.train(first, PLAN[:1])
@@ -106,17 +117,12 @@ def test_a_checkpoint_that_is_saved_again_has_no_state_of_the_first_attempt(mode
     def dies(*arguments, **named):
         raise Killed
 
-    name = {
-        "before": "interference_guard.checkpoint.save_file",
-        "within": "verl.utils.checkpoint.fsdp_checkpoint_manager.FSDPCheckpointManager.save_checkpoint",
-        "after": "interference_guard.written.Written.publish",
-    }[when]
     with monkeypatch.context() as patch:
         patch.setattr(name, dies)
         with pytest.raises(Killed):
             second.save_checkpoint(str(tmp_path), global_step=1)
     made = host.worker(model, host.SMALL)
-    with pytest.raises(StateError, match="saved with the guard attached"):
+    with pytest.raises(StateError, match=message):
         made.load_checkpoint(str(tmp_path), del_local_after_load=False)
     second.save_checkpoint(str(tmp_path), global_step=1)
     made.load_checkpoint(str(tmp_path), del_local_after_load=False)

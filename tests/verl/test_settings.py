@@ -67,6 +67,12 @@ def test_an_order_that_no_data_set_reads_is_refused(name):
         settings.remember(composed(f"+data.{name}").actor_rollout_ref)
 
 
+def test_without_the_guard_an_order_is_the_hosts_affair(monkeypatch):
+    monkeypatch.setattr(settings, "_found", None)
+    settings.remember(composed("+data.domain_batches=2", "+guard.enabled=false").actor_rollout_ref)
+    assert settings.recall().guard.enabled is False
+
+
 @pytest.mark.parametrize(
     ("path", "name", "told"),
     [
