@@ -9,8 +9,9 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -45,12 +46,19 @@ def load(path: str) -> RewardFunction:
     return found
 
 
+class _Uncached(SourceFileLoader):
+    """Without bytecode kept beside the file: that of an edit within the same second is of the text before."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _file(path: Path) -> ModuleType:
     """The module of a file: one for all functions that are taken from it as it is, and known to `sys.modules`."""
     key = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.resolve()).encode()))
     name = f"rewards_{path.stem}_{key:08x}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))
         if spec is None or spec.loader is None:
             raise ImportError(path)
         # Before it runs: dataclasses and pickle look their module up.
