@@ -12,7 +12,7 @@ import torch
 from interference_guard.errors import ConfigError
 from interference_guard.rehearsal import Rehearsal
 
-from .rows import DomainTable, check_dataset, read_column
+from .rows import DomainTable, check_dataset
 
 ORDERS = ("sequential", "round_robin")
 
@@ -91,7 +91,7 @@ def order_by_domain(
             f"rehearsal={rehearsal!r} goes with order='sequential' alone, where domains are finished one after "
             f"the other; order is {order!r}, which takes them up again by itself."
         )
-    names = check_dataset(dataset, DomainTable(column)) or read_column(dataset, column)
+    names = check_dataset(dataset, DomainTable(column))
     rows: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         rows.setdefault(name, []).append(index)

@@ -155,13 +155,13 @@ class Checkpoints:
             found = call()
         except GuardError as raised:
             error = raised
-        messages = [message for message in self._gather(_text(error)) if message is not None]
+        messages = self._messages(error)
         if messages:
             raise error or StateError(messages[0])
         return found
 
     def _all_saved(self, failed: GuardError | None) -> bool:
-        messages = [message for message in self._gather(_text(failed)) if message is not None]
+        messages = self._messages(failed)
         if messages:
             self._failed = failed or StateError(messages[0])
             self._say(
@@ -171,14 +171,15 @@ class Checkpoints:
             )
         return not messages
 
+    def _messages(self, error: GuardError | None) -> list[str]:
+        """What went wrong on any rank."""
+        found = self._gather(None if error is None else str(error))
+        return [message for message in found if message is not None]
+
     def _gather(self, mine: Any) -> list[Any]:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, mine)
         return found
-
-
-def _text(error: GuardError | None) -> str | None:
-    return None if error is None else str(error)
 
 
 def _resumes(settings: RunSettings) -> bool:

@@ -32,7 +32,7 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
     each batch is of domains that were trained before, which stay protected.
 
     Raises:
-        ConfigError: If a setting that begins with `domain` is unknown, if the data is shuffled or read by other
+        ConfigError: If a setting of its own is misspelt, if the data is shuffled or read by other
             processes, if a step of the run is not one batch of it, if validation reads the same files, if the
             trainer is one that is not supported, or if the order cannot be served.
         MissingDomainError: If a row has no domain.

@@ -151,11 +151,6 @@ class Session:
                 self.history.places(self.guard.steps, places)
         return self.checkpoints.save(folder)
 
-    def load(self, folder: Path) -> None:
-        """Read this rank's state; see `Checkpoints.load`."""
-        self.checkpoints.load(folder)
-        self._go_on()
-
     def resume(self, folder: Path) -> None:
         """Read this rank's state beside weights that the engine has just read; see `Checkpoints.resume`."""
         self.checkpoints.resume(folder)

@@ -191,12 +191,8 @@ def load_own(
     Raises:
         StateError: As `load`.
     """
-    place = place or (rank, world)
-    folders, alone = _folders_to_read(guard, folder_of, rank, world, place)
-    if alone:
-        # Each rank looks at all that it sees, so that all of them refuse.
-        check_moment([_read_details(guard, path) for folder in folders for path in _details_files(guard, folder)])
-    return load(guard, folder_of(rank), None if alone else folders, place)
+    folders = look_own(guard, folder_of, rank, world, place)
+    return load(guard, folder_of(rank), folders, place or (rank, world))
 
 
 def look_own(
@@ -205,26 +201,25 @@ def look_own(
     rank: int,
     world: int,
     place: tuple[int, int] | None = None,
-) -> None:
-    """Check what `load_own` would read as far as can be told without it; arguments and errors are the same."""
-    folders, alone = _folders_to_read(guard, folder_of, rank, world, place or (rank, world))
-    own = folder_of(rank) / file_names(guard)[1]
-    paths = [path for folder in folders for path in _details_files(guard, folder)]
-    if (alone and own not in paths) or not paths:
-        raise _missing(own)
-    check_moment([_read_details(guard, path) for path in paths], complete=not alone)
-    for path in [own] if alone else paths:
-        _tensors_of(path)
+) -> list[Path] | None:
+    """Check what `load_own` reads as far as can be told without the tensors; arguments and errors are the same.
 
-
-def _folders_to_read(
-    guard: Guard, folder_of: Callable[[int], Path], rank: int, world: int, place: tuple[int, int]
-) -> tuple[list[Path], bool]:
-    """The folders of all ranks that saved, and whether this rank's own is all that it needs."""
+    Returns:
+        The folders of all ranks that saved; None where this rank's own is all that it needs.
+    """
     # Without a shared disk a rank sees the folders of its own machine alone, and asks its own.
     first, own = folder_of(0), folder_of(rank)
     saved = _folders(first if first.is_dir() else own, world)
-    return [folder_of(item) for item in range(saved)], saved == world and _is_part_of(guard, own, place)
+    alone = saved == world and _is_part_of(guard, own, place or (rank, world))
+    folders, mine = [folder_of(item) for item in range(saved)], own / file_names(guard)[1]
+    paths = [path for folder in folders for path in _details_files(guard, folder)]
+    if not paths or (alone and mine not in paths):
+        raise _missing(mine)
+    # Each rank looks at all that it sees, so that all of them refuse.
+    check_moment([_read_details(guard, path) for path in paths], complete=not alone)
+    for path in [mine] if alone else paths:
+        _tensors_of(path)
+    return None if alone else folders
 
 
 def weights_beside(directory: Path) -> dict[str, str] | None:

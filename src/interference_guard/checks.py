@@ -64,10 +64,18 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def difference(mine: Mapping[str, object], theirs: Mapping[str, object]) -> tuple[int, str]:
-    """How many names two tables of shapes disagree about, and the first of them; "their order" where none."""
-    found = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-    return len(found), found[0] if found else "their order"
+def difference(mine: Mapping[str, object], theirs: Mapping[str, object], where: tuple[str, str]) -> str:
+    """What to say of two tables of shapes that differ; `where` is which is which.
+
+    >>> difference({"up": [4, 2]}, {"up": [4, 3], "down": [2]}, ("there", "here"))
+    "2 of 2 parameters differ, for instance 'down' with shape None there and [2] here"
+    """
+    names = {*mine, *theirs}
+    found = sorted(name for name in names if mine.get(name) != theirs.get(name))
+    return (
+        f"{len(found)} of {len(names)} parameters differ, for instance {found[0]!r} with shape "
+        f"{mine.get(found[0])} {where[0]} and {theirs.get(found[0])} {where[1]}"
+    )
 
 
 def _check_wrappers(model: nn.Module) -> None:

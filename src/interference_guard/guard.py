@@ -149,7 +149,6 @@ class Guard(GuardState):
             HostError: If a domain is to be anchored and the model's parameters were replaced; see `bind`.
         """
         if self.enabled:
-            self._check_announced()
             stepping.open_step(self)
             if self.view.zero is None:
                 with exact_products(self.device):
@@ -162,7 +161,6 @@ class Guard(GuardState):
         `attach` calls it, since a closure may be evaluated at other weights than those that are stepped.
         """
         if self.enabled:
-            self._check_announced()
             stepping.open_step(self)
 
     @torch.no_grad()

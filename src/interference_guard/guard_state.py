@@ -187,8 +187,8 @@ class GuardState:
         """
         self._over = True
 
-    def _check_announced(self) -> None:
-        """Raise `MissingDomainError` where nobody has said what the coming step trains."""
+    def check_announced(self) -> None:
+        """Know the domains of the step that begins; `MissingDomainError` where nobody has said what it trains."""
         if not self._shares:
             raise MissingDomainError(
                 "An optimizer step began and no domain is set. Put the step inside "

@@ -106,11 +106,9 @@ class ModelView:
         mine = {name: whole_shape(tensor) for name, tensor in self._parameters.items()}
         theirs = {name: whole_shape(tensor) for name, tensor in found.items()}
         if mine != theirs:
-            count, name = difference(mine, theirs)
             raise ShapeError(
-                f"The guard was built for other trainable parameters: {count} differ, for instance "
-                f"{name!r} with shape {mine.get(name)} before and {theirs.get(name)} now. Go on with the same "
-                "model, or build a new guard."
+                "The guard was built for other trainable parameters: "
+                f"{difference(mine, theirs, ('before', 'now'))}. Go on with the same model, or build a new guard."
             )
         return found
 

@@ -45,12 +45,8 @@ def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
             )
     own = parameters_of(guard)
     if saved != own:
-        count, name = difference(saved, own)
-        raise StateError(
-            f"{source} is of another model: {count} of {len({*saved, *own})} parameters differ, for "
-            f"instance {name!r} with shape {saved.get(name)} there and {own.get(name)} here. Load it into "
-            "the model it was saved with."
-        )
+        found = difference(saved, own, ("there", "here"))
+        raise StateError(f"{source} is of another model: {found}. Load it into the model it was saved with.")
 
 
 def check_shards(guard: Guard, details: Mapping[str, Any], source: str) -> None:

@@ -17,7 +17,7 @@ from .first_order import GradientMean
 from .local_block import LocalBlock
 from .local_model import LocalModel
 from .metering import TensorMean
-from .origin import BINDING, VERSION, blocks_of, check, check_blocks, check_shards, parameters_of, shards_of
+from .origin import BINDING, VERSION, blocks_of, parameters_of, shards_of
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
 from .recovery import RecoverySchedule
@@ -111,12 +111,8 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
     return {"details": details, "tensors": tensors}
 
 
-def unpack(guard: Guard, packed: Mapping[str, object]) -> None:
-    """Take over what `pack` made, of the same blocks (or `recut.restore`); raises before anything is changed."""
-    details, tensors = parts_of(packed)
-    check(guard, details, "The state")
-    check_shards(guard, details, "The state")
-    check_blocks(guard, details, "The state")
+def unpack(guard: Guard, details: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Take over a state of this model and its blocks, see `recut.restore`; raises before anything is changed."""
     try:
         domains = {
             name: _unpack_domain(guard, name, f"{number}/", item, tensors)

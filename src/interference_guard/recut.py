@@ -21,7 +21,7 @@ from .errors import StateError
 from .local_block import LocalBlock
 from .local_model import LocalModel
 from .model_view import ModelView
-from .origin import blocks_of, check, check_shards, parameters_of, same_blocks
+from .origin import blocks_of, check, check_blocks, check_shards, parameters_of, same_blocks
 from .packing import BROKEN, ROWS, incomplete, pack, parts_of, unpack
 from .regions import Region
 from .shards import Shards
@@ -93,18 +93,20 @@ def restore(guard: Guard, packed: Mapping[str, object]) -> None:
         StateVersionError: If its format is unknown.
     """
     part: Part = parts_of(packed)
-    details, tensors = part
+    details = part[0]
     check(guard, details, "The state")
     check_shards(guard, details, "The state")
-    if not guard.view.shards.sharded and not same_blocks(guard, details):
+    if guard.view.shards.sharded:
+        check_blocks(guard, details, "The state")
+    elif not same_blocks(guard, details):
         try:
             if sorted(name for names in details["blocks"] for name in names) != sorted(parameters_of(guard)):
                 raise ValueError("its blocks are not those of its parameters")
             # Each process keeps the completions that it has.
-            part = recut(guard, [(details, tensors)], (0, 1))
+            part = recut(guard, [part], (0, 1))
         except BROKEN as error:
             raise incomplete(error) from error
-    unpack(guard, {"details": part[0], "tensors": part[1]})
+    unpack(guard, *part)
 
 
 def share_out(guard: Guard, model: nn.Module) -> None:
@@ -120,8 +122,7 @@ def share_out(guard: Guard, model: nn.Module) -> None:
     before = guard.view
     guard.view = ModelView(model, guard.config)
     try:
-        details, tensors = recut(guard, [(packed["details"], packed["tensors"])], (0, 1))
-        unpack(guard, {"details": details, "tensors": tensors})
+        unpack(guard, *recut(guard, [(packed["details"], packed["tensors"])], (0, 1)))
     except BaseException:
         guard.view = before
         raise

@@ -37,6 +37,7 @@ def follow(guard: Guard) -> None:
 
 def open_step(guard: Guard) -> None:
     """Anchor the domains that stop being trained, at weights that are still unchanged."""
+    guard.check_announced()
     follow(guard)
     active, spread = guard.active, guard.view.spread
     # By name: ranks may have met the domains in another order, and anchoring reduces over ranks.

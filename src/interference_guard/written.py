@@ -14,8 +14,7 @@ from .files import DETAILS, STATE, beside
 class Written:
     """A state that lies in its folder under temporary names, until it is put in place or dropped.
 
-    A host whose weights are written between the two leaves no whole state beside weights of another moment, at
-    whatever point it is killed.
+    Ranks that all write first, and then put theirs in place or drop them, have a state together or none.
 
     Args:
         directory: The folder.

@@ -87,6 +87,13 @@ def test_an_evaluation_that_begins_a_resumed_run_is_of_no_other_weights(tmp_path
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
+def fill_disk(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
+
+
 class TestSaving:
     def saved(self, tmp_path):
         trainer = online("grpo", tmp_path, rows(TWO_PHASES), **SAVING)
@@ -95,12 +102,9 @@ class TestSaving:
         return callback, tmp_path / "run" / "checkpoint-4"
 
     def test_a_full_disk_leaves_the_hosts_checkpoint_whole(self, tmp_path, monkeypatch):
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
         plain = online("grpo", tmp_path / "plain", rows(TWO_PHASES), **SAVING)
         plain.train()
-        monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
+        fill_disk(monkeypatch)
         with pytest.raises(StateError, match="No space left on device"):
             self.saved(tmp_path)
         theirs = {path.name for path in (tmp_path / "plain" / "run" / "checkpoint-4").iterdir()}
@@ -110,20 +114,14 @@ class TestSaving:
     def test_a_full_disk_leaves_no_state_of_an_earlier_attempt(self, tmp_path, monkeypatch):
         _, folder = self.saved(tmp_path)
 
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
+        fill_disk(monkeypatch)
         with pytest.raises(StateError, match="No space left on device"):
             self.saved(tmp_path)
         assert (folder / "optimizer.pt").is_file()
         assert not any(folder.glob("interference_guard*"))
 
     def test_a_full_disk_is_told_where_another_callback_saves(self, tmp_path, monkeypatch):
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("interference_guard.checkpoint.save_file", full)
+        fill_disk(monkeypatch)
         trainer = online("grpo", tmp_path, rows(TWO_PHASES))
         trainer.add_callback(Saving(trainer, 4))
         guarded(trainer)

@@ -90,7 +90,7 @@ def test_the_region_holds_on_two_ranks(two):
 def test_one_rank_takes_over_from_two(two, model):
     made = host.worker(model, host.SMALL)
     host.put_weights(made, torch.load(two / "weights0.pt"))
-    made.engine.interference.load(two / "checkpoint/interference_guard_rank0")
+    made.engine.interference.checkpoints.load(two / "checkpoint/interference_guard_rank0")
     guard, found = made.engine.interference.guard, tables(two)[0]
     state = guard.domains["math"]
     assert len(state.retained) == host.SMALL["retain"]
@@ -109,7 +109,7 @@ def test_two_ranks_take_over_from_one(model, tmp_path):
     # veRL reads its own optimizer with as many ranks as before alone, so both go on with a new one.
     alone = host.worker(model, host.SMALL)
     host.put_weights(alone, host.weights(first))
-    alone.engine.interference.load(tmp_path / "checkpoint/interference_guard_rank0")
+    alone.engine.interference.checkpoints.load(tmp_path / "checkpoint/interference_guard_rank0")
     losses = [loss for loss, _ in host.losses(host.train(alone, PLAN[5:], start=5))]
     (tmp_path / "two").mkdir()
     for found in tables(two_ranks(model, tmp_path / "two", PLAN[5:], tmp_path, 5)):
@@ -137,9 +137,9 @@ def test_a_missing_ranks_folder_is_an_error(two, model, tmp_path):
     for name, folder in (("interference_guard_rank1", "a"), ("interference_guard_rank0", "b")):
         shutil.copytree(two / "checkpoint" / name, tmp_path / folder / name)
     with pytest.raises(StateError, match="rank0/interference_guard.json does not exist"):
-        made.engine.interference.load(tmp_path / "a/interference_guard_rank0")
+        made.engine.interference.checkpoints.load(tmp_path / "a/interference_guard_rank0")
     with pytest.raises(StateError, match=r"rank \[1\] is missing"):
-        made.engine.interference.load(tmp_path / "b/interference_guard_rank0")
+        made.engine.interference.checkpoints.load(tmp_path / "b/interference_guard_rank0")
 
 
 def test_ranks_refuse_together_what_is_of_several_attempts(model, tmp_path):
