@@ -303,6 +303,8 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             if name not in self._guard().domains:
                 self._guard().protect(name, rows)
         self._reference = {}
+        if self._recovery is not None:
+            self._recovery.look_for(name for name, own in self._guard().domains.items() if not own.reference)
         early = steps_in_backward(self._trainer)
         self._hooks = attach(self._trainer.optimizer, self._guard(), self._begin_step if early else None)
         self._began = perf_counter()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from interference_guard.errors import ConfigError, HostError, UnsupportedError
@@ -79,6 +80,15 @@ class RecoveryRows:
     def domains(self) -> frozenset[str]:
         """Domains that can recover."""
         return frozenset(self.rows)
+
+    def look_for(self, trained: Iterable[str]) -> None:
+        """Warn of domains that were trained before and have no rows here."""
+        if absent := sorted(set(trained) - self.domains):
+            warnings.warn(
+                f"recovery=True, and the training dataset has no rows of {absent}, which were trained before: "
+                "what they lose cannot be recovered. Give recovery_datasets={domain: dataset}.",
+                stacklevel=3,
+            )
 
     def batches(self, domain: str, planned: list[Any]) -> list[Any]:
         """Micro-batches of a domain's rows in the shape of the planned ones.

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from .closures import closure_of, observed, with_closure
 from .errors import HostError, UnsupportedError
 from .innermost import innermost
+from .nested import outermost
 from .unusual import scale_of, trains_nothing
 from .zero import Zero, partitioned
 
@@ -219,9 +220,9 @@ def _stepped(optimizer: Optimizer) -> set[int]:
 def _hooks(
     optimizer: Optimizer, guard: StepGuard, before: Callable[..., Any], after: Callable[..., Any]
 ) -> StepHooks:
-    handles: list[Any] = [optimizer.register_step_pre_hook(_Before(guard, before))]
+    handles: list[Any] = [optimizer.register_step_pre_hook(_Before(guard, outermost(optimizer, before)))]
     try:
-        handles.append(optimizer.register_step_post_hook(after))
+        handles.append(optimizer.register_step_post_hook(outermost(optimizer, after)))
     except BaseException:
         handles[0].remove()
         raise

@@ -14,6 +14,7 @@ from interference_guard import (
     UnsupportedError,
     attach,
 )
+from tests.contracts.subclass import clipped
 
 
 def schedule_free(parameters, lr):
@@ -42,6 +43,7 @@ OPTIMIZERS = {
     "muon": muon,
     "schedule_free": schedule_free,
     "adamw_8bit": adamw_8bit,
+    "clipped": clipped,
 }
 # Its loops retain none.
 pytestmark = pytest.mark.filterwarnings("ignore:No completions of domain")
@@ -189,7 +191,7 @@ def test_schedulers_drive_the_inner_rate(scheduler):
     assert optimizer.param_groups is inner.param_groups
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "clipped"])
 @pytest.mark.parametrize("keyword", [False, True])
 def test_closures_are_observed_after_their_first_evaluation(name, keyword):
     plain, net = model(), model()

@@ -175,7 +175,8 @@ def test_a_phase_without_rows_in_the_next_trainer_is_given_up(tmp_path):
     assert callback.guard.recovery == "math"
     second = online("grpo", tmp_path, code, model=first.model, max_steps=2)
     callback.attach(second)
-    second.train()
+    with pytest.warns(UserWarning, match=r"no rows of \['math'\], which were trained before"):
+        second.train()
     assert callback.guard.recovery is None
     assert callback.guard.schedule.failures == 1
 
