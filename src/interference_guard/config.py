@@ -45,14 +45,15 @@ class GuardConfig:
     budget: float = field(
         default=0.02,
         metadata={
-            "help": "Measured loss that a protected domain's radius is steered to, as a part of its reward range."
+            "help": "Measured loss toward which a protected domain's radius is steered, as a share of its reward "
+            "range."
         },
     )
     budget_nats: float = field(
         default=0.01,
-        metadata={"help": "The same bound in nats per token, for domains whose rewards are not at hand."},
+        metadata={"help": "The same target in nats per token, for domains without rewards."},
     )
-    rank: int = field(default=16, metadata={"help": "Most directions kept per weight matrix and domain."})
+    rank: int = field(default=16, metadata={"help": "Most directions kept for each weight matrix and domain."})
     sketch: int = field(
         default=32, metadata={"help": "Columns of the random test matrix behind the directions; >= rank."}
     )
@@ -66,22 +67,22 @@ class GuardConfig:
     first_order: bool = field(
         default=False,
         metadata={
-            "help": "Add the domains' own mean gradient to the prediction: for domains left before their "
-            "optimum, as in interleaved training. Costs (rank + sketch) / width of the weights a domain more."
+            "help": "Add the domains' own mean gradient to the prediction: for domains left before they have "
+            "converged, as in interleaved training. Takes (rank + sketch) / width of the weights more a domain."
         },
     )
     half_life: float = field(
-        default=50.0, metadata={"help": "Own steps after which a gradient counts half in the curvature."}
+        default=50.0, metadata={"help": "Own steps after which a gradient has half its weight in the curvature."}
     )
     refresh_steps: int = field(
         default=20,
-        metadata={"help": "Own steps before a domain's directions are computed anew (its anchor always is)."},
+        metadata={"help": "Own steps before a domain's directions are recomputed (its anchor always is)."},
     )
     stochastic_rounding: bool = field(
         default=True,
         metadata={
-            "help": "Round projected bf16 weights up or down at random, in proportion. To the nearest, "
-            "corrections smaller than half a step of bf16 are lost."
+            "help": "Round projected bf16 weights up or down at random, in proportion. Rounding to nearest loses "
+            "corrections smaller than half the spacing of bf16 numbers."
         },
     )
     sweeps: int = field(
@@ -90,8 +91,8 @@ class GuardConfig:
     projection_metric: str = field(
         default="euclidean",
         metadata={
-            "help": "What a projection keeps: 'euclidean' changes the weights least; 'gradient' weighs each unit "
-            "by the gradient energy of the domain in training."
+            "help": "Distance of a projection: 'euclidean' changes the weights least; 'gradient' weighs each "
+            "unit by the gradient energy of the domain in training."
         },
     )
     retain: int = field(
@@ -107,13 +108,13 @@ class GuardConfig:
     renew: bool = field(
         default=True,
         metadata={
-            "help": "Where a domain loses outside of its directions, give it new ones from its retained "
-            "completions and put its trust region where the weights are. Sharded models keep the directions."
+            "help": "If a domain loses outside its directions, give it new ones from its retained completions "
+            "and move its trust region to where the weights are. Sharded models keep the directions."
         },
     )
     coverage: float = field(
         default=1.0,
-        metadata={"help": "Part of a domain's curvature energy that its protected units must cover."},
+        metadata={"help": "Share of a domain's curvature energy that its protected units must cover."},
     )
     selection: str = field(
         default="energy",
@@ -124,35 +125,35 @@ class GuardConfig:
     )
     active_share: float = field(
         default=0.05,
-        metadata={"help": "Part of a mixed batch from which a domain counts as active, not protected."},
+        metadata={"help": "Share of a mixed batch from which a domain counts as active, not protected."},
     )
     recovery: bool = field(
         default=False,
         metadata={
-            "help": "Give a domain a few steps of its own when its interference passes recovery_budget. The "
-            "host trains its rows in place of the planned ones."
+            "help": "Train a domain for a few steps when its interference exceeds recovery_budget. The host "
+            "trains its rows instead of the planned ones."
         },
     )
     recovery_budget: float | None = field(
         default=None,
         metadata={
-            "help": "Interference that starts a recovery phase, as a part of the reward range. By default 3 x "
-            "budget, and budget where project is False. Under budget it repairs what a loose budget allows."
+            "help": "Interference that starts a recovery phase, as a share of the reward range. By default 3 x "
+            "budget, or budget if project is False. Below budget it repairs what a loose budget allows."
         },
     )
     recovery_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Reward still missing, as a part of the range, at which a phase ends early. By default half "
-            "the budget, or of recovery_budget where that is smaller."
+            "help": "Reward still missing, as a share of the range, at which a phase ends early. By default half "
+            "the budget, or half of recovery_budget if that is smaller."
         },
     )
-    recovery_steps: int = field(default=2, metadata={"help": "Most own steps of one recovery phase."})
+    recovery_steps: int = field(default=2, metadata={"help": "Most steps of one recovery phase."})
     recovery_cooldown: int = field(
         default=4, metadata={"help": "Steps after a recovery phase in which none starts."}
     )
     recovery_share: float = field(
-        default=0.15, metadata={"help": "Most recovery steps, as a part of all steps at any time."}
+        default=0.15, metadata={"help": "Most recovery steps, as a share of all steps at any time."}
     )
     unit_overrides: list[str] | None = field(
         default=None,

@@ -11,7 +11,7 @@ from .rollback import rollback
 
 app = typer.Typer(
     name="interference-guard",
-    help="See what a guarded run did, compare checkpoints, take back what harmed a domain.",
+    help="See what a guarded run did, compare checkpoints, undo what harmed a domain.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -20,13 +20,13 @@ def check(
     max_interference: Annotated[
         float | None,
         typer.Option(
-            help="Most interference any domain's last probe may have measured, as a part of its reward range; "
-            "of domains without rewards in nats per token."
+            help="Most interference that any domain's last probe may have measured, as a share of its reward "
+            "range; for domains without rewards in nats per token."
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Exit with 1 when a domain has lost more than allowed, with 2 when one was not looked at, else with 0.
+    """Exit with 1 if a domain has lost more than allowed, with 2 if the loss of one is not known, else with 0.
 
     Example: interference-guard check outputs/run --max-forgetting 0.02 --json
     """

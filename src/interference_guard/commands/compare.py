@@ -22,26 +22,26 @@ PLACES = 20
 
 def compare(
     base: Annotated[Path, typer.Argument(help="The checkpoint before training.")],
-    checkpoints: Annotated[list[Path], typer.Argument(help="One or more after it: models or LoRA adapters.")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="One or more later ones: models or LoRA adapters.")],
     chain: Annotated[
         bool, typer.Option("--chain", help="Compare each with the one before it, not with BASE.")
     ] = False,
     state: Annotated[
-        Path | None, typer.Option(help="A folder with a guard's state: predict each domain's interference.")
+        Path | None, typer.Option(help="A folder with a guard's state: show predicted interference by domain.")
     ] = None,
     unit_override: Annotated[
         list[str] | None,
         typer.Option(
             help="'PATTERN=row', '=column' or '=vector', as in the run's unit_overrides; may be repeated. For "
-            "layers stored transposed where no config.json tells so."
+            "layers that are stored transposed, if no config.json says so."
         ),
     ] = None,
-    places: Annotated[bool, typer.Option("--places", help="Show layers and modules too.")] = False,
+    places: Annotated[bool, typer.Option("--places", help="Show layers and modules as well.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure edits: unchanged parameters, size, most changed neurons and their overlap.
 
-    Tensors are read one after the other, so memory does not grow with the model.
+    Tensors are read one at a time, so memory does not grow with the model.
 
     Example: interference-guard compare base after-math after-code --chain
     """

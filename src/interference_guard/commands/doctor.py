@@ -18,7 +18,7 @@ HOSTS = {"core": ("torch", "safetensors"), "trl": ("trl", "transformers", "accel
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Look at the environment; exit with 1 when something that is installed cannot work.
+    """Check the environment; exit with 1 if something that is installed cannot work.
 
     Example: interference-guard doctor
     """

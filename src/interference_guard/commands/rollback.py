@@ -22,7 +22,7 @@ ROUNDING = 3.0
 
 def rollback(
     base: Annotated[
-        Path, typer.Argument(help="The checkpoint before the edit: best where DOMAIN's phase ended.")
+        Path, typer.Argument(help="The checkpoint before the edit: the one where DOMAIN's phase ended.")
     ],
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint after it.")],
     domain: Annotated[str, typer.Option(help="The domain to restore.")],
@@ -30,10 +30,10 @@ def rollback(
     state: Annotated[
         Path | None, typer.Option(help="Folder with the guard's state; that of CHECKPOINT by default.")
     ] = None,
-    share: Annotated[float, typer.Option(help="Part of the units to roll back, the most harmful first.")] = 0.1,
-    strength: Annotated[float, typer.Option(help="Part of their edit that is taken back.")] = 1.0,
+    share: Annotated[float, typer.Option(help="Share of the units to roll back, the most harmful first.")] = 0.1,
+    strength: Annotated[float, typer.Option(help="Share of their edit that is undone.")] = 1.0,
     mode: Annotated[
-        str, typer.Option(help="'directions': along the domain's directions alone; 'units': whole units.")
+        str, typer.Option(help="'directions': only along the domain's directions; 'units': whole units.")
     ] = "directions",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the curve over shares; write nothing.")
@@ -41,16 +41,16 @@ def rollback(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=FILE with a prompt and a completion a line (JSON): measure them before, after and rolled "
-            "back. Once for each domain, also for those that the edit was for."
+            help="NAME=FILE with one prompt and completion per line (JSON): measure them before, after and "
+            "rolled back. May be repeated; include the domains that the edit was for."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Take back what an edit costs a domain, without training.
+    """Undo the part of an edit that harms a domain most, without training.
 
-    Units are ranked by predicted interference to DOMAIN for each unit of the edit's squared length.
+    Units are ranked by the predicted interference with DOMAIN per unit of the edit's squared length.
 
     Examples: interference-guard rollback after-math final --domain math --dry-run;
     interference-guard rollback after-math final --domain math --share 0.05 -o restored
