@@ -1,4 +1,4 @@
-"""TRL: one callback for an unmodified trainer, and an order of rows that keeps domains apart."""
+"""TRL: one callback for an unmodified trainer, and row orders that keep domains apart."""
 
 from .callback import InterferenceGuardCallback
 from .order import order_by_domain, prompts_per_generation

@@ -36,18 +36,18 @@ from .seams import Seams
 
 
 class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
-    """Guards every domain a trainer has finished, or leaves for a while, while it trains others.
+    """Protects every domain that a trainer has finished, or has left for a while, while it trains others.
 
-    Works with `GRPOTrainer`, `RLOOTrainer` and `SFTTrainer`. Rows carry their domain in a column.
+    Works with `GRPOTrainer`, `RLOOTrainer` and `SFTTrainer`. A column of the data set names each row's domain.
 
     Args:
         trainer (`Trainer`, *optional*): The trainer to guard; call `trainer.add_callback` with this object
             afterwards. Without one, call `attach`.
         config (`GuardConfig`, *optional*, defaults to `GuardConfig()`): Settings.
         recovery_datasets (`dict[str, Dataset]`, *optional*): Rows for recovery phases by domain; by default the
-            training set's own rows of the domain. Needed where that is a stream, or no longer holds the domain.
-        reference (`dict[str, Dataset]`, *optional*): Rows with a prompt and a completion, by the name of an
-            ability that the model has before training and must keep.
+            training set's own rows of the domain. Needed if that is a stream, or does not hold the domain.
+        reference (`dict[str, Dataset]`, *optional*): Reference domains by name: rows with a prompt and a
+            completion for an ability that the model has before training and must keep.
         live (`bool`, *optional*, defaults to `False`): Show the guard's metrics in the terminal at every log: a
             panel under the progress bar, or a line where there is no terminal.
 
@@ -103,10 +103,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     # Attaching
 
     def attach(self, trainer: Any) -> InterferenceGuardCallback:
-        """Guard this trainer from now on, and leave the one before; adds the callback where it is missing.
+        """Guard this trainer from now on, and leave the previous one; adds the callback if it is missing.
 
-        The guard keeps what it knows: a following trainer goes on with the same model, or with one of the
-        same parameters.
+        The guard keeps what it knows: the next trainer must use the same model, or one with the same
+        parameters.
         """
         self._wire(trainer)
         if self not in _callbacks(trainer):
@@ -129,9 +129,9 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self.guard.policy = model_policy(self.guard.model)
 
     def save(self, directory: str | Path) -> None:
-        """Save the guard's state beside a model of one's own saving; every rank must call it.
+        """Save the guard's state beside a model that you save yourself; every rank must call it.
 
-        Each rank holds completions of its own, and of a sharded model its part alone. Nothing is saved where
+        Each rank has its own completions, and of a sharded model its own part. Nothing is saved if
         `enabled` is False.
         """
         if self.config.enabled:
@@ -140,10 +140,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             self._checkpoints.save(directory)
 
     def load(self, directory: str | Path) -> None:
-        """Go on from the state that a checkpoint of another run holds; every rank must call it before training.
+        """Continue from the state in a checkpoint of another run; every rank must call it before training.
 
-        The model must be loaded from the same checkpoint. Where the trainer shards it, the state is shared out
-        when training begins, also over another number of ranks.
+        The model must be loaded from the same checkpoint. If the trainer shards it, the state is distributed
+        when training begins, and the number of ranks may have changed.
 
         Raises:
             StateError: If a file is missing, damaged, or of another model or other settings.

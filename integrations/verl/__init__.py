@@ -1,9 +1,9 @@
-r"""veRL: importing this package guards every actor engine that is built afterwards.
+r"""veRL: importing this package adds the guard to every actor engine that is built afterwards.
 
     python -m verl.trainer.main_ppo ... \
         actor_rollout_ref.model.external_lib=interference_guard.integrations.verl +guard.budget=0.02
 
-Each worker imports it before its engine is built; `data_source` is a row's domain.
+Each worker imports it before it builds its engine; `data_source` is a row's domain.
 """
 
 from .plugin import register

@@ -1,4 +1,4 @@
-"""Keeps what a policy learned in earlier domains inside a trust region measured in reward."""
+"""Protects what a policy learned in earlier domains, with a trust region sized by measured reward loss."""
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version

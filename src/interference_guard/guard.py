@@ -1,4 +1,4 @@
-"""The guard: one object beside a model, told what each step trains, that keeps earlier domains in bounds.
+"""The guard: one object beside a model. It is told what each step trains, and protects earlier domains.
 
 Data flows one way: gradients -> curvature -> local model -> prediction -> projection, and
 completions -> probe -> trust region. The guard knows no trainer: a host calls `begin`, `before_step`,
@@ -32,16 +32,16 @@ EARLY_PROBES = (1, 2, 4)
 
 
 class Guard(GuardState):
-    """Keeps every earlier domain inside a trust region measured in its own reward.
+    """Keeps the weights inside a trust region for every earlier domain, sized by the loss of its reward.
 
     Args:
         model: The policy. Its trainable parameters are read here and changed only by `after_step`. Under
             DeepSpeed the engine that ``deepspeed.initialize`` returned.
         config: Settings.
-        policy: Gives log-probabilities of completions under the present weights; `model_policy(model)`
+        policy: Gives log-probabilities of completions under the current weights; `model_policy(model)`
             by default. Hosts that compute them in a special way pass their own.
-        reduce: Reduces a 1-d tensor over data-parallel ranks, ``reduce(tensor, "sum" | "max")``, so that all
-            ranks, which then all call the guard, measure and decide the same; None in a single process.
+        reduce: Reduces a 1-d tensor over data-parallel ranks, ``reduce(tensor, "sum" | "max")``. All ranks then
+            call the guard, and measure and decide the same; None in a single process.
 
     Raises:
         UnsupportedError: If the model holds something the guard cannot protect; nothing is changed.
@@ -59,14 +59,14 @@ class Guard(GuardState):
     """
 
     def bind(self, model: nn.Module) -> None:
-        """Go on with another object of the same model, for instance in the next phase's trainer.
+        """Continue with another object of the same model, for instance in the next phase's trainer.
 
-        The guard's own policy is bound too, unless a host gave one. The model may have been sharded since.
+        The guard's default policy follows; a host's own does not. The model may have been sharded since.
 
         Raises:
-            ConfigError: If it is no module.
+            ConfigError: If it is not a module.
             ShapeError: If its trainable parameters differ; nothing is changed then.
-            StateError: If they lie on the ranks in other pieces than those the guard's sums are of.
+            StateError: If they are sharded in another way than when the guard's sums were taken.
         """
         if not self.enabled:
             return
@@ -83,15 +83,15 @@ class Guard(GuardState):
     @torch.inference_mode(False)
     @torch.no_grad()
     def retain(self, domain: str, completions: Completions) -> None:
-        """Keep a domain's latest completions, to measure its interference on later.
+        """Keep a domain's latest completions, on which its interference is measured later.
 
         Args:
             domain: Its name.
-            completions: Copied; of the latest rows `retain` will be kept, spread over their prompts. Their
-                rewards widen the domain's reward range. Rows whose reward is no finite number are left out.
+            completions: Copied; `retain` of the latest rows will be kept, spread over their prompts. Their
+                rewards widen the domain's reward range. Rows whose reward is not finite are left out.
 
         Raises:
-            ShapeError: If they are something else.
+            ShapeError: If they are not completions, or their shapes do not fit.
         """
         if not self.enabled:
             return
@@ -114,18 +114,18 @@ class Guard(GuardState):
 
     @torch.inference_mode(False)
     def protect(self, domain: str, completions: Completions, *, passes: int = 64, batch_size: int = 8) -> None:
-        """Protect a domain that is only known from given rows, from the present weights on.
+        """Protect a domain that is known only from given rows, starting at the current weights.
 
         For what the model could do before any RL: curvature from backward passes with labels drawn from the
-        softened output, an anchor at the present weights, and a probe on the rows. Parameters' gradients, the
+        softened output, an anchor at the current weights, and a probe on the rows. Parameters' gradients, the
         optimizer and the global random generators are not touched. On several ranks, give all of them the same
         rows.
 
         Args:
-            domain: A name of its own.
+            domain: A name that no other domain has.
             completions: The rows; without rewards the interference is measured in nats per token.
-            passes: Backward passes.
-            batch_size: Rows of one pass; rows are used again when they run out.
+            passes: Number of backward passes.
+            batch_size: Rows in one pass; rows are used again when they run out.
 
         Raises:
             ConfigError: If the domain is known already, or there is no pass or no row in one.
@@ -139,9 +139,9 @@ class Guard(GuardState):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Take in the step's gradients; call when they are final and the weights still unchanged.
+        """Observe the step's gradients; call when they are final and the weights are still unchanged.
 
-        Domains that stop being trained with this step get their anchor here.
+        Domains that were trained until now, and are not in this step, get their anchor here.
 
         Raises:
             MissingDomainError: If `begin` or `domain` has not said what the step trains, or `end` was called
@@ -176,9 +176,9 @@ class Guard(GuardState):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Predict the interference of the weights as they are now, and project them where it is too high.
+        """Predict the interference at the current weights, and project them if it is too high.
 
-        On sharded parameters the step's gradients must still be there: clear them afterwards.
+        With sharded parameters the step's gradients are read again: clear them only afterwards.
         """
         if not self.enabled:
             return
@@ -193,17 +193,17 @@ class Guard(GuardState):
     @torch.inference_mode(False)
     @torch.no_grad()
     def probe(self, policy: Policy | None = None, *, free: bool = True) -> dict[str, Measurement]:
-        """Measure the protected domains whose turn it is; call after every step.
+        """Measure the protected domains that are due; call after every step.
 
-        A domain is due after 1, 2 and 4 foreign steps and then every `probe_steps`; where its region was moved,
-        also after 1, 2 and 4 steps from there. When nothing is due the call costs nothing. With `recovery`, the
+        A domain is due after 1, 2 and 4 foreign steps and then every `probe_steps`; if its region was moved,
+        also 1, 2 and 4 steps after that. When nothing is due the call costs nothing. With `recovery`, the
         measurements also move the recovery schedule: afterwards `recovery` names the domain to train next, or is
         None.
 
         Args:
             policy: Replaces the guard's own for this call.
-            free: Whether the next step may be of another domain. False between the steps of one set of rollouts
-                that the host goes through to its end: a recovery phase neither begins nor ends there.
+            free: Whether the next step may train another domain. Give False between the steps of one batch of
+                rollouts, which the host uses up first: a recovery phase neither begins nor ends there.
 
         Returns:
             The measurements made, by domain.
@@ -252,14 +252,14 @@ class Guard(GuardState):
         return found
 
     def calibrate(self, domain: str, reward: float) -> None:
-        """Tell the true mean reward of a domain under the present weights, from an evaluation.
+        """Report the true mean reward of a domain under the current weights, from an evaluation.
 
         Between the domain's last own step and the first foreign one it is the reward at the anchor. After
-        that it corrects the scale of the domain's measurements; without one at the anchor, the first counts
-        as right and later ones are compared with it. One that is no finite number is left out.
+        that it corrects the scale of the domain's measurements; if there is none at the anchor, the first
+        one serves as the reference for later ones. A reward that is not finite is ignored.
 
         Raises:
-            ConfigError: If it is no number.
+            ConfigError: If it is not a number.
             UnknownDomainError: If the guard has never seen the domain.
         """
         if not self.enabled:
@@ -269,18 +269,17 @@ class Guard(GuardState):
         measuring.calibrate(self, self._domains[domain], reward)
 
     def abandon_recovery(self) -> None:
-        """Give up the present recovery phase, for instance because the host has no rows of its domain.
+        """Abandon the current recovery phase, for instance because the host has no rows of its domain.
 
-        It counts as one that did not bring its domain back, which keeps its old anchor. Without a phase nothing
-        happens.
+        It counts as failed, and the domain keeps its old anchor. Without a phase nothing happens.
         """
         recovering.abandon(self)
 
     def predicted(self, domain: str) -> float:
-        """Calibrated prediction of a domain's interference under the present weights.
+        """Calibrated prediction of a domain's interference under the current weights.
 
-        In parts of the domain's reward range, or nats per token where no rewards are at hand; NaN before
-        the first measurement. Reads the device.
+        A share of the domain's reward range, or nats per token without rewards; NaN before the first
+        measurement. Reads the device.
 
         Raises:
             UnknownDomainError: If the domain has no anchor.
@@ -299,7 +298,7 @@ class Guard(GuardState):
 
     @torch.no_grad()
     def raw_parts(self, domains: Iterable[str] | None = None) -> dict[str, Raw]:
-        """Uncalibrated prediction of domains under the present weights, in one pass over them.
+        """Uncalibrated prediction for domains under the current weights, in one pass over the weights.
 
         Args:
             domains: Their names; all anchored ones by default.
@@ -330,7 +329,7 @@ class Guard(GuardState):
     def metrics(self) -> dict[str, float]:
         """All metrics as plain numbers; `metrics.METRICS` says what each means. Reads the device.
 
-        Means are taken since the last call, of all ranks' rows: over several ranks all of them call it.
+        Means are since the last call, over all ranks' rows: with several ranks, all of them must call it.
         """
         if not self.enabled:
             return {}

@@ -276,7 +276,7 @@ def _in_parts(
 
 
 class GuardedOptimizer(Optimizer):
-    """A `torch.optim.Optimizer` around any other, whose steps a guard watches and corrects.
+    """A `torch.optim.Optimizer` that wraps any other; a guard observes each step and corrects the weights.
 
     It shares the inner optimizer's ``param_groups``, ``state``, ``defaults`` and hooks, so learning-rate
     schedulers, `GradScaler`, ``accelerator.prepare`` and ``state_dict`` work as with the inner one, and a
@@ -284,8 +284,8 @@ class GuardedOptimizer(Optimizer):
     `eval` of the schedule-free ones) can be called on it too.
 
     Args:
-        optimizer: The optimizer that does the work.
-        guard: The guard. Parameters given to `add_param_group` later are protected only if they were
+        optimizer: The optimizer that makes the steps.
+        guard: The guard. Parameters added later by `add_param_group` are protected only if they were
             trainable when the guard was built.
 
     Raises:
