@@ -16,9 +16,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         UnsupportedError: If there are none, or if one of them is a DoRA magnitude, a packed low-bit
-            weight, flattened by FSDP version 1, or not real floating point.
+            weight, flattened by FSDP version 1, or not real floating point, or if the model itself changes its
+            weights from mode to mode.
     """
     _check_wrappers(model)
+    _check_modes(model)
     dora = [name for name, _ in model.named_parameters() if "lora_magnitude_vector" in name]
     if dora:
         raise UnsupportedError(
@@ -86,3 +88,15 @@ def _check_wrappers(model: nn.Module) -> None:
             "The model is wrapped by FullyShardedDataParallel (FSDP version 1), which packs the weights of a "
             "block into one flat parameter, in which units cannot be told apart. Use fully_shard (FSDP2)."
         )
+
+
+def _check_modes(model: nn.Module) -> None:
+    """RWKV halves deep layers' weights by a forward pass in evaluation mode, and doubles them by the next one."""
+    for module in model.modules():
+        every = getattr(getattr(module, "config", None), "rescale_every", 0)
+        if hasattr(module, "layers_are_rescaled") and 0 < every < len(getattr(module, "blocks", ())):
+            raise UnsupportedError(
+                f"{type(module).__name__} divides the weights of its layers from {every} on when it is evaluated, "
+                "so that a measurement would change what is trained. Set rescale_every=0 in its config before "
+                "training."
+            )

@@ -26,7 +26,19 @@ Kind = Literal["row", "column", "vector"]
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Linear layers whose output is added to the residual stream.
 WRITERS = frozenset(
-    ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h")
+    (
+        "o_proj",
+        "out_proj",
+        "down_proj",
+        "c_proj",
+        "dense",
+        "fc2",
+        "fc_out",
+        "w2",
+        "wo",
+        "dense_4h_to_h",
+        "output_linear",
+    )
 )
 # Layers of an MLP whose output channels are its neurons, and those that read the channels back.
 CHANNELS_OUT = frozenset(
@@ -43,9 +55,12 @@ CHANNELS_OUT = frozenset(
         "wi_0",
         "wi_1",
         "dense_h_to_4h",
+        "input_linear",
     )
 )
-FUSED = frozenset(("gate_up_proj",))
+FUSED = frozenset(("gate_up_proj", "input_linear"))
+# Stacks of experts in modules that are not called so, those of Granite and JetMoE.
+STACKS = frozenset(("input_linear", "output_linear"))
 # Saved models whose layers compute x W and are stored (in, out), by the `model_type` of their config.json: names
 # of the layers, or of the modules that hold stacks of experts.
 CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
@@ -56,9 +71,13 @@ TRANSPOSED: Mapping[str, frozenset[str]] = MappingProxyType(
         "imagegpt": CONV1D,
         "decision_transformer": CONV1D,
         "gpt_oss": frozenset(("experts",)),
+        "llama4": frozenset(("experts",)),
+        "llama4_text": frozenset(("experts",)),
     }
 )
-CHANNELS_IN = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h"))
+# Modules in memory that do so and have no mark of it.
+TRANSPOSED_TYPES = frozenset(("Conv1D", "Llama4TextExperts"))
+CHANNELS_IN = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h", "output_linear"))
 
 
 def canonical_name(name: str) -> str:
@@ -225,7 +244,7 @@ def _layer(name: str) -> tuple[str, str, bool]:
 
 
 def _is_stack(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 3 and "experts" in name.split(".")
+    return len(shape) == 3 and ("experts" in name.split(".") or _layer(name)[1] in STACKS)
 
 
 def stored_transposed(model_type: str | None, names: Iterable[str]) -> frozenset[str]:
@@ -250,7 +269,7 @@ def _transposed_layers(module: nn.Module | None) -> frozenset[str]:
     return frozenset(
         canonical_name(name)
         for name, layer in module.named_modules()
-        if type(layer).__name__ == "Conv1D" or getattr(layer, "is_transposed", False) is True
+        if type(layer).__name__ in TRANSPOSED_TYPES or getattr(layer, "is_transposed", False) is True
     )
 
 
@@ -258,7 +277,8 @@ def _kind(name: str, shape: tuple[int, ...], flipped: frozenset[str]) -> Kind:
     if len(shape) < 2:
         return "vector"
     _, layer, lora = _layer(name)
-    if lora or (len(shape) > 2 and not _is_stack(name, shape)):
+    # Biases of stacked experts are matrices, with a row for each expert however the stack is stored.
+    if lora or layer.endswith("_bias") or (len(shape) > 2 and not _is_stack(name, shape)):
         return "row"
     # Conv1D is the layer itself; a transposed stack of experts is a parameter of such a module.
     owner = name.rpartition(".")[0]

@@ -5,7 +5,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from interference_guard import Guard, GuardConfig
+from interference_guard import Guard, GuardConfig, UnsupportedError
 from interference_guard.units import UnitLayout
 from tests.trl.supervised import supervised_step
 
@@ -98,6 +98,29 @@ MIXTRAL = {
     "experts.gate_up_proj": ("row", E_ * 2 * INTER, H, True),
     "experts.down_proj": ("column", E_ * INTER, H, True),
 }
+# Its experts store (in, out), with gate and up interleaved, so their units stand alone.
+GPT_OSS = {
+    **{key: value for key, value in QWEN2.items() if "gate" not in key and "up_proj" not in key},
+    "o_proj.bias": ("vector", 1, H, False),
+    "sinks": ("vector", 1, 4, False),
+    "router.weight": ("row", E_, H, False),
+    "router.bias": ("vector", 1, E_, False),
+    "experts.gate_up_proj": ("column", E_ * 2 * INTER, H, False),
+    "experts.gate_up_proj_bias": ("row", E_, 2 * INTER, False),
+    "experts.down_proj": ("row", E_ * INTER, H, False),
+    "experts.down_proj_bias": ("row", E_, H, False),
+}
+LLAMA4 = LLAMA | {
+    "router.weight": ("row", E_, H, False),
+    "experts.gate_up_proj": ("column", E_ * 2 * INTER, H, False),
+    "experts.down_proj": ("row", E_ * INTER, H, False),
+}
+GRANITE_MOE = {
+    **{key: value for key, value in LLAMA.items() if "gate" not in key and "up_proj" not in key},
+    "router.layer.weight": ("row", E_, H, False),
+    "input_linear.weight": ("row", E_ * 2 * INTER, H, True),
+    "output_linear.weight": ("column", E_ * INTER, H, True),
+}
 CASES = {
     "llama": (transformers.LlamaConfig(**COMMON), LLAMA),
     "mistral": (transformers.MistralConfig(**COMMON), LLAMA),
@@ -117,6 +140,20 @@ CASES = {
         QWEN3_MOE,
     ),
     "mixtral": (transformers.MixtralConfig(**COMMON, num_local_experts=E_), MIXTRAL),
+    "gpt_oss": (
+        transformers.GptOssConfig(**COMMON, head_dim=4, num_local_experts=E_, num_experts_per_tok=2),
+        GPT_OSS,
+    ),
+    "llama4": (
+        transformers.Llama4TextConfig(
+            **COMMON, head_dim=4, num_local_experts=E_, intermediate_size_mlp=INTER, interleave_moe_layer_step=2
+        ),
+        LLAMA4,
+    ),
+    "granite_moe": (
+        transformers.GraniteMoeConfig(**COMMON, num_local_experts=E_, num_experts_per_tok=2),
+        GRANITE_MOE,
+    ),
 }
 
 
@@ -185,3 +222,12 @@ def test_lora_factors_are_rows():
             assert name.endswith("lm_head.modules_to_save.default.weight")
             assert (view.kind, view.units, view.width) == ("row", V, H)
         assert view.neuron is None
+
+
+def test_a_model_whose_evaluation_changes_its_weights_is_refused():
+    sizes = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 7, "context_length": 32}
+    model = transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes))
+    with pytest.raises(UnsupportedError, match="from 6 on when it is evaluated.*rescale_every=0"):
+        Guard(model)
+    Guard(transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, rescale_every=0)))
+    Guard(transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes | {"num_hidden_layers": 6})))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from interference_guard.errors import ConfigError, ShapeError
-from interference_guard.units import UnitLayout, canonical_name
+from interference_guard.units import UnitLayout, canonical_name, stored_transposed
 
 
 def layout(overrides=None, **shapes):
@@ -57,6 +57,38 @@ def test_experts_are_read_one_by_one():
     # Gate rows 0..2 and up rows 3..5 of an expert are the channels its down columns 0..2 read.
     assert gate_up.neuron_index().tolist()[:12] == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert down.neuron_index().tolist() == list(range(12))
+
+
+def test_stacks_that_are_called_linear_are_read_one_by_one():
+    shapes = {"moe__input_linear__weight": (4, 6, 5), "moe__output_linear__weight": (4, 5, 3)}
+    views = layout(**shapes).views
+    into, out = views["moe.input_linear.weight"], views["moe.output_linear.weight"]
+    assert (into.units, into.width, into.kind, into.stacked) == (24, 5, "row", True)
+    assert (out.units, out.width, out.kind, out.stacked) == (12, 5, "column", True)
+    assert out.neuron_index().tolist() == list(range(12))
+    chosen = layout({"*.input_linear.weight": "column"}, **shapes).views["moe.input_linear.weight"]
+    assert (chosen.kind, chosen.width) == ("column", 6)
+
+
+def test_transposed_stacks_and_their_biases():
+    class Llama4TextExperts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 5, 6))
+            self.gate_up_proj_bias = torch.nn.Parameter(torch.zeros(4, 6))
+            self.down_proj = torch.nn.Parameter(torch.zeros(4, 3, 5))
+
+    model = torch.nn.Module()
+    model.experts = Llama4TextExperts()
+    seen = UnitLayout(model.named_parameters(), module=model)
+    saved = stored_transposed("llama4_text", dict(model.named_parameters()))
+    assert seen.transposed == saved == {"experts"}
+    found = {name: (view.kind, view.units, view.width) for name, view in seen.views.items()}
+    assert found == {
+        "experts.gate_up_proj": ("column", 24, 5),
+        "experts.gate_up_proj_bias": ("row", 4, 6),
+        "experts.down_proj": ("row", 12, 5),
+    }
 
 
 def test_neurons_need_a_reader_and_a_writer_of_one_size():
