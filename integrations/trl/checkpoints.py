@@ -9,13 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from interference_guard.checkpoint import load_own
+from interference_guard.checkpoint import check_weights, load_own
 from interference_guard.errors import StateError
 from interference_guard.files import DETAILS
 from interference_guard.guard import Guard
 from interference_guard.written import withdraw
 
 from .seams import Seams
+
+RESUMED = (
+    "transformers 5 saves experts, and parts of multimodal models, under names that its Trainer passes over when "
+    "it resumes: build such a model with from_pretrained(CHECKPOINT) before you resume from that checkpoint. "
+    "Where this is not the reason, resume from another one."
+)
 
 
 class Checkpoints:
@@ -92,6 +98,7 @@ class Checkpoints:
             result = method(checkpoint, *args, **kwargs)
             if checkpoint is not None:
                 self._bind()
+                self._check(checkpoint)
                 self._read(checkpoint)
             return result
 
@@ -102,6 +109,7 @@ class Checkpoints:
             result = method(*args, **kwargs)
             best = self.trainer.state.best_model_checkpoint
             try:
+                self._check(best)
                 self.load(best)
             except StateError as error:
                 # The training is done: its result must not be lost over this.
@@ -113,6 +121,22 @@ class Checkpoints:
             return result
 
         return load
+
+    def _check(self, checkpoint: str) -> None:
+        """Raise on all ranks where the weights of any are not those that the state was saved beside."""
+        failed = None
+        try:
+            check_weights(self.guard, _folder(checkpoint, self.trainer.accelerator.process_index), RESUMED)
+        except StateError as error:
+            failed = error
+        _, any_failed = self.guard.ranks.limits(0.0, float(failed is not None), self.guard.device)
+        if failed is not None:
+            raise failed
+        if any_failed:
+            raise StateError(
+                f"Another rank's weights are not those that its state in {checkpoint} was saved beside; its own "
+                "error says more."
+            )
 
     def _read(self, checkpoint: str) -> None:
         try:

@@ -96,9 +96,9 @@ def check_resumed(details: Mapping[str, Any], view: ModelView, where: object, ad
         known, other = _compared(before or {}, after or {})
         if other:
             raise StateError(
-                f"The guard's state in {where} was saved beside other weights than its checkpoint holds: "
-                f"{len(other)} of {known} parameters differ, for instance {other[0]!r}. One of the two is of "
-                f"another attempt at the same step. {advice}"
+                f"The guard's state in {where} was saved beside other weights than were read with it: "
+                f"{len(other)} of {known} parameters differ, for instance {other[0]!r}. Either not all of them "
+                f"were read, or one of the two is of another attempt at the same step. {advice}"
             )
 
 

@@ -1,6 +1,7 @@
 import pytest
+import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from interference_guard import GuardConfig, HostError, StateError
 from interference_guard.checkpoint import DETAILS, TENSORS
@@ -183,3 +184,35 @@ class TestSaving:
         callback = guarded(trainer)
         with pytest.raises(StateError, match="of another model"):
             callback.guard.load(folder)
+
+
+def experts(folder=None):
+    """A mixture of experts, whose stacks transformers 5 saves as single matrices."""
+    torch.manual_seed(0)
+    if folder is not None:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2))
+
+
+def test_weights_that_the_trainer_did_not_read_are_told(tmp_path):
+    data = rows([("math", 4), ("code", 8)])
+    options = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
+    whole = online("grpo", tmp_path, data, model=experts(), **options)
+    guarded(whole)
+    whole.train()
+    first = online("grpo", tmp_path / "b", data, model=experts(), **options)
+    guarded(first)
+    first.add_callback(StopAt(4))
+    first.train()
+    resumed = online("grpo", tmp_path / "b", data, model=experts(), **options)
+    callback = guarded(resumed)
+    with pytest.raises(StateError, match=r"parameters differ, for instance '.*experts.*from_pretrained"):
+        resumed.train(resume_from_checkpoint=True)
+    assert callback.guard.domains == {}
+    read = experts(tmp_path / "b" / "run" / "checkpoint-4")
+    resumed = online("grpo", tmp_path / "b", data, model=read, **options)
+    guarded(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
