@@ -1,0 +1,66 @@
+"""That a state holds every field of a domain."""
+
+import json
+from dataclasses import fields
+
+import torch
+
+from interference_guard import Guard
+from interference_guard.domain import MEANS, DomainState
+from interference_guard.packing import PLAIN
+from tests.unit.helpers import CONFIG, Toy, guarded, train
+
+# Tensors, and parts that are saved as tables of their own; a domain's name is its key.
+OTHERWISE = {
+    "name",
+    "curvature",
+    "region",
+    "model",
+    "pending",
+    "retained",
+    "anchor_scores",
+    "measurement",
+    "gradient",
+    "slopes",
+    "radius",
+    "subspace",
+    "moved",
+    "protected_set",
+    "half_set",
+    "start",
+}
+
+
+def another(value):
+    """A value of the same kind that no field begins with."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [[1.5, 2.0]]
+    return 7 if isinstance(value, int) or value is None else 0.375
+
+
+def test_every_field_of_a_domain_is_saved_in_one_way():
+    ways = [*PLAIN, *MEANS, *OTHERWISE]
+    assert len(ways) == len(set(ways))
+    assert {item.name for item in fields(DomainState)} == set(ways)
+
+
+def test_every_plain_field_comes_back():
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 2 + ["code"])
+    untouched, state = guard.new_state("math"), guard.domains["math"]
+    given = {name: another(getattr(untouched, name)) for name in PLAIN}
+    for name, value in given.items():
+        setattr(state, name, value)
+    means = {name: (0.25 + number, 3.0) for number, name in enumerate(MEANS)}
+    for name, sums in means.items():
+        getattr(state, name).take()
+        getattr(state, name).add(*sums)
+    packed = guard.state_dict()
+    read = Guard(Toy(), CONFIG)
+    read.load_state_dict({"details": json.loads(json.dumps(packed["details"])), "tensors": packed["tensors"]})
+    found = read.domains["math"]
+    assert {name: getattr(found, name) for name in PLAIN} == given
+    assert {name: getattr(found, name).sums() for name in MEANS} == means
+    assert torch.equal(found.radius, state.radius)
