@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from .errors import ConfigError
@@ -204,8 +205,10 @@ class GuardConfig:
             "domain_column", isinstance(self.domain_column, str) and self.domain_column != "", "a column name"
         )
         self._check_recovery()
-        self._check("unit_overrides", not isinstance(self.unit_overrides, str), "a list, ['pattern=row']")
         if self.unit_overrides is not None:
+            self._check(
+                "unit_overrides", _is_words(self.unit_overrides), "a list of strings, ['pattern=row'], or None"
+            )
             # As a state file gives it back, to be compared.
             object.__setattr__(self, "unit_overrides", list(self.unit_overrides))
         self.overrides()
@@ -262,6 +265,14 @@ class GuardConfig:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_words(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(entry, str) for entry in value)
+    )
 
 
 def _is_integer(value: object) -> bool:

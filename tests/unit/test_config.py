@@ -31,7 +31,10 @@ from interference_guard.errors import ConfigError
         ("domain_column", "", "a column name"),
         ("seed", 1.5, "an integer"),
         ("seed", 2**50, "below"),
-        ("unit_overrides", "*.w=row", "a list"),
+        ("unit_overrides", "*.w=row", "a list of strings"),
+        ("unit_overrides", 5, "a list of strings"),
+        ("unit_overrides", [1], "a list of strings"),
+        ("unit_overrides", ["*.w=row", None], "a list of strings"),
     ],
 )
 def test_values_outside_their_range_are_refused(field, value, allowed):
