@@ -98,6 +98,10 @@ class DomainState:
         subspace: Raw prediction inside the domain's directions after the last step, a 0-d tensor.
         moved: Squared length of all that projections for this domain took from each matrix, summed over the
             steps, ``(matrices of all blocks,)`` fp32; None before the first.
+        protected_set: Units that its protection covers, None before the first anchor.
+        half_set: Units that carry half of its curvature energy, None before the first anchor.
+        rewards: Rewards of its own rollouts since the last report.
+        lengths: Completion lengths of those, in tokens.
     """
 
     name: str

@@ -66,7 +66,7 @@ class LocalBlock:
         return self.U.shape[2]
 
     def unit_scale(self) -> Tensor:
-        """C e_j of each protected unit, ``(rows,)``."""
+        """Scale c e_j of each protected unit, ``(rows,)``."""
         return self.protected(self.energy * self.scale.unsqueeze(-1))
 
     def _by_unit(self, values: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class LocalBlock:
         return values[self.rows // units]
 
     def weights(self) -> Tensor:
-        """W of every coordinate, ``(rows, rank)``."""
+        """Weights w of every coordinate, ``(rows, rank)``."""
         if self.rows is None:
             scaled = self.energy * self.scale.unsqueeze(-1)
             return (scaled.unsqueeze(-1) * self.lam.unsqueeze(1)).view(-1, self.rank)

@@ -94,7 +94,7 @@ class LocalModel:
         return runs(self.order, shape)
 
     def _weights(self, run: Sequence[int]) -> Tensor:
-        """W of neighbours of one shape, as in `Displacement.weights`."""
+        """Weights w of neighbours of one shape, as in `Displacement.weights`."""
         blocks = [self.blocks[index] for index in run]
         if len(blocks) == 1:
             return blocks[0].weights().flatten()

@@ -79,7 +79,7 @@ def _root(a: Tensor, v: Tensor, total: float) -> Tensor:
 
 
 def _terms(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
-    """W z^2 / (2 radius) without under- or overflow of the intermediate square."""
+    """Terms w z^2 / (2 radius), without under- or overflow of the intermediate square."""
     root = (w / 2).sqrt() * (z / radius.sqrt())
     return root.square()
 
