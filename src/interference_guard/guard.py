@@ -7,6 +7,7 @@ completions -> probe -> trust region. The guard knows no trainer: a host calls `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -18,17 +19,12 @@ from . import checkpoint, measuring, packing, recovering, reference, renewing, s
 from .errors import UnknownDomainError
 from .evaluating import bare
 from .exact import exact_products
-from .first_order import first_order
 from .guard_state import GuardState, check_module
-from .local_model import predict
 from .metering import collect
 from .places import Places, curvature_places, projected_places
 from .probe import Completions, Measurement, Policy, check_completions, model_policy
 from .recut import restore, share_out
 from .trust_region import Raw
-
-# The first foreign steps are the ones about which least is known.
-EARLY_PROBES = (1, 2, 4)
 
 
 class Guard(GuardState):
@@ -91,6 +87,7 @@ class Guard(GuardState):
                 rewards widen the domain's reward range. Rows whose reward is not finite are left out.
 
         Raises:
+            MissingDomainError: If the name is not a non-empty string.
             ShapeError: If they are not completions, or their shapes do not fit.
         """
         if not self.enabled:
@@ -129,8 +126,10 @@ class Guard(GuardState):
 
         Raises:
             ConfigError: If the domain is known already, or there is no pass or no row in one.
+            MissingDomainError: If the name is not a non-empty string.
             ShapeError: If a row has no completion token, or they are no completions; nothing is changed then.
-            UnsupportedError: If the model returns no logits.
+            UnsupportedError: If the model returns no logits, no gradient comes of the passes or has room, or an
+                engine shares the parameters out and keeps their gradients.
         """
         if self.enabled:
             reference.protect(self, domain, completions, passes, batch_size)
@@ -179,6 +178,9 @@ class Guard(GuardState):
         """Predict the interference at the current weights, and project them if it is too high.
 
         With sharded parameters the step's gradients are read again: clear them only afterwards.
+
+        Raises:
+            HostError: If the optimizer changed the gradients of sharded parameters during its step.
         """
         if not self.enabled:
             return
@@ -214,11 +216,7 @@ class Guard(GuardState):
         # A host may ask again after a step that was skipped: what is known need not be measured twice.
         for name in self.protected if self.asked != self.steps else ():
             state = self._domains[name]
-            if name == self.recovery:
-                continue
-            early = state.foreign_steps - state.renewed_at in EARLY_PROBES and state.fresh
-            due = early or state.foreign_steps % self.config.probe_steps == 0
-            if due and state.foreign_steps and state.measurable:
+            if name != self.recovery and measuring.due(self, state):
                 found[name] = measuring.measure(self, state, policy)
         # Only now: where a policy raised, the domains still have their turn.
         self.asked = self.steps
@@ -239,7 +237,8 @@ class Guard(GuardState):
         """Measure one protected domain now, calibrate its prediction and adapt its radius, or move its region.
 
         Raises:
-            UnknownDomainError: If the domain has no anchor, or no completions were retained before it.
+            UnknownDomainError: If the domain has no anchor, no completions were retained before it, or the guard
+                is off.
         """
         state = self.anchored(domain)
         if not state.measurable:
@@ -278,22 +277,27 @@ class Guard(GuardState):
     def predicted(self, domain: str) -> float:
         """Calibrated prediction of a domain's interference under the current weights.
 
-        A share of the domain's reward range, or nats per token without rewards; NaN before the first
-        measurement. Reads the device.
+        A share of the domain's reward range, or nats per token without rewards. 0 before the first foreign step,
+        NaN from there to the first measurement, and where the guard is off. Reads the device.
 
         Raises:
             UnknownDomainError: If the domain has no anchor.
         """
+        if not self.enabled:
+            return math.nan
         state = self.anchored(domain)
         return state.region.predict(self.raw_parts([domain])[domain]) if state.foreign_steps else 0.0
 
     def raw(self, domain: str) -> float:
-        """Uncalibrated quadratic prediction, inside and outside the directions; reads the device.
+        """Uncalibrated quadratic prediction, inside and outside the directions; NaN where the guard is off.
+
+        Reads the device.
 
         Raises:
             UnknownDomainError: If the domain has no anchor.
         """
-        self.anchored(domain)
+        if not self.enabled:
+            return math.nan
         return self.raw_parts([domain])[domain].quadratic
 
     @torch.no_grad()
@@ -314,16 +318,7 @@ class Guard(GuardState):
         if domains is None:
             # By name: ranks may have met the domains in another order, and sum what each of them sees.
             domains = sorted(name for name, state in self._domains.items() if state.anchored)
-        models = {name: model for name in domains if (model := self.anchored(name).model) is not None}
-        rows = []
-        with exact_products(self.device):
-            parts = predict(self.view.weights(), list(models.values()), self.view.residuals) if models else []
-            for name, (seen, inside, outside) in zip(models, parts, strict=True):
-                slopes = self._domains[name].slopes
-                linear = inside.new_zeros(()) if slopes is None else first_order(slopes, seen.views)
-                rows.append(torch.stack([inside, outside, linear]))
-        table = torch.stack(rows).tolist() if rows else []
-        return {name: Raw(*numbers) for name, numbers in zip(models, table, strict=True)}
+        return measuring.predictions(self, [self.anchored(name) for name in domains])
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -369,7 +364,11 @@ class Guard(GuardState):
             restore(self, state)
 
     def save(self, directory: str | Path, *, folders: int = 1, place: tuple[int, int] | None = None) -> None:
-        """Write the state beside a checkpoint, atomically; see `checkpoint.save`."""
+        """Write the state beside a checkpoint, atomically; see `checkpoint.save`.
+
+        Raises:
+            StateError: If the files cannot be written, or ranks would overwrite each other's.
+        """
         if self.enabled:
             checkpoint.save(self, Path(directory), folders, place)
 
@@ -389,6 +388,10 @@ class Guard(GuardState):
             ranks: The folders of all ranks that saved, in their order, where each had one of its own and there
                 were more or fewer than now.
             place: This rank and their number, among those that keep completions.
+
+        Raises:
+            StateError: If a file is missing, damaged, or of another model, other settings or another moment.
+            StateVersionError: If its format is unknown.
         """
         if not self.enabled:
             return

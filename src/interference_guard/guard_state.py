@@ -130,20 +130,22 @@ class GuardState:
         finally:
             self._shares, self._active = {}, ()
 
-    def begin(self, shares: Mapping[str, float]) -> None:
-        """Say what the coming step trains.
+    def begin(self, shares: str | Mapping[str, float]) -> None:
+        """Say what the coming step trains; replaces what was said before.
 
         Args:
-            shares: Domain name to its part of the step's rows. Domains under `active_share` stay
-                protected. Replaces what was said before.
+            shares: One domain's name, or the part of the step's rows by domain. Domains under `active_share` stay
+                protected.
 
         Raises:
             MissingDomainError: If no domain has a positive share, or a name is not a non-empty string.
         """
+        if isinstance(shares, str):
+            shares = {shares: 1.0}
         if not isinstance(shares, Mapping):
             raise MissingDomainError(
-                f"guard.begin() was given {shares!r}. Give it the share of the step's rows by domain, for "
-                "instance {'math': 1.0}."
+                f"guard.begin() was given {shares!r}. Give it a domain's name, or the share of the step's rows "
+                "by domain, for instance {'math': 1.0}."
             )
         for name, share in shares.items():
             check_name(name)
@@ -259,8 +261,11 @@ class GuardState:
 
     @property
     def device(self) -> torch.device:
-        """Where the guard's own tensors lie."""
-        return self.view.device
+        """Where the guard's own tensors lie; where it is off, its model."""
+        if self.enabled:
+            return self.view.device
+        parameter = next(self.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     def warn_mixed(self, names: tuple[str, ...]) -> None:
         """Say once that a step of several domains adds to no domain's curvature; shuffled rows mix all ways."""
@@ -314,8 +319,10 @@ class GuardState:
         self.overlaps = {pair: value for pair, value in self.overlaps.items() if name not in pair}
 
     def state_of(self, name: str) -> DomainState:
-        """A domain's state, made at its first mention."""
+        """A domain's state, made at its first mention; raises `UnknownDomainError` where the guard is off."""
         check_name(name)
+        if not self.enabled:
+            raise self.unknown(name)
         if name not in self._domains:
             self._domains[name] = self.new_state(name)
         return self._domains[name]
@@ -328,7 +335,12 @@ class GuardState:
         return state
 
     def unknown(self, domain: str) -> UnknownDomainError:
-        """What to raise for a domain without an anchor."""
+        """What to raise for a domain without an anchor, or where the guard is off."""
+        if not self.enabled:
+            return UnknownDomainError(
+                f"The guard is off (enabled=False in GuardConfig), so it knows nothing of domain {domain!r}. Ask "
+                "only where guard.enabled is True."
+            )
         anchored = sorted(name for name, state in self._domains.items() if state.anchored)
         return UnknownDomainError(
             f"Domain {domain!r} has no anchor. Known domains: {sorted(self._domains)}; anchored: {anchored}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -11,12 +12,26 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, ShapeError
+from .exact import exact_products
+from .first_order import first_order
 from .generators import generators_kept
+from .local_model import predict
 from .probe import Completions, Measurement, Policy, estimate
+from .trust_region import Raw
 
 if TYPE_CHECKING:
     from .domain import DomainState
     from .guard import Guard
+
+# The first foreign steps are the ones about which least is known.
+EARLY_PROBES = (1, 2, 4)
+
+
+def due(guard: Guard, state: DomainState) -> bool:
+    """Whether it is a protected domain's turn to be measured, after the step that was just made."""
+    early = state.foreign_steps - state.renewed_at in EARLY_PROBES and state.fresh
+    turn = early or state.foreign_steps % guard.config.probe_steps == 0
+    return turn and state.foreign_steps > 0 and state.measurable
 
 
 def score(guard: Guard, state: DomainState, policy: Policy) -> Tensor | None:
@@ -91,6 +106,20 @@ def look(guard: Guard, state: DomainState, policy: Policy | None = None) -> Meas
         now, anchor = scores, state.anchor_scores
         mask, rewards = state.retained.completion_mask, state.retained.rewards
     return estimate(state.name, now, anchor, mask, rewards, state.span, guard.ranks.sum)
+
+
+def predictions(guard: Guard, states: Sequence[DomainState]) -> dict[str, Raw]:
+    """Uncalibrated prediction of anchored domains under the present weights, by name; see `Guard.raw_parts`."""
+    models = {state.name: (state, state.model) for state in states if state.model is not None}
+    rows = []
+    with exact_products(guard.device):
+        wanted = [model for _, model in models.values()]
+        parts = predict(guard.view.weights(), wanted, guard.view.residuals) if models else []
+        for (state, _), (seen, inside, outside) in zip(models.values(), parts, strict=True):
+            linear = inside.new_zeros(()) if state.slopes is None else first_order(state.slopes, seen.views)
+            rows.append(torch.stack([inside, outside, linear]))
+    table = torch.stack(rows).tolist() if rows else []
+    return {name: Raw(*numbers) for name, numbers in zip(models, table, strict=True)}
 
 
 def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> Measurement:

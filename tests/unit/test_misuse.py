@@ -1,6 +1,7 @@
 """What a guard says of objects and numbers that it is not meant to be given."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -88,11 +89,26 @@ def test_a_name_that_is_no_text_is_refused_wherever_it_is_given(name):
     assert not guard.domains
 
 
-def test_a_guard_that_is_off_knows_no_domain():
+def test_a_guard_that_is_off_predicts_nothing_and_says_so_where_it_must():
     guard = Guard(Toy(), GuardConfig(enabled=False))
-    for ask in (guard.raw, guard.predicted, guard.measure):
-        with pytest.raises(UnknownDomainError, match="has no anchor"):
+    assert math.isnan(guard.raw("math"))
+    assert math.isnan(guard.predicted("math"))
+    for ask in (guard.measure, guard.state_of, guard.anchored):
+        with pytest.raises(UnknownDomainError, match=r"guard is off \(enabled=False.* domain 'math'\. Ask"):
             ask("math")
+    assert guard.device == torch.device("cpu")
+    assert Guard(torch.nn.Identity(), GuardConfig(enabled=False)).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_one_domain_may_be_named_by_a_word(enabled):
+    guard = Guard(Toy(), GuardConfig(enabled=enabled))
+    guard.begin("math")
+    assert guard.active == ("math",)
+    assert list(guard.domains) == ["math"] * enabled
+    for given, message in (("", "must be a non-empty string"), (5, r"was given 5\. Give it a domain's name, or")):
+        with pytest.raises(MissingDomainError, match=message):
+            guard.begin(given)
 
 
 class Tokens(Toy):
