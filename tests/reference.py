@@ -1,9 +1,12 @@
-"""Slow, dense, fp64 truth the fast paths are compared with."""
+"""What results are compared with: slow, dense, fp64 truth for the fast paths, and all names a run can log."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from interference_guard.metrics import METRICS
 
 
 def nearest_in_ellipsoid(z: Tensor, w: Tensor, radius: float) -> Tensor:
@@ -51,3 +54,19 @@ def spearman(a: list[float], b: list[float]) -> float:
     ranks = [torch.tensor(x).argsort().argsort().double() for x in (a, b)]
     x, y = (rank - rank.mean() for rank in ranks)
     return float((x * y).sum() / math.sqrt(float((x * x).sum() * (y * y).sum())))
+
+
+def expand(domains: Iterable[str]) -> list[str]:
+    """Every metric name a run over `domains` can log."""
+    names = sorted(domains)
+    result = []
+    for pattern in METRICS:
+        if "<domain>" in pattern:
+            result += [pattern.replace("<domain>", name) for name in names]
+        elif "<a>" in pattern:
+            result += [
+                pattern.replace("<a>", a).replace("<b>", b) for i, a in enumerate(names) for b in names[i + 1 :]
+            ]
+        else:
+            result.append(pattern)
+    return result

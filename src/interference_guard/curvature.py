@@ -139,22 +139,6 @@ class DomainCurvature:
             self.sums[index].energy.mul_(keep).add_(torch.where(counted, energy, 0.0))
         self.count.mul_(keep).add_(counted)
 
-    def merge(self, other: DomainCurvature) -> None:
-        """Add another rank's, or another run's, sums of the same domain in place."""
-        if not other.sums:
-            return
-        if not self.sums:
-            self.begin_like(other)
-        if [sums.energy.shape for sums in self.sums] != [sums.energy.shape for sums in other.sums]:
-            raise ShapeError(
-                "The two curvatures are of different models: their blocks count units differently. "
-                "Merge only sums taken on the same parameters with the same unit_overrides."
-            )
-        for index, (mine, theirs) in enumerate(zip(self.sums, other.sums, strict=True)):
-            self._sketch(index).add_(other._sketch(index))
-            mine.energy.add_(theirs.energy)
-        self.count = self.count + other.count
-
     def match(self, other: DomainCurvature) -> None:
         """Scale the sums in place so that a step weighs what one of another's does, if that has any energy.
 

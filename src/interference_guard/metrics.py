@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 # "<domain>", "<a>" and "<b>" stand for domain names.
 METRICS: dict[str, str] = {
     "guard/<domain>/predicted": "Predicted interference now, in parts of the domain's reward range "
@@ -31,23 +29,3 @@ METRICS: dict[str, str] = {
     "guard/update_kept": "What the projection left of the displacement along protected directions, 1 is all.",
     "guard/seconds": "Seconds the guard took per step since the last report, waits for the device included.",
 }
-
-
-def expand(domains: Iterable[str]) -> list[str]:
-    """Every metric name a run over `domains` can log.
-
-    >>> len(expand(["math"])) == len(expand([])) + 14
-    True
-    """
-    names = sorted(domains)
-    result = []
-    for pattern in METRICS:
-        if "<domain>" in pattern:
-            result += [pattern.replace("<domain>", name) for name in names]
-        elif "<a>" in pattern:
-            result += [
-                pattern.replace("<a>", a).replace("<b>", b) for i, a in enumerate(names) for b in names[i + 1 :]
-            ]
-        else:
-            result.append(pattern)
-    return result

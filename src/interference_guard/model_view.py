@@ -146,7 +146,7 @@ class ModelView:
 
     def pieces(self) -> dict[str, Tensor]:
         """What of each trainable parameter lies on this rank, sharing its memory."""
-        return {name: self.shards.local(name, parameter) for name, parameter in self._parameters.items()}
+        return {name: self.shards.local(parameter) for name, parameter in self._parameters.items()}
 
     def place(self) -> None:
         """Follow the model to another device."""

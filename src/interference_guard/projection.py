@@ -82,13 +82,3 @@ def _terms(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
     """Terms w z^2 / (2 radius), without under- or overflow of the intermediate square."""
     root = (w / 2).sqrt() * (z / radius.sqrt())
     return root.square()
-
-
-def nearest_point(z: Tensor, w: Tensor, radius: Tensor) -> Tensor:
-    """Nearest point to z with ``sum(w z^2) / 2 <= radius``; z itself when it is inside.
-
-    >>> z = nearest_point(torch.tensor([3.0, 0.5]), torch.tensor([2.0, 0.0]), torch.tensor(1.0))
-    >>> [round(x, 4) for x in z.tolist()]
-    [1.0, 0.5]
-    """
-    return shrinkage(z.flatten(), w.flatten(), radius).view_as(z) * z

@@ -154,7 +154,7 @@ class Shards:
         """Whether another model lies on the ranks in the same pieces."""
         return self.parts == other.parts and (self.rank, self.world) == (other.rank, other.world)
 
-    def local(self, name: str, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """What of a parameter lies on this rank, sharing its memory; take it afresh at every step.
 
         Engines swap the memory behind a sharded parameter (CPU offload, resharding), so it must not be kept.
@@ -189,7 +189,7 @@ class Shards:
                 f"the parameter as {parameter.placements}. "
                 "Gradients must be reduced before the optimizer steps, as fully_shard does."
             )
-        return self.local(name, gradient)
+        return self.local(gradient)
 
     def publish(self, parameters: Iterable[Tensor]) -> None:
         """Call after pieces were changed: an engine may keep the weights the model computes with elsewhere."""

@@ -12,7 +12,7 @@ from interference_guard import (
     UnsupportedError,
 )
 from interference_guard.integrations.trl import InterferenceGuardCallback
-from interference_guard.metrics import expand
+from tests.reference import expand
 from tests.trl.host import (
     CONFIG,
     SHAPES,

@@ -79,7 +79,7 @@ def test_masked_path_counts_what_the_reading_path_counts(monkeypatch):
     assert reading.count.item() == pytest.approx(masked.count.item())
 
 
-def test_merged_sums_equal_sums_of_both():
+def test_sums_of_two_ranks_add_up_to_those_of_both():
     a, b, both = curvature(half_life=1e9), curvature(half_life=1e9), curvature(half_life=1e9)
     for gradient in gradients(4, seed=1):
         a.observe([gradient])
@@ -87,30 +87,10 @@ def test_merged_sums_equal_sums_of_both():
     for gradient in gradients(3, seed=2):
         b.observe([gradient])
         both.observe([gradient])
-    a.merge(b)
-    torch.testing.assert_close(a.sums[0].sketch, both.sums[0].sketch, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(a.sums[0].energy, both.sums[0].energy, rtol=1e-4, atol=1e-4)
-    assert a.count.item() == pytest.approx(both.count.item())
-
-
-def test_merge_into_empty_and_from_empty():
-    empty, full = curvature(), curvature()
-    full.observe(gradients(1))
-    expected = full.sums[0].sketch.clone()
-    full.merge(curvature())
-    empty.merge(full)
-    assert torch.equal(full.sums[0].sketch, expected)
-    torch.testing.assert_close(empty.sums[0].sketch, expected)
-    empty.observe(gradients(1, seed=3))
-    assert torch.equal(full.sums[0].sketch, expected)
-
-
-def test_merge_of_another_model_is_refused():
-    a, b = curvature(), curvature()
-    a.observe(gradients(1, units=10))
-    b.observe(gradients(1, units=11))
-    with pytest.raises(ShapeError, match="different models"):
-        a.merge(b)
+    added, energy = a.sums[0].sketch + b.sums[0].sketch, a.sums[0].energy + b.sums[0].energy
+    torch.testing.assert_close(added, both.sums[0].sketch, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(energy, both.sums[0].energy, rtol=1e-4, atol=1e-4)
+    assert (a.count + b.count).item() == pytest.approx(both.count.item())
 
 
 def test_other_shapes_are_refused():

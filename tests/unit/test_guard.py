@@ -13,7 +13,8 @@ from interference_guard import (
     UnknownDomainError,
     UnsupportedError,
 )
-from interference_guard.metrics import METRICS, expand
+from interference_guard.metrics import METRICS
+from tests.reference import expand
 from tests.unit.helpers import (
     CONFIG,
     Toy,

