@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,12 +22,22 @@ class Traffic(TorchDispatchMode):
     Attributes:
         bytes: Of what operations take and give; views and fresh memory count nothing.
         operations: Their number, on an accelerator about that of its kernels.
-        waits: How often the host reads a number back.
+        waits: How often the host reads numbers back.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.operations = self.waits = 0
+        self._lists = _Lists(self)
+
+    def __enter__(self) -> Traffic:
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and count it."""
@@ -38,6 +49,20 @@ class Traffic(TorchDispatchMode):
             self.bytes += sum(item.numel() * item.element_size() for item in tensors)
             self.operations += 1
         return found
+
+
+class _Lists(TorchFunctionMode):
+    """Counts lists of numbers, which on the CPU are read without an operation."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self._traffic = traffic
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call one function, and count it if it gives a list."""
+        if func is Tensor.tolist:
+            self._traffic.waits += 1
+        return func(*args, **(kwargs or {}))
 
 
 def moved(work: Callable[[], Any], size: int) -> dict[str, float]:

@@ -28,7 +28,8 @@ class Overlap(NamedTuple):
     gram: Tensor
 
 
-Grams = dict[tuple[int, int], list[Overlap]]
+Grams = dict[tuple[LocalModel, LocalModel], list[Overlap]]
+"""By the models themselves, which an entry keeps alive: the id of one that is gone may be another's."""
 
 
 def project(
@@ -52,7 +53,7 @@ def project(
         energies: Of the displacements, ``(domains,)`` fp32.
         radii: 0-d fp32 tensors.
         sweeps: Most passes over the domains.
-        grams: Products of the models' directions by their `id`, kept from call to call; filled in place.
+        grams: Products of the models' directions, kept from call to call; filled in place.
         metrics: What a change of each coordinate counts, by domain like `Displacement.flat`, from one metric of
             the units; None counts all alike.
 
@@ -60,19 +61,20 @@ def project(
         Per block, each made when it is asked for, the change to subtract from the weights (from this rank's part
         of them), or None when nothing is outside.
     """
-    bounds = torch.stack(list(radii))
-    # One number, which saves all else where none is outside.
-    if (energies <= bounds).all().item():
+    # The device is read once, which is all where none is outside.
+    now, allowed = torch.stack([energies, torch.stack(list(radii))]).tolist()
+    if all(energy <= bound for energy, bound in zip(now, allowed, strict=True)):
         return None
-    grams, allowed = {} if grams is None else grams, bounds.tolist()
+    grams, untouched = {} if grams is None else grams, True
     for sweep in range(sweeps if len(models) > 1 else 1):
         # A later sweep need only mend what other corrections pushed out noticeably.
         slack = 1.0 if sweep == 0 else SLACK
         still = True
         for i, (seen, radius) in enumerate(zip(displacements, radii, strict=True)):
-            if seen.energy().item() <= allowed[i] * slack:
+            # What was given holds until the first correction.
+            if (now[i] if untouched else seen.energy().item()) <= allowed[i] * slack:
                 continue
-            still = False
+            still = untouched = False
             metric = None if metrics is None else metrics[i]
             change = seen.flat * (1 - shrinkage(seen.flat, seen.weights, radius, metric))
             seen.flat.sub_(change)
@@ -105,7 +107,7 @@ def _corrections(moved: Sequence[tuple[LocalModel, Sequence[Tensor]]]) -> Iterat
 
 def _push(change: Tensor, mine: LocalModel, theirs: LocalModel, other: Displacement, grams: Grams) -> None:
     """What a correction in one domain's directions does to another's coordinates, in place."""
-    key = (id(mine), id(theirs))
+    key = (mine, theirs)
     if key not in grams:
         grams[key] = _overlaps(mine, theirs)
     for blocks, gram in grams[key]:

@@ -77,7 +77,7 @@ class GuardState:
         self.steps = 0
         """Optimizer steps so far."""
         self.kept = TensorMean()
-        # By id of the local models, which live as long as the entry: cleared whenever one is replaced.
+        # Keeps its local models alive: cleared whenever one is replaced.
         self.grams: Grams = {}
         # Jaccard indices of protected sets by sorted names; sets change at anchors alone.
         self.overlaps: dict[tuple[str, str], float] = {}

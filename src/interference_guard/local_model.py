@@ -44,7 +44,8 @@ def runs(order: Sequence[int], shape: Callable[[int], object]) -> list[list[int]
     return found
 
 
-@dataclass
+# Compared and hashed by identity: products of two models' directions are kept by the models.
+@dataclass(eq=False)
 class LocalModel:
     """One domain's local model over all blocks, made by `anchor_domain`.
 

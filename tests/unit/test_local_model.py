@@ -1,9 +1,12 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
 from interference_guard.correcting import project
 from interference_guard.curvature import DomainCurvature, sketch_matrix
-from interference_guard.local_model import anchor_domain, displacements, predict
+from interference_guard.local_model import Displacement, anchor_domain, displacements, predict
 from interference_guard.residual import residual_matrix
 from tests.reference import quadratic
 
@@ -101,19 +104,55 @@ def test_nothing_moves_inside_the_region():
     assert project([model], seen, torch.stack([seen[0].energy()]), [radius], 3) is None
 
 
-def test_several_domains_end_within_five_percent():
-    made = [make(seed, rank=6) for seed in range(3)]
+def several(count):
+    """Domains at one anchor, weights that are too far for all of them, and their radii."""
+    made = [make(seed, rank=6) for seed in range(count)]
     models = [item[-1] for item in made]
     anchor = made[0][2][0]
     for model in models[1:]:
         block = model.blocks[0]
         block.z0 = block.select(anchor @ block.U).contiguous()
     new = anchor + torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(5))
+    return models, new, [item.energy() / 20 for item in displacements([new], models)]
+
+
+def test_several_domains_end_within_five_percent():
+    models, new, radii = several(3)
     seen = displacements([new], models)
-    radii = [item.energy() / 20 for item in seen]
     (correction,) = project(models, seen, torch.stack([item.energy() for item in seen]), radii, 10)
     for item, radius in zip(displacements([new - correction.dense()], models), radii, strict=True):
         assert item.energy().item() <= radius.item() * 1.05
+
+
+def test_products_that_are_kept_keep_the_models_they_are_of():
+    (models, new, radii), grams = several(2), {}
+    seen = displacements([new], models)
+    list(project(models, seen, torch.stack([item.energy() for item in seen]), radii, 3, grams))
+    kept = [weakref.ref(model) for model in models]
+    del models, seen
+    gc.collect()
+    # Else a later model could have the id of one that is gone, and be projected with its products.
+    assert all(model() is not None for model in kept)
+    grams.clear()
+    gc.collect()
+    assert not any(model() is not None for model in kept)
+
+
+def test_energies_that_are_known_are_not_read_again(monkeypatch):
+    models, new, radii = several(3)
+    seen = displacements([new], models)
+    energies = torch.stack([item.energy() for item in seen])
+    # The last one alone is outside, which the first sweep can tell from what it was given.
+    radii = [energies[0] * 2, energies[1] * 2, radii[2]]
+    asked, energy = [], Displacement.energy
+
+    def counted(self):
+        asked.append(next(place for place, item in enumerate(seen) if item is self))
+        return energy(self)
+
+    monkeypatch.setattr(Displacement, "energy", counted)
+    assert project(models, seen, energies, radii, 1) is not None
+    assert not asked
 
 
 def test_reused_directions_only_move_the_anchor():
