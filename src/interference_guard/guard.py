@@ -98,7 +98,7 @@ class Guard(GuardState):
         if not len(rows):
             return
         state = self.state_of(domain)
-        state.keep(rows.to(self.device), self.retain_here, self.steps)
+        state.keep(rows.spread(self.retain_here).to(self.device), self.retain_here, self.steps)
         state.lengths.add(float(rows.completion_mask.sum().item()), len(rows))
         if rows.rewards is not None:
             rewards = rows.rewards.detach().float()

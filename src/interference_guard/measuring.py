@@ -41,7 +41,8 @@ def score(guard: Guard, state: DomainState, policy: Policy) -> Tensor | None:
     """
     if state.retained is None:
         return _score(guard, None, policy, state.temperature)
-    different, places = state.retained.distinct
+    chosen, places = state.retained.distinct
+    different = replace(state.retained.rows(chosen), rewards=None)
     scores = _score(guard, different, policy, state.temperature)
     return None if scores is None else scores[places.to(scores.device)]
 

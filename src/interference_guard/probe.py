@@ -148,27 +148,24 @@ class Completions:
         return self if len(self) <= limit else self.rows(spread(len(self), limit))
 
     @cached_property
-    def distinct(self) -> tuple[Completions, Tensor]:
-        """Each different row once, without rewards, and the place of every row among them.
+    def distinct(self) -> tuple[slice | Tensor, Tensor]:
+        """Where each different row stands first, for `rows`, and the place of every row among those.
 
         A mastered domain answers alike time after time, and what is alike need be scored only once. Found at the
         first call and kept, so the rows must not change afterwards. The second item is ``(rows,)`` int64:
         ``scores_of_the_different[places]`` are all rows' scores.
         """
-        count = len(self)
-        kept, places = self.rows(slice(None)), torch.arange(count, device=self.input_ids.device)
+        count, device = len(self), self.input_ids.device
         # torch.unique refuses tensors without rows.
         if count > 1:
             parts = (self.input_ids, self.attention_mask, self.completion_mask)
             # Masks of another type must not round the ids.
             keys = torch.cat([part.to(torch.int64) for part in parts], 1)
-            found, among = torch.unique(keys, dim=0, return_inverse=True)
+            found, places = torch.unique(keys, dim=0, return_inverse=True)
             if len(found) < count:
-                first = torch.full((len(found),), count, device=places.device)
-                kept = self.rows(first.scatter_reduce_(0, among, places, "amin"))
-                places = among
-        kept.rewards = None
-        return kept, places
+                first = torch.full((len(found),), count, device=device)
+                return first.scatter_reduce_(0, places, torch.arange(count, device=device), "amin"), places
+        return slice(None), torch.arange(count, device=device)
 
     def to(self, device: torch.device) -> Completions:
         """The same rows on `device`."""

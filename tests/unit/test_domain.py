@@ -7,7 +7,7 @@ import torch
 
 from interference_guard import GuardConfig, stepping
 from interference_guard.domain import POOL
-from interference_guard.probe import Completions, spread
+from interference_guard.probe import Completions, join, spread
 from tests.unit.helpers import guarded, train
 
 PROMPTS, ANSWERS = 2, 8
@@ -197,3 +197,22 @@ def test_steps_of_turns_are_not_taken_for_parts_of_one():
     math = guard.domains["math"]
     assert math.scored_at == 1
     assert len(math.pending) == 2
+
+
+def test_rows_are_chosen_before_they_are_moved(monkeypatch):
+    _model, guard, _ = guarded(config=GuardConfig(retain=LIMIT))
+    moved, to = [], Completions.to
+
+    def counted(self, device):
+        moved.append(len(self))
+        return to(self, device)
+
+    monkeypatch.setattr(Completions, "to", counted)
+    rows = join([rollouts(step) for step in range(4)])
+    guard.retain("math", rows)
+    assert moved
+    assert max(moved) == LIMIT
+    # All of them count for the rewards.
+    assert guard.domains["math"].span == (0.0, 7.0)
+    assert guard.domains["math"].rewarded == 4 * LIMIT
+    assert kept(guard.domains["math"]) == rows.spread(LIMIT).rewards.tolist()

@@ -284,25 +284,27 @@ def test_rows_that_are_alike_are_scored_once():
     ids = torch.tensor([[3, 4, 5], [1, 2, 3], [3, 4, 5], [3, 4, 5], [1, 2, 3]])
     scored = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 0, 1], [0, 1, 1], [0, 1, 1]])
     rows = Completions(ids, torch.ones_like(ids), scored, torch.arange(5.0))
-    kept, places = rows.distinct
-    assert (len(kept), kept.rewards) == (3, None), "a row with another mask is another row"
+    chosen, places = rows.distinct
+    assert chosen.tolist() == [1, 0, 3], "where they stand first; a row with another mask is another row"
+    kept = rows.rows(chosen)
     for name in ("input_ids", "attention_mask", "completion_mask"):
         assert torch.equal(getattr(kept, name)[places], getattr(rows, name)), name
-    assert rows.distinct[0] is kept
+    assert rows.distinct[0] is chosen
     torch.testing.assert_close(rows.rewards, torch.arange(5.0))
 
 
 def test_masks_do_not_round_the_tokens():
     ids = torch.tensor([[50_000, 7], [50_001, 7]])
     mask = torch.ones(2, 2, dtype=torch.bfloat16)
-    assert len(Completions(ids, mask, mask).distinct[0]) == 2
+    assert Completions(ids, mask, mask).distinct[1].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_rows_that_all_differ_stay_as_they_are(count):
     ids = torch.arange(2 * count, dtype=torch.int64).flip(0).reshape(count, 2)
     rows = Completions(ids, torch.ones_like(ids), torch.ones_like(ids))
-    kept, places = rows.distinct
+    chosen, places = rows.distinct
+    kept = rows.rows(chosen)
     assert torch.equal(kept.input_ids, ids)
     assert kept.input_ids.data_ptr() == ids.data_ptr(), "no second copy"
     assert places.tolist() == list(range(count))
