@@ -157,10 +157,48 @@ class DomainState:
         """Lowest and highest reward, or None while fewer than two different ones were seen."""
         return (self.low, self.high) if self.high > self.low else None
 
+    # The region's radius is a plain number, known once it was read; the projection reads a tensor, which the
+    # first step sets without waiting for the device. The two are brought together here alone.
+
+    def update_radius(self, rate: float) -> None:
+        """Follow a foreign step, which left `subspace`; the device is not read.
+
+        The radius grows with the learning rate, and begins at the length of the first step that visibly moves.
+
+        Args:
+            rate: Learning rate of the step; NaN where it is not known.
+        """
+        assert self.subspace is not None
+        # The first visible displacement: nothing else is known of the unit yet. A step at rate 0 (the
+        # start of a warm-up) shows rounding alone, and a radius of that size would freeze learning.
+        if self.radius is None:
+            self.radius = torch.full_like(self.subspace, math.inf)
+        if (factor := self.region.grow_with_rate(rate)) != 1:
+            self.radius = self.radius * factor
+        if not self.region.radius and self.model is not None:
+            visible = (self.subspace > 4 * self.model.rounding()) & self.radius.isinf()
+            self.radius = torch.where(visible, self.subspace, self.radius)
+
+    def settle_radius(self) -> None:
+        """Let the region know the radius that a first visible step has set; reads the device."""
+        if self.radius is not None and not self.region.radius and math.isfinite(first := self.radius.item()):
+            self.region.radius = self.region.largest = first
+
     def follow_region(self) -> None:
         """Put the region's radius, once it has one, where the projection reads it."""
         if self.radius is not None and self.region.radius:
             self.radius.fill_(self.region.radius)
+
+    def move_region(self, turned: bool, loss: float | None = None) -> None:
+        """Put the region's centre where the weights are, see `TrustRegion.move`; its radius begins anew."""
+        self.region.move(turned, loss)
+        self.radius = self.subspace = None
+        self.renewed_at = self.foreign_steps
+
+    def tighten_region(self, subspace: float) -> None:
+        """Hold the domain closer, see `TrustRegion.tighten`."""
+        self.region.tighten(subspace)
+        self.follow_region()
 
     def see_rewards(self, lowest: float, highest: float) -> None:
         """Widen the reward range."""

@@ -128,8 +128,7 @@ def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> M
     started = perf_counter()
     found = look(guard, state, policy)
     raw = guard.raw_parts([state.name])[state.name]
-    if state.radius is not None and not state.region.radius and math.isfinite(first := state.radius.item()):
-        state.region.radius = state.region.largest = first
+    state.settle_radius()
     if state.fresh:
         # At the centre of a region there is nothing but rounding, which no loss may be divided by.
         noise = 0.0 if state.model is None else state.model.rounding().item()

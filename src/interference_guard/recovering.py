@@ -116,8 +116,7 @@ def _go_on(guard: Guard, state: DomainState, limits: RecoveryLimits, policy: Pol
         raw = guard.raw_parts([state.name])[state.name]
         if guard.config.project:
             # Only now: a phase that its host could not serve has cost nobody a step.
-            state.region.tighten(raw.inside)
-            state.follow_region()
+            state.tighten_region(raw.inside)
         within = guard.config.regained_within
         if state.measurement is not None:
             within *= limit_of(guard, state.measurement) / guard.config.recovery_threshold

@@ -66,8 +66,7 @@ def renew(guard: Guard, state: DomainState) -> None:
     with exact_products(guard.device):
         state.slopes = slopes_of(guard, state, model)
     state.curvature, state.since_refresh = curvature, 0
-    state.region.move(turned=True)
-    _begin(state)
+    state.move_region(turned=True)
 
 
 @torch.no_grad()
@@ -82,13 +81,7 @@ def move(guard: Guard, state: DomainState, loss: float | None = None) -> None:
     assert state.model is not None
     with exact_products(guard.device):
         state.model.stand(guard.view.weights(), guard.view.residuals)
-    state.region.move(turned=False, loss=loss)
-    _begin(state)
-
-
-def _begin(state: DomainState) -> None:
-    state.radius = state.subspace = None
-    state.renewed_at = state.foreign_steps
+    state.move_region(turned=False, loss=loss)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -154,15 +153,7 @@ def hold(guard: Guard, states: Sequence[DomainState]) -> None:
         state.foreign_steps += 1
         state.mixed_steps = 0
         state.subspace = displacement.energy()
-        # The first visible displacement: nothing else is known of the unit yet. A step at rate 0 (the
-        # start of a warm-up) shows rounding alone, and a radius of that size would freeze learning.
-        if state.radius is None:
-            state.radius = torch.full_like(state.subspace, math.inf)
-        if (factor := state.region.longer_steps(guard.rate)) != 1:
-            state.radius = state.radius * factor
-        if not state.region.radius and state.model is not None:
-            visible = (state.subspace > 4 * state.model.rounding()) & state.radius.isinf()
-            state.radius = torch.where(visible, state.subspace, state.radius)
+        state.update_radius(guard.rate)
     started = guard.clock.add("predict", started)
     if not guard.config.project:
         return

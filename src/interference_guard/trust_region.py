@@ -199,8 +199,8 @@ class TrustRegion:
             self.radius = max(self.radius * SHRINK, min(self.radius, self.largest * FLOOR))
             self.ceiling = self.radius
 
-    def longer_steps(self, rate: float) -> float:
-        """Factor by which the radius grows because the learning rate has risen above that of the steps so far.
+    def grow_with_rate(self, rate: float) -> float:
+        """Grow the radius where the learning rate has risen above that of the steps so far.
 
         The radius begins at the length of one step. In a warm-up the first steps are a small part of what
         follows, and growth by measurements would take far longer than the warm-up. Nothing grows where the last
@@ -208,6 +208,9 @@ class TrustRegion:
 
         Args:
             rate: Of the coming step; NaN where it is not known.
+
+        Returns:
+            The factor by which it grows, 1 where it does not.
         """
         before = self.rate
         if not rate > before:

@@ -126,24 +126,24 @@ def test_a_measurement_that_is_no_number_leaves_the_calibration(bad):
 def test_a_radius_follows_a_rising_learning_rate(loss, factor):
     control = TrustRegion(0.02, 0.01)
     # Of the step that sets the radius nothing more is known.
-    assert control.longer_steps(1e-6) == 1
+    assert control.grow_with_rate(1e-6) == 1
     control.radius = control.largest = 1.0
     control.loss = loss
-    assert control.longer_steps(3e-6) == pytest.approx(factor)
+    assert control.grow_with_rate(3e-6) == pytest.approx(factor)
     assert control.radius == control.largest == pytest.approx(factor)
     # Neither a lower rate nor one that is not known changes it, nor one that was reached before.
     for rate in (1e-6, math.nan, 3e-6):
-        assert control.longer_steps(rate) == 1
+        assert control.grow_with_rate(rate) == 1
 
 
 def test_a_rising_learning_rate_stops_at_the_ceiling():
     control = region()
-    control.longer_steps(1e-6)
+    control.grow_with_rate(1e-6)
     control.ceiling = 2.0
-    assert control.longer_steps(1e-5) == 2
+    assert control.grow_with_rate(1e-5) == 2
     assert control.radius == 2
     control.ceiling = 1.0
-    assert control.longer_steps(1e-4) == 1
+    assert control.grow_with_rate(1e-4) == 1
 
 
 def test_a_measurement_that_is_no_number_changes_no_radius():
