@@ -7,14 +7,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
 
 from .closures import closure_of, observed, with_closure
-from .errors import HostError, UnsupportedError
+from .errors import ConfigError, HostError, UnsupportedError
+from .guard import Guard
 from .innermost import innermost
 from .nested import outermost
 from .unusual import scale_of, trains_nothing
@@ -37,16 +38,6 @@ def _eager(call: Callable[[], None]) -> Callable[[], None]:
     """The call, kept out of a compiled step: it would only break the graph into pieces."""
     disable = cast(Callable[[Callable[[], None]], Callable[[], None]], torch.compiler.disable)
     return disable(call)
-
-
-class StepGuard(Protocol):
-    """What a step calls: `Guard`, or anything with the same two methods."""
-
-    def before_step(self) -> None:
-        """Gradients are final, weights unchanged."""
-
-    def after_step(self) -> None:
-        """Weights changed."""
 
 
 class StepHooks:
@@ -80,19 +71,19 @@ class StepHooks:
         self.detach()
 
 
-def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = None) -> StepHooks:
+def attach(optimizer: Any, guard: Guard, begin: Callable[[], None] | None = None) -> StepHooks:
     """Call `guard.before_step` and `guard.after_step` around every step of an optimizer.
 
     Nothing but two step hooks is added: neither state, gradients nor hyper-parameters are touched. With a
-    closure a `Guard` sets its anchors before the first evaluation, which may be at other weights than those that
-    are stepped, and takes the gradients after it; of anything else `before_step` is called after it. DeepSpeed's
-    ZeRO steps its optimizer once for each of its flat buffers, which makes one step of the guard. A step that
-    `GradScaler` skips is none, nor is the one by which `torch.distributed.checkpoint` sets up a new optimizer.
+    closure the guard sets its anchors before the first evaluation, which may be at other weights than those that
+    are stepped, and takes the gradients after it. DeepSpeed's ZeRO steps its optimizer once for each of its flat
+    buffers, which makes one step of the guard. A step that `GradScaler` skips is none, nor is the one by which
+    `torch.distributed.checkpoint` sets up a new optimizer.
 
     Args:
         optimizer: A torch optimizer, or a wrapper around one (accelerate's `AcceleratedOptimizer`, the
             ``engine.optimizer`` of DeepSpeed).
-        guard: What to call. Under ZeRO a `Guard` that was built on the engine.
+        guard: The guard; under ZeRO one that was built on the engine.
         begin: Called before `guard.before_step`, and before a closure, by hosts that know the step's domains only
             then.
 
@@ -100,11 +91,16 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
         The hooks; `detach()` removes them.
 
     Raises:
+        ConfigError: If the guard is none.
         UnsupportedError: If the optimizer cannot be hooked; nothing is attached then.
         HostError: If the guard watches this optimizer already, or another one that steps other parameters, if the
             optimizer steps none of the guard's parameters or the model has others now, or if it is a ZeRO
             optimizer and the guard was not built on its engine.
     """
+    if not isinstance(guard, Guard):
+        raise ConfigError(
+            f"attach() was given a guard of type {type(guard).__name__}. Give it the Guard of the model."
+        )
     inner = innermost(optimizer)
     if _watches(guard, inner):
         raise HostError(
@@ -115,26 +111,27 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
     def announce() -> None:
         if begin is not None:
             begin()
-        if hasattr(guard, "rate"):
-            guard.rate = _rate(inner)
-        if hasattr(guard, "grad_scale"):
-            guard.grad_scale = scale_of(inner)
+        guard.rate = _rate(inner)
+        guard.grad_scale = scale_of(inner)
 
     def open_step() -> None:
         announce()
         guard.before_step()
 
-    if (sharded := partitioned(optimizer)) is not None and getattr(guard, "enabled", True):
+    def open_closure() -> None:
+        announce()
+        guard.open_step()
+
+    if (sharded := partitioned(optimizer)) is not None and guard.enabled:
         return _hooks(inner, guard, *_in_parts(sharded, guard, open_step))
     _check_parameters(inner, guard)
     before_step, after_step = _eager(open_step), _eager(guard.after_step)
-    before_closure, after_closure = _around_closure(guard, announce, open_step)
+    before_closure, after_closure = _eager(open_closure), _eager(guard.take_gradients)
     idle = False
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         nonlocal idle
-        named = begin is not None or bool(getattr(guard, "active", ()))
-        if idle := not getattr(guard, "enabled", True) or trains_nothing(optimizer, named):
+        if idle := not guard.enabled or trains_nothing(optimizer, begin is not None or bool(guard.active)):
             return None
         closure, place = closure_of(args, kwargs)
         if closure is None:
@@ -150,20 +147,6 @@ def attach(optimizer: Any, guard: StepGuard, begin: Callable[[], None] | None = 
     return _hooks(inner, guard, before, after)
 
 
-def _around_closure(
-    guard: Any, announce: Callable[[], None], open_step: Callable[[], None]
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What to call before the first evaluation of a closure, and after it."""
-    if not hasattr(guard, "open_step"):
-        return (lambda: None), _eager(open_step)
-
-    def before() -> None:
-        announce()
-        guard.open_step()
-
-    return _eager(before), _eager(guard.take_gradients)
-
-
 def _rate(optimizer: Optimizer) -> float:
     """The largest learning rate of the groups; NaN where there is none, or reading it would stall a device."""
     rates = [group.get("lr") for group in optimizer.param_groups]
@@ -173,22 +156,23 @@ def _rate(optimizer: Optimizer) -> float:
     return max((float(rate) for rate in rates if rate is not None), default=math.nan)
 
 
-def _watches(guard: Any, optimizer: Optimizer) -> bool:
+def _watches(guard: Guard, optimizer: Optimizer) -> bool:
     hooks = optimizer._optimizer_step_pre_hooks.values()
     return any(isinstance(hook, _Before) and hook.guard is guard for hook in hooks)
 
 
-def _check_parameters(optimizer: Optimizer, guard: Any) -> None:
-    watched = {id(item) for item in getattr(getattr(guard, "view", None), "parameters", {}).values()}
+def _check_parameters(optimizer: Optimizer, guard: Guard) -> None:
+    if not guard.enabled:
+        return
+    watched = {id(item) for item in guard.view.parameters.values()}
     steps = _stepped(optimizer)
-    if watched and not watched & steps:
+    if not watched & steps:
         raise HostError(
             f"{type(optimizer).__name__} steps {len(steps)} parameters, and none of them is among the "
             f"{len(watched)} the guard watches. Build the guard on the model whose parameters the optimizer was "
             "given, or call guard.bind(model)."
         )
-    if watched:
-        guard.view.check_in_place()
+    guard.view.check_in_place()
     if _beside(guard, watched, steps) is not None:
         # One that nobody holds any more is in a cycle with its hooks, and does not count.
         gc.collect()
@@ -201,7 +185,7 @@ def _check_parameters(optimizer: Optimizer, guard: Any) -> None:
         )
 
 
-def _beside(guard: Any, watched: set[int], steps: set[int]) -> Optimizer | None:
+def _beside(guard: Guard, watched: set[int], steps: set[int]) -> Optimizer | None:
     """An optimizer that this guard watches and that steps other parameters of it.
 
     One that steps the same parameters takes turns with it, as one for each domain does.
@@ -218,7 +202,7 @@ def _stepped(optimizer: Optimizer) -> set[int]:
 
 
 def _hooks(
-    optimizer: Optimizer, guard: StepGuard, before: Callable[..., Any], after: Callable[..., Any]
+    optimizer: Optimizer, guard: Guard, before: Callable[..., Any], after: Callable[..., Any]
 ) -> StepHooks:
     handles: list[Any] = [optimizer.register_step_pre_hook(_Before(guard, outermost(optimizer, before)))]
     try:
@@ -234,7 +218,7 @@ def _hooks(
 class _Before:
     """A pre-hook by which `attach` knows again whose it is."""
 
-    guard: StepGuard
+    guard: Guard
     call: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
@@ -242,12 +226,12 @@ class _Before:
 
 
 def _in_parts(
-    sharded: Any, guard: Any, open_step: Callable[[], None]
+    sharded: Any, guard: Guard, open_step: Callable[[], None]
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """Hooks for an optimizer that ZeRO steps once for each of its buffers."""
 
     def zero() -> Zero:
-        found: Zero | None = getattr(getattr(guard, "view", None), "zero", None)
+        found = guard.view.zero
         if found is None or found.optimizer is not sharded:
             raise HostError(
                 f"The optimizer is DeepSpeed's {type(sharded).__name__}, and the guard does not know its engine. "
@@ -292,7 +276,7 @@ class GuardedOptimizer(Optimizer):
         UnsupportedError: If the optimizer cannot be hooked.
     """
 
-    def __init__(self, optimizer: Optimizer, guard: StepGuard) -> None:
+    def __init__(self, optimizer: Optimizer, guard: Guard) -> None:
         # Optimizer.__init__ would make its own groups and state; these must be the inner one's.
         self.hooks = attach(optimizer, guard)
         self.guard = guard

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from interference_guard import Guard, GuardConfig, GuardedOptimizer, MissingDomainError, attach
+from interference_guard import ConfigError, Guard, GuardConfig, GuardedOptimizer, MissingDomainError, attach
 from tests.contracts.test_optimizers import batch, model, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:No completions of domain")
@@ -112,18 +112,14 @@ def test_a_domain_that_is_named_inside_of_the_closure_is_refused():
     assert guard.steps == 1
 
 
-def test_what_has_two_methods_alone_is_called_around_the_step():
-    calls = []
-
+def test_what_is_no_guard_is_refused():
     class Watcher:
-        def before_step(self):
-            calls.append("before")
+        def before_step(self): ...
 
-        def after_step(self):
-            calls.append("after")
+        def after_step(self): ...
 
-    net = model()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    attach(optimizer, Watcher())
-    optimizer.step(lambda: calls.append("closure"))
-    assert calls == ["closure", "before", "after"]
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    for wrap in (attach, GuardedOptimizer):
+        with pytest.raises(ConfigError, match=r"given a guard of type Watcher\. Give it the Guard of"):
+            wrap(optimizer, Watcher())
+    assert not optimizer._optimizer_step_pre_hooks
