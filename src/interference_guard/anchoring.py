@@ -31,12 +31,12 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         reuse = state.model if state.since_refresh < guard.config.refresh_steps else None
         state.model = anchor_domain(
             state.curvature,
+            energies,
             guard.view.weights(),
             guard.view.residuals,
             guard.view.ranks,
             chosen,
             reuse,
-            energies,
         )
         if reuse is None:
             state.since_refresh = 0

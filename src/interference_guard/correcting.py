@@ -38,8 +38,8 @@ def project(
     energies: Tensor,
     radii: Sequence[Tensor],
     sweeps: int,
-    grams: Grams | None = None,
-    metrics: Sequence[Tensor] | None = None,
+    grams: Grams,
+    metrics: Sequence[Tensor] | None,
 ) -> Iterator[Correction] | None:
     """Bring the displacement of every domain inside its radius, by cyclic passes.
 
@@ -65,7 +65,7 @@ def project(
     now, allowed = torch.stack([energies, torch.stack(list(radii))]).tolist()
     if all(energy <= bound for energy, bound in zip(now, allowed, strict=True)):
         return None
-    grams, untouched = {} if grams is None else grams, True
+    untouched = True
     for sweep in range(sweeps if len(models) > 1 else 1):
         # A later sweep need only mend what other corrections pushed out noticeably.
         slack = 1.0 if sweep == 0 else SLACK

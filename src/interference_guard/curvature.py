@@ -189,29 +189,26 @@ class DomainCurvature:
             new.add_(old, alpha=self.decay)
         return [region.spread_units(energy) for region, energy in zip(self.spread.regions, fresh, strict=True)]
 
-    def factor(
-        self, energies: Sequence[Tensor] | None = None, ranks: Sequence[int] | None = None
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def factor(self, energies: Sequence[Tensor], ranks: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Eigenvectors and eigenvalues of E[G'G] per block, and its trace.
 
         Afterwards the sums live in factored form, in less room than Y; `observe` turns what is kept of them back,
         up to fp32 rounding. Over several ranks the sums are added up first; all ranks call it.
 
         Args:
-            energies: What `energies` returned, if it was called already.
-            ranks: Eigenvectors that are kept, by block; all by default. Of the rest only the trace stays.
+            energies: What `energies` returned.
+            ranks: Most eigenvectors that are kept, by block. Of the rest only the trace stays.
 
         Returns:
             Per block: basis ``(matrices, width, rank)``, eigenvalues ``(matrices, rank)`` descending
             and never negative, trace ``(matrices,)``; fp32.
         """
-        energies = self.energies() if energies is None else energies
         # All of them, none, or those that were left when an error ended the call before.
         waiting = {index: sketch for index, sums in enumerate(self.sums) if (sketch := sums.sketch) is not None}
         if self.spread is not None and waiting:
             waiting = dict(zip(waiting, self.spread.whole_across([*waiting.values()]), strict=True))
         for index, sketch in waiting.items():
-            sums, rank = self.sums[index], None if ranks is None else ranks[index]
+            sums, rank = self.sums[index], ranks[index]
             basis, eigenvalues = nystrom(sketch, self.omegas[index])
             # Copies, so that the columns that are let go take no memory.
             sums.basis = basis[:, :, :rank].contiguous()

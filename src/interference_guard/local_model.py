@@ -315,27 +315,26 @@ def _across(matrix: Tensor, index: int, spread: Spread | None) -> Tensor:
 
 def anchor_domain(
     curvature: DomainCurvature,
+    energies: Sequence[Tensor],
     weights: Sequence[Tensor],
     matrices: Sequence[Tensor],
     ranks: Sequence[int],
     rows: Sequence[Tensor | None],
     reuse: LocalModel | None = None,
-    energies: Sequence[Tensor] | None = None,
 ) -> LocalModel:
     """Build a domain's local model with its anchor at the present weights; over several ranks all call it.
 
     Args:
         curvature: The domain's sums; they are factored in place unless `reuse` is given.
+        energies: What ``curvature.energies()`` returned.
         weights: Per block ``(matrices, units, width)`` fp32; not changed and not kept, read by index, one at a
             time and once.
         matrices: R per block; see `residual.residual_matrices`.
         ranks: Most directions a matrix, by block.
         rows: Protected units per block, or None for all of them.
         reuse: An earlier local model whose directions are kept; only the anchor moves.
-        energies: What ``curvature.energies()`` returned, if it was called already.
     """
     spread = curvature.spread
-    energies = curvature.energies() if energies is None else energies
     if reuse is None:
         factors = curvature.factor(energies, ranks)
         parts = [truncate(*factor, rank) for factor, rank in zip(factors, ranks, strict=True)]

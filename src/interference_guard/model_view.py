@@ -189,7 +189,7 @@ class ModelView:
         return Blocks(self.blocks, table, self.device, scale)
 
     @torch.no_grad()
-    def subtract(self, corrections: Iterable[Correction], step: int = 0) -> None:
+    def subtract(self, corrections: Iterable[Correction], step: int) -> None:
         """Subtract a correction of every block from the parameters in place.
 
         Args:

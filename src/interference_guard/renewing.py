@@ -96,7 +96,7 @@ def _model(guard: Guard, state: DomainState, curvature: DomainCurvature) -> Loca
             if guard.config.selection == "energy":
                 rows = protected_rows(state, guard, energies)
             weights, matrices = guard.view.weights(), guard.view.residuals
-            model = anchor_domain(curvature, weights, matrices, guard.view.ranks, rows, energies=energies)
+            model = anchor_domain(curvature, energies, weights, matrices, guard.view.ranks, rows)
     except torch.OutOfMemoryError:
         failure = "a factorisation of its curvature does not fit into the memory."
     else:

@@ -142,7 +142,7 @@ class TrustRegion:
             return self.spent
         return self.spent + quadratic * raw.quadratic + linear * raw.linear
 
-    def measured(self, found: Measurement, raw: Raw, *, adapt: bool = True, noise: float = 0.0) -> Measurement:
+    def measured(self, found: Measurement, raw: Raw, *, adapt: bool, noise: float) -> Measurement:
         """Take in a measurement: calibrate the prediction, then adapt the radius.
 
         Args:

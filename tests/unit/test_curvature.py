@@ -159,7 +159,7 @@ def test_eigenvalues_are_sorted_and_never_negative():
     found = curvature()
     for gradient in gradients(3, units=2):
         found.observe([gradient])
-    basis, lam, trace = found.factor()[0]
+    basis, lam, trace = found.factor(found.energies(), [12])[0]
     assert (lam >= 0).all()
     assert (lam[:, :-1] >= lam[:, 1:]).all()
     assert basis.shape == (2, 24, 12)
@@ -172,7 +172,7 @@ def test_factoring_then_observing_goes_on_from_the_same_sums():
     for gradient in gradients(3, units=2, seed=5):
         plain.observe([gradient])
         factored.observe([gradient])
-    factored.factor()
+    factored.factor(factored.energies(), [12])
     assert factored.sums[0].sketch is None
     for gradient in gradients(2, units=2, seed=6):
         plain.observe([gradient])
@@ -185,7 +185,9 @@ def test_the_leading_eigenvectors_alone_are_kept_and_go_on_from_there():
     for gradient in gradients(6, units=2, seed=5):
         whole.observe([gradient])
         kept.observe([gradient])
-    (U, lam, trace), (few, few_lam, few_trace) = whole.factor()[0], kept.factor(ranks=[3])[0]
+    (U, lam, trace), (few, few_lam, few_trace) = (
+        item.factor(item.energies(), [rank])[0] for item, rank in ((whole, 12), (kept, 3))
+    )
     assert torch.equal(few, U[:, :, :3])
     assert torch.equal(few_lam, lam[:, :3])
     assert torch.equal(few_trace, trace)

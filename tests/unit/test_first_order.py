@@ -41,7 +41,7 @@ def test_equals_the_full_gradient_times_the_displacement(rows):
         curvature.observe([step])
         gradient.observe([step])
     W = torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(1))
-    model = anchor_domain(curvature, [W], [omega], [RANK], [rows])
+    model = anchor_domain(curvature, curvature.energies(), [W], [omega], [RANK], [rows])
     move = torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(2))
     (displacement,) = displacements([W + move], [model])
     product = dense_mean(seen) * move
@@ -57,7 +57,9 @@ def test_noise_outside_the_directions_does_not_take_over():
     for step in seen:
         curvature.observe([step])
         gradient.observe([step])
-    model = anchor_domain(curvature, [torch.zeros(2, UNITS, WIDTH)], [omega], [RANK], [None])
+    model = anchor_domain(
+        curvature, curvature.energies(), [torch.zeros(2, UNITS, WIDTH)], [omega], [RANK], [None]
+    )
     U = model.blocks[0].U
     expected = (dense_mean(seen) @ U).flatten()
     found = gradient.along(model)[0].flatten()

@@ -4,13 +4,23 @@ import weakref
 import pytest
 import torch
 
-from interference_guard.correcting import project
+from interference_guard import correcting
 from interference_guard.curvature import DomainCurvature, sketch_matrix
 from interference_guard.local_model import Displacement, anchor_domain, displacements, predict
 from interference_guard.residual import residual_matrix
 from tests.reference import quadratic
 
 WIDTH, UNITS = 20, 9
+
+
+def anchored(curvature, weights, R, rank, rows=None, reuse=None):
+    return anchor_domain(curvature, curvature.energies(), weights, R, [rank], [rows], reuse)
+
+
+def project(models, seen, radii, sweeps, grams=None):
+    """The correction of all domains alike, without products from earlier calls."""
+    energies = torch.stack([item.energy() for item in seen])
+    return correcting.project(models, seen, energies, radii, sweeps, {} if grams is None else grams, None)
 
 
 def make(seed, rank=6, sketch=20, residual=4000, matrices=2, inner=4, rows=None):
@@ -25,7 +35,7 @@ def make(seed, rank=6, sketch=20, residual=4000, matrices=2, inner=4, rows=None)
         curvature.observe([steps[-1]])
     weights = [torch.randn(matrices, UNITS, WIDTH, generator=generator)]
     matrices_r = [residual_matrix(WIDTH, residual, 0)]
-    return curvature, steps, weights, matrices_r, anchor_domain(curvature, weights, matrices_r, [rank], [rows])
+    return curvature, steps, weights, matrices_r, anchored(curvature, weights, matrices_r, rank, rows)
 
 
 @pytest.mark.parametrize("rank", [2, 4, 8])
@@ -71,7 +81,7 @@ def test_scale_of_gradients_does_not_matter():
         for _ in range(4):
             curvature.observe([scale * torch.randn(1, UNITS, WIDTH, generator=generator)])
         weights, R = [torch.zeros(1, UNITS, WIDTH)], [residual_matrix(WIDTH, 8, 0)]
-        model = anchor_domain(curvature, weights, R, [6], [None])
+        model = anchored(curvature, weights, R, 6)
         values.append(sum(predict([torch.ones(1, UNITS, WIDTH)], [model], R)[0][1:]).item())
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert values[2] == pytest.approx(values[1], rel=1e-3)
@@ -84,7 +94,7 @@ def test_projected_weights_are_inside_and_move_only_along_the_directions(protect
     new = weights[0] + move
     seen = displacements([new], [model])
     radius = seen[0].energy() / 10
-    (correction,) = project([model], seen, torch.stack([seen[0].energy()]), [radius], 3)
+    (correction,) = project([model], seen, [radius], 3)
     change = correction.dense()
     after = displacements([new - change], [model])[0]
     assert after.energy().item() == pytest.approx(radius.item(), rel=1e-3)
@@ -101,7 +111,7 @@ def test_nothing_moves_inside_the_region():
     _, _, weights, _, model = make(3)
     seen = displacements([weights[0] + 0.01], [model])
     radius = seen[0].energy() * 2
-    assert project([model], seen, torch.stack([seen[0].energy()]), [radius], 3) is None
+    assert project([model], seen, [radius], 3) is None
 
 
 def several(count):
@@ -119,7 +129,7 @@ def several(count):
 def test_several_domains_end_within_five_percent():
     models, new, radii = several(3)
     seen = displacements([new], models)
-    (correction,) = project(models, seen, torch.stack([item.energy() for item in seen]), radii, 10)
+    (correction,) = project(models, seen, radii, 10)
     for item, radius in zip(displacements([new - correction.dense()], models), radii, strict=True):
         assert item.energy().item() <= radius.item() * 1.05
 
@@ -127,7 +137,7 @@ def test_several_domains_end_within_five_percent():
 def test_products_that_are_kept_keep_the_models_they_are_of():
     (models, new, radii), grams = several(2), {}
     seen = displacements([new], models)
-    list(project(models, seen, torch.stack([item.energy() for item in seen]), radii, 3, grams))
+    list(project(models, seen, radii, 3, grams))
     kept = [weakref.ref(model) for model in models]
     del models, seen
     gc.collect()
@@ -151,14 +161,14 @@ def test_energies_that_are_known_are_not_read_again(monkeypatch):
         return energy(self)
 
     monkeypatch.setattr(Displacement, "energy", counted)
-    assert project(models, seen, energies, radii, 1) is not None
+    assert correcting.project(models, seen, energies, radii, 1, {}, None) is not None
     assert not asked
 
 
 def test_reused_directions_only_move_the_anchor():
     curvature, _, weights, R, model = make(4)
     curvature.observe([torch.randn(2, UNITS, WIDTH, generator=torch.Generator().manual_seed(6))])
-    moved = anchor_domain(curvature, [weights[0] + 1], R, [6], [None], model)
+    moved = anchored(curvature, [weights[0] + 1], R, 6, reuse=model)
     assert moved.blocks[0].U is model.blocks[0].U
     assert sum(predict([weights[0] + 1], [moved], R)[0][1:]).item() < 1e-9
 

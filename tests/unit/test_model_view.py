@@ -47,7 +47,7 @@ def test_corrections_are_subtracted_where_the_weights_lie(dtype):
     corrections = [
         Correction(torch.randn(b.matrices, b.units, 3), torch.randn(b.matrices, b.width, 3)) for b in view.blocks
     ]
-    view.subtract(corrections)
+    view.subtract(corrections, 0)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
     for was, now, correction in zip(before, view.weights(), corrections, strict=True):
         torch.testing.assert_close(was - now, correction.dense(), **tolerance)

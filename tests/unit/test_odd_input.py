@@ -149,7 +149,7 @@ def test_weights_in_fp64_are_projected_in_fp64():
     model = torch.nn.Linear(4, 3).double()
     guard = Guard(model, GuardConfig(rank=2, sketch=4))
     before = model.weight.detach().clone()
-    guard.view.subtract([_nothing(block) for block in guard.view.blocks])
+    guard.view.subtract([_nothing(block) for block in guard.view.blocks], 0)
     assert torch.equal(model.weight, before)
 
 

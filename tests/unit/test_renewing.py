@@ -26,12 +26,16 @@ from tests.unit.helpers import (
 )
 
 
+def measured(region, found, raw, adapt=True, noise=0.0):
+    return region.measured(found, raw, adapt=adapt, noise=noise)
+
+
 def astray(config=CONFIG, **changes):
     """A guard whose domain math is protected and loses outside of its directions, measured just now."""
     model, guard, optimizer = guarded(config=dataclasses.replace(config, renew=False, **changes))
     train(model, guard, optimizer, ["math"] * 10 + ["code"] * 5)
     state = guard.domains["math"]
-    state.region.measured(Measurement("math", 0.05, 0.0, 1.0, "sequence"), Raw(0.1, 0.2))
+    measured(state.region, Measurement("math", 0.05, 0.0, 1.0, "sequence"), Raw(0.1, 0.2))
     guard.config = dataclasses.replace(guard.config, renew=True)
     return model, guard, optimizer, state
 
@@ -49,7 +53,7 @@ def astray(config=CONFIG, **changes):
 def test_a_region_is_moved_where_its_directions_miss_a_loss(loss, inside, outside, wanted):
     region = TrustRegion(0.02, 0.01, radius=1.0, largest=1.0)
     assert not region.renewable
-    region.measured(Measurement("d", loss, 0.0, 1.0, "sequence"), Raw(inside, outside))
+    measured(region, Measurement("d", loss, 0.0, 1.0, "sequence"), Raw(inside, outside))
     assert region.renewable is wanted
 
 
@@ -94,13 +98,13 @@ def test_the_region_begins_anew_where_the_weights_are():
 def test_the_loss_so_far_stays_on_the_account():
     region = TrustRegion(0.02, 0.01, radius=1.0, largest=1.0)
     for _ in range(5):
-        region.measured(Measurement("d", 0.04, 0.0, 1.0, "sequence"), Raw(0.1, 0.3))
+        measured(region, Measurement("d", 0.04, 0.0, 1.0, "sequence"), Raw(0.1, 0.3))
     region.move(turned=False)
     # Nothing more is lost there: the scale of old pairs goes on, on top of what is spent.
     assert region.predict(Raw(0.0, 0.0)) == region.spent == 0.04
     assert region.predict(Raw(0.1, 0.3)) == pytest.approx(0.08)
     region.radius = region.largest = 1.0
-    region.measured(Measurement("d", 0.05, 0.0, 1.0, "sequence"), Raw(1.0, 0.0))
+    measured(region, Measurement("d", 0.05, 0.0, 1.0, "sequence"), Raw(1.0, 0.0))
     assert region.radius == 0.5, "over twice the budget, whatever part of it came later"
 
 
@@ -278,27 +282,27 @@ def test_protected_units_follow_the_new_curvature():
 
 def test_a_changed_unit_or_scale_reaches_what_is_spent():
     region = TrustRegion(0.02, 0.01, radius=1.0, largest=1.0)
-    region.measured(Measurement("d", 0.05, 0.0, 1.0, "sequence"), Raw(0.1, 0.3))
+    measured(region, Measurement("d", 0.05, 0.0, 1.0, "sequence"), Raw(0.1, 0.3))
     region.move(turned=True)
     region.truth(0.01)
     assert region.scale < 1
     assert region.spent == pytest.approx(0.05 * region.scale)
     # At the centre itself rounding is all there is.
-    region.measured(Measurement("d", 0.06, 0.0, 1.0, "sequence"), Raw(1e-14, 0.0), noise=1e-12)
+    measured(region, Measurement("d", 0.06, 0.0, 1.0, "sequence"), Raw(1e-14, 0.0), noise=1e-12)
     assert region.predict(Raw(1e-3, 0.0)) == region.spent
-    region.measured(Measurement("d", 0.3, 0.0, 1.0, "nats"), Raw(0.1, 0.3))
+    measured(region, Measurement("d", 0.3, 0.0, 1.0, "nats"), Raw(0.1, 0.3))
     region.move(turned=False)
-    region.measured(Measurement("d", 0.001, 0.0, 1.0, "sequence"), Raw(0.1, 0.0))
+    measured(region, Measurement("d", 0.001, 0.0, 1.0, "sequence"), Raw(0.1, 0.0))
     assert region.predict(Raw(0.1, 0.0)) == pytest.approx(0.001 * region.scale)
 
 
 def test_a_ceiling_is_of_the_directions_it_was_found_in():
     region = TrustRegion(0.02, 0.01, radius=1e-3, largest=1e-3)
     region.tighten(1e-3)
-    region.measured(Measurement("d", 0.015, 0.0, 1.0, "sequence"), Raw(1e-4, 1e-3))
+    measured(region, Measurement("d", 0.015, 0.0, 1.0, "sequence"), Raw(1e-4, 1e-3))
     region.move(turned=True)
     region.radius = region.largest = 0.3
-    region.measured(Measurement("d", 0.015, 0.0, 1.0, "sequence"), Raw(0.29, 0.0))
+    measured(region, Measurement("d", 0.015, 0.0, 1.0, "sequence"), Raw(0.29, 0.0))
     assert region.radius == pytest.approx(0.4)
 
 

@@ -11,6 +11,10 @@ def region(radius=1.0):
     return TrustRegion(0.02, 0.01, radius=radius, largest=radius)
 
 
+def measured(region, found, raw, adapt=True, noise=0.0):
+    return region.measured(found, raw, adapt=adapt, noise=noise)
+
+
 def found(loss, ratio="sequence"):
     return Measurement("d", loss, 0.0, 1.0, ratio)
 
@@ -33,17 +37,17 @@ def found(loss, ratio="sequence"):
 )
 def test_radius_follows_the_measurement(loss, subspace, residual, radius):
     control = region()
-    control.measured(found(loss), Raw(subspace, residual))
+    measured(control, found(loss), Raw(subspace, residual))
     assert control.radius == pytest.approx(radius)
 
 
 def test_radius_stops_at_the_floor_where_the_residual_leads():
     control = region()
     for _ in range(20):
-        control.measured(found(0.5), Raw(0.01, 0.5))
+        measured(control, found(0.5), Raw(0.01, 0.5))
     assert control.radius == FLOOR
     assert control.at_floor
-    control.measured(found(0.005), Raw(FLOOR, 0.5))
+    measured(control, found(0.005), Raw(FLOOR, 0.5))
     assert not control.at_floor
     assert control.radius == 2 * FLOOR
 
@@ -51,24 +55,24 @@ def test_radius_stops_at_the_floor_where_the_residual_leads():
 def test_radius_has_no_floor_where_the_subspace_leads():
     control = region()
     for _ in range(20):
-        control.measured(found(0.5), Raw(control.radius, 0.01 * control.radius))
+        measured(control, found(0.5), Raw(control.radius, 0.01 * control.radius))
     assert control.radius == pytest.approx(0.5**20)
 
 
 def test_radius_stays_near_weights_that_it_cannot_have():
     control = region()
     for _ in range(20):
-        control.measured(found(0.5), Raw(0.8, 0.01))
+        measured(control, found(0.5), Raw(0.8, 0.01))
     assert control.radius == pytest.approx(0.4), "half of where the weights are, measurement after measurement"
 
 
 def test_only_a_loss_within_the_budget_raises_the_floor():
     control = region()
     for _ in range(10):
-        control.measured(found(0.5), Raw(160.0, 0.01))
+        measured(control, found(0.5), Raw(160.0, 0.01))
     assert control.radius == 80.0
     assert control.largest == 1.0
-    control.measured(found(0.005), Raw(80.0, 0.01))
+    measured(control, found(0.005), Raw(80.0, 0.01))
     assert control.largest == 160.0
 
 
@@ -76,45 +80,45 @@ def test_prediction_is_calibrated_by_measurements():
     control = region()
     assert math.isnan(control.predict(Raw(1.0, 0.0)))
     for raw in (0.1, 0.2, 0.4):
-        control.measured(found(0.05 * raw), Raw(raw, 0.0))
+        measured(control, found(0.05 * raw), Raw(raw, 0.0))
     assert control.predict(Raw(2.0, 0.0)) == pytest.approx(0.1)
-    assert control.measured(found(0.02), Raw(0.4, 0.0)).predicted == pytest.approx(0.02)
+    assert measured(control, found(0.02), Raw(0.4, 0.0)).predicted == pytest.approx(0.02)
 
 
 def test_a_change_of_unit_forgets_the_old_pairs():
     control = region()
-    control.measured(found(0.5), Raw(1.0, 0.0))
-    control.measured(found(0.003, "nats"), Raw(1.0, 0.0))
+    measured(control, found(0.5), Raw(1.0, 0.0))
+    measured(control, found(0.003, "nats"), Raw(1.0, 0.0))
     assert control.predict(Raw(1.0, 0.0)) == pytest.approx(0.003)
 
 
 def test_nats_have_their_own_budget():
     control = region()
-    control.measured(found(0.02, "nats"), Raw(1.0, 0.0))
+    measured(control, found(0.02, "nats"), Raw(1.0, 0.0))
     assert control.radius == pytest.approx(0.5)
 
 
 def test_truth_scales_later_measurements_and_is_shrunk_toward_one():
     control = region()
-    control.measured(found(0.04), Raw(1.0, 0.0))
+    measured(control, found(0.04), Raw(1.0, 0.0))
     control.truth(0.02)
     assert 0.5 < control.scale < 1.0
     before = control.scale
     for _ in range(20):
-        control.measured(found(0.04), Raw(1.0, 0.0))
+        measured(control, found(0.04), Raw(1.0, 0.0))
         control.truth(0.02)
     assert 0.5 < control.scale < before
-    assert control.measured(found(0.04), Raw(1.0, 0.0)).loss == pytest.approx(0.04 * control.scale)
+    assert measured(control, found(0.04), Raw(1.0, 0.0)).loss == pytest.approx(0.04 * control.scale)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_measurement_that_is_no_number_leaves_the_calibration(bad):
     control = region()
-    control.measured(found(0.01), Raw(1.0, 0.0, 0.5))
+    measured(control, found(0.01), Raw(1.0, 0.0, 0.5))
     before = control.state()
-    control.measured(found(bad), Raw(1.0, 0.0))
-    control.measured(found(0.01), Raw(1.0, bad))
-    control.measured(found(0.01), Raw(1.0, 0.0, bad))
+    measured(control, found(bad), Raw(1.0, 0.0))
+    measured(control, found(0.01), Raw(1.0, bad))
+    measured(control, found(0.01), Raw(1.0, 0.0, bad))
     after = control.state()
     assert {**after, "loss": 0, "estimate": 0, "radius": 0} == {**before, "loss": 0, "estimate": 0, "radius": 0}
 
@@ -148,8 +152,8 @@ def test_a_rising_learning_rate_stops_at_the_ceiling():
 
 def test_a_measurement_that_is_no_number_changes_no_radius():
     control = region()
-    control.measured(found(math.nan), Raw(1.0, 0.0))
-    control.measured(found(0.5), Raw(math.inf, 0.0))
+    measured(control, found(math.nan), Raw(1.0, 0.0))
+    measured(control, found(0.5), Raw(math.inf, 0.0))
     assert (control.radius, control.largest) == (1.0, 1.0)
 
 
@@ -158,17 +162,17 @@ def test_a_region_that_needed_a_recovery_does_not_grow_back():
     control.tighten(0.0)
     assert control.radius == 0.5
     for _ in range(5):
-        control.measured(found(0.001), Raw(0.5, 0.0))
+        measured(control, found(0.001), Raw(0.5, 0.0))
     assert control.radius == 0.5
     control.tighten(0.0)
-    control.measured(found(0.001), Raw(0.25, 0.0))
+    measured(control, found(0.001), Raw(0.25, 0.0))
     assert control.radius == 0.25
     # Smaller is still possible, and its own training sets it free.
-    control.measured(found(0.03), Raw(0.25, 0.0))
+    measured(control, found(0.03), Raw(0.25, 0.0))
     assert control.radius < 0.25
     control.loosen()
     for _ in range(5):
-        control.measured(found(0.001), Raw(control.radius, 0.0))
+        measured(control, found(0.001), Raw(control.radius, 0.0))
     assert control.radius > 1.0
 
 
@@ -201,20 +205,20 @@ def test_a_region_without_a_radius_cannot_be_tightened():
 
 def test_state_round_trip():
     control = region()
-    control.measured(found(0.03), Raw(1.0, 0.2))
+    measured(control, found(0.03), Raw(1.0, 0.2))
     assert TrustRegion(**control.state()) == control
 
 
 def test_radius_never_vanishes():
     control = region()
     for _ in range(300):
-        control.measured(found(0.5), Raw(control.radius, 0.01 * control.radius))
+        measured(control, found(0.5), Raw(control.radius, 0.01 * control.radius))
     assert control.radius == pytest.approx(1e-9)
 
 
 def test_without_a_projection_the_radius_stays():
     control = region()
-    control.measured(found(0.5), Raw(0.5, 0.01), adapt=False)
+    measured(control, found(0.5), Raw(0.5, 0.01), adapt=False)
     assert control.radius == 1.0
     assert control.predict(Raw(0.51, 0.0)) == pytest.approx(0.5)
 
@@ -222,7 +226,7 @@ def test_without_a_projection_the_radius_stays():
 def test_a_linear_part_is_fitted_beside_the_quadratic_one():
     control = region()
     for x, linear in ((0.1, -1.0), (0.4, -1.5), (1.0, -1.8), (2.0, -2.0)):
-        control.measured(found(0.05 * x + 0.02 * linear), Raw(0.8 * x, 0.2 * x, linear))
+        measured(control, found(0.05 * x + 0.02 * linear), Raw(0.8 * x, 0.2 * x, linear))
     assert control.slopes == pytest.approx((0.05, 0.02))
     assert control.predict(Raw(0.5, 0.0, -3.0)) == pytest.approx(0.025 - 0.06)
 
@@ -238,6 +242,6 @@ def test_a_linear_part_is_fitted_beside_the_quadratic_one():
 def test_no_part_of_the_fit_is_negative(pairs, slopes):
     control = region()
     for x, linear, loss in pairs:
-        control.measured(found(loss), Raw(x, 0.0, linear))
+        measured(control, found(loss), Raw(x, 0.0, linear))
     for value, expected in zip(control.slopes, slopes, strict=True):
         assert value > 0 if expected is None else value == pytest.approx(expected)
