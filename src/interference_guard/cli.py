@@ -76,7 +76,7 @@ class _Pipe(io.FileIO):
 
 
 def _open(stream: TextIO) -> TextIO:
-    """The same stream, for any reader and any name: a domain may be called what an encoding lacks."""
+    """A stream on the same file that bears a closed pipe, and names that the encoding lacks."""
     try:
         number, lines = stream.fileno(), stream.isatty() or stream is sys.stderr
     except (AttributeError, OSError):

@@ -22,7 +22,7 @@ def closure_of(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, int | 
 def with_closure(
     args: Any, kwargs: Any, closure: Callable[[], Any], place: int | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with another closure in its place."""
+    """The arguments of a step with `closure` in place of their own."""
     if place is None:
         return args, {**kwargs, "closure": closure}
     return (*args[:place], closure, *args[place + 1 :]), kwargs

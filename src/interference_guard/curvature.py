@@ -30,7 +30,7 @@ READS_BACK = ("cpu",)
 
 
 def sketch_matrix(width: int, sketch: int, seed: int) -> Tensor:
-    """Orthonormal Gaussian test matrix, ``(width, min(sketch, width))`` fp32, the same on every machine rank.
+    """Orthonormal Gaussian test matrix, ``(width, min(sketch, width))`` fp32, the same on every machine and rank.
 
     The columns of a Gaussian matrix are orthonormalised: the Nystrom approximation depends on their span
     alone, and the core matrix stays well conditioned.

@@ -15,15 +15,16 @@ from .probe import Completions, Measurement, join
 from .protected import ProtectedSet
 from .trust_region import TrustRegion
 
-# Batches of own rollouts behind the reward at the anchor: one alone is noisy, many are of an earlier policy.
+# The reward at the anchor averages this many latest batches: one is too noisy, more would include an older
+# policy.
 RECENT = 4
-# Steps whose rows the probe is made of, or more where they have too few.
+# The probe is made of the rows of this many latest steps, or of more where these have too few rows.
 POOL = 4
-# After so many rewards a range is known, and this many times it is another one.
+# Rewards after which a domain's range counts as known, and how many times as wide a range is then reported.
 SETTLED, OUTLYING = 128, 3.0
 
 
-# Means that go on where a state is read.
+# Fields that are running means, which are saved by their sums.
 MEANS = ("rollouts", "rewards", "lengths")
 
 

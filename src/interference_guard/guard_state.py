@@ -98,8 +98,9 @@ class GuardState:
         self.grad_scale: Tensor | None = None
         # Whether backward passes of the guard's own work here; False once one has failed.
         self.differentiates = True
-        # What was warned about: domains of one mixed step, or one domain without gradients; steps of the latter.
+        # What was warned about: the domains of a mixed step, or one domain whose gradients were of no use.
         self.warned: set[tuple[str, ...]] = set()
+        # Steps of a domain that ended without an anchor, since none of its gradients had been of use so far.
         self.fruitless: Counter[str] = Counter()
         # Steps that the recovery schedule has seen, and what was measured since.
         self.followed = 0

@@ -42,7 +42,7 @@ def checksums(view: ModelView) -> dict[str, str] | None:
 
 
 def piece_checksums(view: ModelView) -> dict[str, str] | None:
-    """The same of what lies on this rank, of a model that ranks share; None of another, and with DeepSpeed."""
+    """Checksums of this rank's shards; None for an unsharded model and under DeepSpeed."""
     return _checksums(view.pieces()) if view.shards.sharded and view.zero is None else None
 
 

@@ -129,7 +129,7 @@ class LocalModel:
         return flat[self._starts[run[0]] : self._starts[run[-1]] + last.count * last.rank]
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Such a vector by block, each part ``(rows, rank)`` and a view."""
+        """A vector laid out like `Displacement.flat` by block, each part ``(rows, rank)`` and a view."""
         return [self.part(flat, [index]).view(-1, block.rank) for index, block in enumerate(self.blocks)]
 
     def see(self, index: int, seen: Tensor, out: Displacement) -> None:

@@ -180,7 +180,7 @@ class ModelView:
         return Blocks(self.blocks, table, self.device, scale)
 
     def arrange(self, gradients: Mapping[str, Tensor | None], scale: Tensor | None = None) -> Blocks:
-        """The same of gradients given by parameter name; None, or a name that is not given, reads as zero."""
+        """Gradients given by parameter name, laid out as `weights`; None, or a name not given, reads as zero."""
         table: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
         for name, gradient in gradients.items():
             # `torch.autograd.grad` gives them in the layout of the activations, and not of the parameters.
@@ -216,16 +216,16 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
 
 
 def _readable(gradient: Tensor | None) -> Tensor | None:
-    """The same in a layout that has a unit view: a host may set gradients in another one than the parameter's.
+    """A gradient as a unit view can read it, since a host may lay one out unlike its parameter.
 
-    Matrices are left as they lie, which is no hindrance.
+    Matrices can be read in any layout and are not copied.
     """
     dense = _dense(gradient)
     return dense if dense is None or dense.dim() == 2 else dense.contiguous()
 
 
 def _subtract_ranges(block: Block, tensors: Mapping[str, Tensor], correction: Correction) -> None:
-    """The same where the boxes hold more than the pieces, and their views are copies."""
+    """Subtract a correction where boxes hold more than the pieces here, so that their views are copies."""
     changes = correction.dense()
     for piece, change in zip(block.pieces, changes.chunk(len(block.pieces)), strict=True):
         if isinstance(piece, FlatView):

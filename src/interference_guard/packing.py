@@ -55,7 +55,7 @@ PLAIN = (
 )
 
 
-# What a part that lacks, or is of another kind, makes of reading a state.
+# Errors raised when a saved field is missing or has the wrong type.
 BROKEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 

@@ -113,7 +113,7 @@ class Completions:
         )
 
     def widened(self, length: int) -> Completions:
-        """The same rows, padded on the right to a length, where both masks are 0."""
+        """These rows padded on the right to a length; both masks are 0 there."""
         missing = length - self.input_ids.shape[1]
         ids, attention, scored = (
             torch.nn.functional.pad(part, (0, missing))
@@ -168,7 +168,7 @@ class Completions:
         return slice(None), torch.arange(count, device=device)
 
     def to(self, device: torch.device) -> Completions:
-        """The same rows on `device`."""
+        """These rows with all tensors on `device`."""
         return Completions(
             self.input_ids.to(device),
             self.attention_mask.to(device),
@@ -239,9 +239,9 @@ class ModelPolicy:
         return self._scores(rows, self._size, self._tokens)
 
     def together(self, rows: Completions) -> Tensor:
-        """The same in a number of passes that number and width of the rows alone say.
+        """Like `__call__`, but the number of forward passes depends only on the number and width of the rows.
 
-        For the ranks of a sharded model, which pass forward at once.
+        So all ranks of a sharded model, which pass forward at once, make equally many.
         """
         return self._scores(rows, max(1, min(self._size, self._tokens // max(rows.input_ids.shape[1], 1))))
 
@@ -312,7 +312,7 @@ class Measurement:
     predicted: float = 0.0
 
     def scaled(self, scale: float, raw: float, predicted: float) -> Measurement:
-        """The same measurement corrected by `scale` and joined with the prediction."""
+        """This measurement corrected by `scale` and joined with the prediction."""
         loss = self.loss if self.ratio == "nats" else self.loss * scale
         return replace(self, loss=loss, raw=raw, predicted=predicted)
 

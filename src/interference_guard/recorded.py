@@ -82,7 +82,7 @@ def read_history(path: Path) -> RecordedRun:
 
 
 def outline(path: Path) -> RecordedRun:
-    """The same without the numbers, which may be many: of each line what says whether it stays.
+    """Read a history without its numbers, which may be many: of each line what says whether it stays.
 
     Returns:
         Lines with their ``kind``, ``step``, ``active`` domains and the names in ``rewards``, and where they lie

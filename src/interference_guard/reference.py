@@ -139,7 +139,7 @@ def add_what_fits(
 def add_softened(
     guard: Guard, curvature: DomainCurvature, rows: Completions, passes: int, batch_size: int
 ) -> None:
-    """The same on this rank alone, which may have rows of its own."""
+    """Add backward passes over rows of this rank alone to a curvature, in place; nothing is summed over ranks."""
     generator = torch.Generator(device=guard.device).manual_seed(guard.config.seed)
     scale = torch.tensor(LOSS_SCALE, device=guard.device)
     with evaluating(guard.model), generators_kept(guard.device):

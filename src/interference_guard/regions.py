@@ -51,7 +51,7 @@ class Region:
         return full
 
     def spread_across(self, matrix: Tensor) -> Tensor:
-        """The same for ``(matrices, width, n)`` values of the box, summed over its units."""
+        """What this rank adds to a sum: ``(matrices, width, n)`` values of the box's width, the rest 0."""
         full = matrix.new_zeros(self.shape[0], self.shape[2], *matrix.shape[2:])
         if self.owner:
             self.across(full).copy_(matrix)
@@ -76,7 +76,7 @@ class Region:
         return piece if apart or first else piece.zero_()
 
     def own_units(self, values: Tensor, first: bool) -> Tensor:
-        """The same for ``(matrices, units, n)`` values: of cut units one rank takes all."""
+        """Whole ``(matrices, units, n)`` values as pieces that add up to them; one rank takes a cut unit's."""
         piece = self.units(values).clone()
         if self.held is not None:
             begin = self.held.first_elements(self.shape[:2], 1, values.device)

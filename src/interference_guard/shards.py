@@ -254,7 +254,7 @@ class Spread:
         return full
 
     def whole_products(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The same for products with directions, which every rank has whole where units are cut."""
+        """Per-block products of units with directions, made whole; where units are cut every rank has them so."""
         full = [
             value if region.split else region.spread_units(value)
             for region, value in zip(self.regions, values, strict=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .domain import DomainState
     from .guard import Guard
 
-# Mixed steps in a row through which a domain keeps its anchor: those of a batch or two at a seam, of which hosts
-# make several steps each.
+# An anchored domain keeps its anchor through this many consecutive mixed steps: one or two mixed batches at a
+# phase boundary can make several steps each.
 MIXED = 16
 
 

@@ -149,7 +149,7 @@ class TrustRegion:
             found: The uncorrected measurement.
             raw: The uncalibrated prediction under the same weights, after the projection.
             adapt: Whether the radius follows; without a projection there is nothing to control.
-            noise: What rounding alone makes of a raw prediction: up to it one calibrates nothing.
+            noise: Raw predictions up to this value are rounding noise and are not used for calibration.
 
         Returns:
             The measurement corrected by the truth, with the prediction that was made for it.

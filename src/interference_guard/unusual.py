@@ -1,4 +1,4 @@
-"""Calls of `optimizer.step` that train nothing, or whose gradients are not yet what they stand for."""
+"""Recognises calls of `optimizer.step` that train nothing, and gradients that are still scaled up."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Zero:
         return self.buffers[place.buffer].detach().narrow(0, place.at, place.stop - place.start)
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """The same range of the weights the model computes with, 1-d; shares their memory."""
+        """The range of the weights the model computes with that `master` is of, 1-d; shares their memory."""
         place = self._places[id(parameter)]
         if self.gathers:
             found: Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]
