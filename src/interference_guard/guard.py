@@ -104,7 +104,7 @@ class Guard(GuardState):
             rewards = rows.rewards.detach().float()
             lowest, highest = rewards.min().item(), rewards.max().item()
             if state.outlies(lowest, highest):
-                self.warn_range(state, lowest, highest)
+                self._warn_range(state, lowest, highest)
             state.see_rewards(lowest, highest)
             state.note_rewards(rewards.sum().item(), len(rewards))
         self.clock.add("retain", started)
@@ -264,7 +264,7 @@ class Guard(GuardState):
         if not self.enabled:
             return
         if domain not in self._domains:
-            raise self.unknown(domain)
+            raise self._unknown(domain)
         measuring.calibrate(self, self._domains[domain], reward)
 
     def abandon_recovery(self) -> None:

@@ -304,7 +304,7 @@ class GuardState:
                 stacklevel=6,
             )
 
-    def warn_range(self, state: DomainState, lowest: float, highest: float) -> None:
+    def _warn_range(self, state: DomainState, lowest: float, highest: float) -> None:
         """Say that few rewards stretch a domain's range, of which losses are parts."""
         warnings.warn(
             f"The {state.rewarded} rewards of domain {state.name!r} lay in {state.low:g} to {state.high:g}, and "
@@ -323,7 +323,7 @@ class GuardState:
         """A domain's state, made at its first mention; raises `UnknownDomainError` where the guard is off."""
         check_name(name)
         if not self.enabled:
-            raise self.unknown(name)
+            raise self._unknown(name)
         if name not in self._domains:
             self._domains[name] = self.new_state(name)
         return self._domains[name]
@@ -332,10 +332,10 @@ class GuardState:
         """The state of a domain that has an anchor; raises `UnknownDomainError` where it has none."""
         state = self._domains.get(domain)
         if state is None or not state.anchored:
-            raise self.unknown(domain)
+            raise self._unknown(domain)
         return state
 
-    def unknown(self, domain: str) -> UnknownDomainError:
+    def _unknown(self, domain: str) -> UnknownDomainError:
         """What to raise for a domain without an anchor, or where the guard is off."""
         if not self.enabled:
             return UnknownDomainError(
