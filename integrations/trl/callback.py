@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from interference_guard.history import HISTORY, History
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions, model_policy
 from interference_guard.recovering import abandon_unserved
+from interference_guard.telling import warn
 
 from .card import add_section
 from .checkpoints import Checkpoints
@@ -351,7 +351,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
                     self.history.places(self._guard().steps, places)
             except (RuntimeError, ValueError, OSError) as error:
                 # The training is done; a table of a report must not take its result away.
-                warnings.warn(f"The history ends without its sums by layer and module: {error!r}.", stacklevel=2)
+                warn(f"The history ends without its sums by layer and module: {error!r}.")
         if self._checkpoints is not None:
             self._checkpoints.report_late()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
 from interference_guard.files import SECTION_BEGIN, SECTION_END, without_section
 from interference_guard.guard import Guard
+from interference_guard.telling import warn
 
 TAG = "interference-guard"
 
@@ -36,7 +36,7 @@ def add_section(path: Path, guard: Guard) -> None:
         card.data.tags = sorted({*(card.data.tags or ()), TAG})
         card.save(path)
     except Exception as error:
-        warnings.warn(f"The guard's section could not be added to the model card {path}: {error}.", stacklevel=2)
+        warn(f"The guard's section could not be added to the model card {path}: {error}.")
 
 
 def _plain(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from interference_guard.checkpoint import check_weights, load_own
 from interference_guard.errors import StateError
 from interference_guard.files import DETAILS
 from interference_guard.guard import Guard
+from interference_guard.telling import warn
 from interference_guard.written import withdraw
 
 from .seams import Seams
@@ -38,10 +38,9 @@ class Checkpoints:
         self._failed: StateError | None = None
         args = self.trainer.args
         if args.save_only_model and getattr(args.save_strategy, "value", args.save_strategy) != "no":
-            warnings.warn(
+            warn(
                 "save_only_model=True: the guard's state is not saved with checkpoints, so a resumed run cannot "
-                "go on guarded. Set it to False.",
-                stacklevel=4,
+                "go on guarded. Set it to False."
             )
         seams.wrap("_save_optimizer_and_scheduler", self._save)
         seams.wrap("_load_optimizer_and_scheduler", self._load)
@@ -75,7 +74,7 @@ class Checkpoints:
         """Warn of such an error at the end of a run: what another callback saves is followed by no `on_save`."""
         error, self._failed = self._failed, None
         if error is not None:
-            warnings.warn(f"The last checkpoint is without the guard's state: {error}", stacklevel=3)
+            warn(f"The last checkpoint is without the guard's state: {error}")
 
     def _save(self, method: Any) -> Any:
         def save(directory: str, *args: Any, **kwargs: Any) -> Any:
@@ -113,10 +112,9 @@ class Checkpoints:
                 self.load(best)
             except StateError as error:
                 # The training is done: its result must not be lost over this.
-                warnings.warn(
+                warn(
                     f"The weights are now those of {best}, and the guard is still that of the run's end: {error} "
-                    "Use neither for a further phase together.",
-                    stacklevel=2,
+                    "Use neither for a further phase together."
                 )
             return result
 

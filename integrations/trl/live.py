@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +13,7 @@ from tqdm.std import tqdm
 
 from interference_guard.guard import Guard
 from interference_guard.report.live import LiveView
+from interference_guard.telling import warn
 
 
 class LiveDisplay:
@@ -48,7 +48,7 @@ class LiveDisplay:
             # Whatever a terminal, its bars or their library raise: a picture must not end hours of training.
             self._failed = True
             self.close()
-            warnings.warn(f"The guard's display ends, training goes on: {error!r}.", stacklevel=2)
+            warn(f"The guard's display ends, training goes on: {error!r}.")
 
     def close(self) -> None:
         """Take the panel off the screen; the next `show` draws it again."""

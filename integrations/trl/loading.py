@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from datasets import LargeList, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 
 from interference_guard.errors import ConfigError
+from interference_guard.telling import warn
 
 from .order import integer, is_weight
 from .rows import named
@@ -147,10 +147,9 @@ def _wide(column: str, kinds: Sequence[Any]) -> Any:
         return Value(found.pop()) if found else None
     floats = [kind.startswith("float") for kind in found]
     if any(floats) and not all(floats):
-        warnings.warn(
+        warn(
             f"Column {column!r} holds integers in some domains and other numbers elsewhere: its integers "
-            "become floats (2 is 2.0), also for reward functions. Write text where that matters.",
-            stacklevel=5,
+            "become floats (2 is 2.0), also for reward functions. Write text where that matters."
         )
     return Value("float64" if any(floats) else "int64")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from interference_guard.errors import HostError
 from interference_guard.guard import Guard
+from interference_guard.telling import warn
 
 from .collating import DOMAIN_ID, WIDTH, NamingCollator, unnamed, unpack
 from .completions import generated, labelled, sampling_temperature
@@ -224,11 +224,10 @@ class PassingRows:
         if self._told:
             return
         self._told = True
-        warnings.warn(
+        warn(
             f"The data_collator made {found} sequences of {rows} rows, so nothing tells which domain each is of. "
             "They are trained and not retained, and a domain that has no others is not measured. Use a collator "
-            "that makes one sequence of each row.",
-            stacklevel=2,
+            "that makes one sequence of each row."
         )
 
     def _note_evaluation(self, rewards: Tensor, numbers: Tensor) -> None:

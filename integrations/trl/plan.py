@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
+
+from interference_guard.telling import warn
 
 from .order import prompts_per_generation
 from .rows import DomainTable, check_dataset
@@ -66,7 +67,7 @@ def look_ahead(
     rows = check_dataset(dataset, DomainTable(column))
     if len(set(rows)) > 1:
         for trouble in _troubles(rows, args, state, active_share, size):
-            warnings.warn(trouble, stacklevel=3)
+            warn(trouble)
 
 
 def _lowered(args: Any, size: int | None) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from interference_guard.errors import ConfigError, HostError, UnsupportedError
+from interference_guard.telling import warn
 
 from .rows import read_column
 
@@ -84,10 +84,9 @@ class RecoveryRows:
     def look_for(self, trained: Iterable[str]) -> None:
         """Warn of domains that were trained before and have no rows here."""
         if absent := sorted(set(trained) - self.domains):
-            warnings.warn(
+            warn(
                 f"recovery=True, and the training dataset has no rows of {absent}, which were trained before: "
-                "what they lose cannot be recovered. Give recovery_datasets={domain: dataset}.",
-                stacklevel=3,
+                "what they lose cannot be recovered. Give recovery_datasets={domain: dataset}."
             )
 
     def batches(self, domain: str, planned: list[Any]) -> list[Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Mapping
 
 from omegaconf import DictConfig, OmegaConf
 
 from interference_guard.errors import ConfigError
+from interference_guard.telling import warn
 
 SETTINGS = ("domain_order", "domain_batches", "domain_rehearsal")
 CLASS = "DomainDataset"
@@ -54,8 +54,7 @@ def check_reader(config: DictConfig) -> None:
             f"data.{found[0]} is set, and data.custom_cls.path is not: veRL's own data set does not read it, and "
             f"shuffles domains. Set {USE}, or leave {found[0]} out."
         )
-    warnings.warn(
+    warn(
         f"data.{found[0]} is set, and only {CLASS} and its subclasses read it; data.custom_cls.name is {name!r}. "
-        f"Where that is none of them set {USE}; let the name of a subclass end in {CLASS}.",
-        stacklevel=2,
+        f"Where that is none of them set {USE}; let the name of a subclass end in {CLASS}."
     )

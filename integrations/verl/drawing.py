@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from interference_guard.errors import ConfigError
+from interference_guard.telling import warn
 
 # Settings that fill a step up with the rows that come next.
 REFILLS = ("algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups")
@@ -61,15 +61,13 @@ def check_drawing(whole: DictConfig, order: object, batches: int, recovery: bool
             "what it had. Use trainer.v1.trainer_mode=sync, or +guard.recovery=false."
         )
     if ahead:
-        warnings.warn(
+        warn(
             f"trainer.v1.trainer_mode={mode!r} trains rows in the order in which they are finished, so steps at "
-            "the borders of batches mix domains, and count for none. Give domains long phases, or use sync.",
-            stacklevel=2,
+            "the borders of batches mix domains, and count for none. Give domains long phases, or use sync."
         )
     epochs, steps = found("trainer.total_epochs"), found("trainer.total_training_steps")
     if order != "round_robin" and (epochs or 1) > 1 and not (steps and steps <= batches):
-        warnings.warn(
+        warn(
             f"trainer.total_epochs={epochs}: the order of the domains starts anew with each epoch of {batches} "
-            "batches. For one pass through it set trainer.total_epochs=1.",
-            stacklevel=2,
+            "batches. For one pass through it set trainer.total_epochs=1."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError
+from interference_guard.telling import warn
 
 from .domain_settings import check_reader
 
@@ -99,16 +99,14 @@ def warn_unguarded(config: DictConfig) -> None:
     where = "actor_rollout_ref.model.external_lib"
     wrong = [name for name in _libraries(config) if name.split(".")[0] == PACKAGE]
     if wrong:
-        warnings.warn(
+        warn(
             f"{where} names {wrong[0]!r}, which guards nothing: the run trains unguarded. Name {LIBRARY} there, "
-            "or set +guard.enabled=false.",
-            stacklevel=2,
+            "or set +guard.enabled=false."
         )
     elif config.get(NODE) is not None:
-        warnings.warn(
+        warn(
             f"The run has +guard.* settings, and {where} without {LIBRARY}: it trains unguarded. Add the library "
-            "there, or set +guard.enabled=false.",
-            stacklevel=2,
+            "there, or set +guard.enabled=false."
         )
     else:
         say(f"DomainDataset orders the rows, and the run trains unguarded: {where} does not name {LIBRARY}.")

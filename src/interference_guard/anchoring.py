@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING
 
 from .exact import doubled, exact_products
@@ -11,6 +10,7 @@ from .first_order import slopes_of
 from .local_model import anchor_domain
 from .measuring import score, share_span
 from .protection import protected_rows
+from .telling import warn
 
 if TYPE_CHECKING:
     from .domain import DomainState
@@ -92,12 +92,11 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     every, with_rewards = guard.ranks.totals([scored, rows if rewarded else 0.0], guard.device)
     state.measurable = every > 0
     if not state.measurable:
-        warnings.warn(
+        warn(
             f"No completions of domain {state.name!r} with a token to score were retained, so its interference "
             "cannot be measured: its radius stays what the first foreign step sets. Give Guard.retain() such "
             "rows; in TRL and veRL see that the domain's rows have rewards, or labels in SFT, and are not all "
-            "cut off or masked.",
-            stacklevel=6,
+            "cut off or masked."
         )
         return
     if with_rewards and not rewarded:

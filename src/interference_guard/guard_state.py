@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from .observation import Observation
 from .probe import Measurement, Policy, model_policy
 from .ranks import Ranks, Reduce
 from .recovery import RecoverySchedule
+from .telling import warn
 from .trust_region import TrustRegion
 
 # Own steps without a gradient of use after which a domain is warned about.
@@ -273,14 +273,13 @@ class GuardState:
         first = not any(len(others) > 1 for others in self.warned)
         self.warned.add(names)
         if first:
-            warnings.warn(
+            warn(
                 f"A step trained the domains {sorted(names)} together: each has at least "
                 f"active_share={self.config.active_share} of its rows. Its gradient cannot be told apart by "
                 "domain, so it is added to no domain's curvature, and none of them is protected meanwhile: a "
                 "domain that is only trained so gets no protection later. Train one domain a step "
                 "(order_by_domain in TRL, DomainDataset in veRL). Where rows of earlier domains are only "
-                "rehearsed, set active_share above their share. Other mixtures are not reported.",
-                stacklevel=6,
+                "rehearsed, set active_share above their share. Other mixtures are not reported."
             )
 
     def warn_without_gradients(self, name: str, steps: int) -> None:
@@ -295,23 +294,21 @@ class GuardState:
         # Of a domain that was only trained in mixed steps nothing was observed, which was said already.
         if self.fruitless[name] >= FRUITLESS and not any(name in names for names in self.warned):
             self.warned.add((name,))
-            warnings.warn(
+            warn(
                 f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "
                 "of each group are alike, or gone when the guard looked, as where an optimizer steps inside of "
                 "hooks of the backward pass. Until it has others it is not protected. If the model has mastered "
                 "it already, give rows of it as a reference, see Guard.protect(); if its weights do change, let "
-                "the optimizer step after the whole backward pass, and clear gradients after that.",
-                stacklevel=6,
+                "the optimizer step after the whole backward pass, and clear gradients after that."
             )
 
     def _warn_range(self, state: DomainState, lowest: float, highest: float) -> None:
         """Say that few rewards stretch a domain's range, of which losses are parts."""
-        warnings.warn(
+        warn(
             f"The {state.rewarded} rewards of domain {state.name!r} lay in {state.low:g} to {state.high:g}, and "
             f"now there are some from {lowest:g} to {highest:g}. Losses are parts of the whole range: one that "
             "counted before may now be under the budget, and measurements may be noisy. If the domain is not "
-            "meant to give such rewards, clip them in the reward function and begin anew.",
-            stacklevel=5,
+            "meant to give such rewards, clip them in the reward function and begin anew."
         )
 
     def forget_sets(self, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from .errors import StateError
 from .model_view import ModelView
 from .stepping import follow
+from .telling import warn
 
 if TYPE_CHECKING:
     from .guard import Guard
@@ -71,10 +71,9 @@ def compare(before: Mapping[str, str] | None, view: ModelView, where: str, advic
         return False
     known, other = _compared(before, after)
     if other:
-        warnings.warn(
+        warn(
             f"The weights are not those {where}: {len(other)} of {known} parameters differ, for instance "
-            f"{other[0]!r}. What the guard knows is of those before. {advice}",
-            stacklevel=5,
+            f"{other[0]!r}. What the guard knows is of those before. {advice}"
         )
     return bool(known)
 
@@ -133,11 +132,10 @@ def compare_regions(guard: Guard, where: str, advice: str) -> None:
         if not 0 < radius < math.inf:
             continue
         if abs(raw.inside - before) > (SAME if full else SAME_ROUNDED) * max(radius, before):
-            warnings.warn(
+            warn(
                 f"The weights are not those {where}, or were rounded since: the predicted interference of domain "
                 f"{name!r} is {raw.inside / radius:.3g} times its radius, and was {before / radius:.3g} times it "
-                f"when the state was saved. Projections would pull the weights towards those. {advice}",
-                stacklevel=5,
+                f"when the state was saved. Projections would pull the weights towards those. {advice}"
             )
             return
 

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, StateError
 from .files import HISTORY, beside
 from .recorded import RecordedRun, find_history, outline, read_history
+from .telling import warn
 from .thinning import Key, Line, active_of, halved, has_phases, key_of
 
 if TYPE_CHECKING:
@@ -174,10 +174,7 @@ class History:
         names = (f"{self.path.name}.damaged{count or ''}" for count in itertools.count())
         aside = next(place for name in names if not (place := self.path.with_name(name)).exists())
         os.replace(self.path, aside)
-        warnings.warn(
-            f"The guard's history could not be read: {error} It lies in {aside} now, and a new one begins.",
-            stacklevel=4,
-        )
+        warn(f"The guard's history could not be read: {error} It lies in {aside} now, and a new one begins.")
 
     def _note(self, steps: Sequence[Line]) -> None:
         """Take in which step lines lie in the file."""
@@ -244,10 +241,9 @@ class History:
 
     def _fail(self, error: Exception) -> None:
         self.failed = True
-        warnings.warn(
+        warn(
             f"The guard's history {self.path} cannot be written: {error}. Training goes on without it; "
-            "free space or choose another output folder to have one.",
-            stacklevel=4,
+            "free space or choose another output folder to have one."
         )
 
 

@@ -9,7 +9,6 @@ there at the length of one step. The loss so far stays on the domain's account.
 
 from __future__ import annotations
 
-import warnings
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from .first_order import slopes_of
 from .local_model import LocalModel, anchor_domain
 from .protection import protected_rows
 from .reference import add_softened, add_what_fits, merge_ranks
+from .telling import warn
 
 if TYPE_CHECKING:
     from .domain import DomainState
@@ -111,10 +111,9 @@ def _model(guard: Guard, state: DomainState, curvature: DomainCurvature) -> Loca
 def _give_up(guard: Guard, state: DomainState, failure: str) -> None:
     """Ask for no new directions any more, of any domain."""
     guard.differentiates = False
-    warnings.warn(
+    warn(
         f"No new directions can be computed for domain {state.name!r}: {failure} Its region moves with its old "
-        "directions. Set renew=False in GuardConfig to leave regions where they are.",
-        stacklevel=8,
+        "directions. Set renew=False in GuardConfig to leave regions where they are."
     )
 
 

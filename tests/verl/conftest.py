@@ -13,6 +13,8 @@ def pytest_configure(config):
     # veRL and Ray warn about themselves at every turn; what the guard's own code sets off stays an error.
     config.addinivalue_line("filterwarnings", "default")
     config.addinivalue_line("filterwarnings", "error:::interference_guard.*")
+    # Its own warnings name the line of a test.
+    config.addinivalue_line("filterwarnings", "error::UserWarning:tests.*")
 
 
 def pytest_report_header():
