@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -17,7 +18,9 @@ def section(guard: Guard) -> str:
     """The guard's summary as Markdown: each domain's reward at its anchor and its last measurement."""
     rows = ["| domain | reward at the anchor | measured interference |", "|---|---|---|"]
     for name, state in guard.domains.items():
-        reward = f"{state.anchor_reward:.3f}" if state.anchored else "in training"
+        # Domains that are trained or given without rewards have none at their anchor.
+        known = "-" if math.isnan(state.anchor_reward) else f"{state.anchor_reward:.3f}"
+        reward = known if state.anchored else "in training"
         found = state.measurement
         unit = "" if found is None or found.ratio != "nats" else " nats"
         rows.append(f"| {_plain(name)} | {reward} | {'-' if found is None else f'{found.loss:.3f}{unit}'} |")

@@ -1,10 +1,13 @@
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
+from interference_guard import Completions, Guard
 from interference_guard.files import SECTION_BEGIN
 from interference_guard.integrations.trl import InterferenceGuardCallback
-from interference_guard.integrations.trl.card import TAG, add_section
+from interference_guard.integrations.trl.card import TAG, add_section, section
 from tests.trl.host import CONFIG, online, rows
+from tests.unit.helpers import Toy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -37,3 +40,10 @@ def test_a_card_that_cannot_be_written_is_a_warning(tmp_path):
     callback = InterferenceGuardCallback(trainer, CONFIG)
     with pytest.warns(UserWarning, match="could not be added to the model card"):
         add_section(tmp_path, callback.guard)
+
+
+def test_a_domain_without_rewards_has_none_at_its_anchor():
+    guard = Guard(Toy(), CONFIG)
+    ids = torch.tensor([[0, 1], [1, 2]])
+    guard.protect("chat", Completions(ids, torch.ones_like(ids), torch.tensor([[0, 1]] * 2)))
+    assert "| chat | - | - |" in section(guard)
