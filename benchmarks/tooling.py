@@ -94,7 +94,7 @@ def long_history(folder: Path, steps: int, domains: int = 8) -> None:
                 f"guard/{name}/radius": 1e-4 * (1 + c),
                 f"guard/{name}/reward": d,
             }
-        history.report(step, [names[now]], metrics, 0.5 * step)
+        history.report(step, metrics, active=[names[now]], seconds=0.5 * step)
         if step % (steps // 40) == 0:
             history.evaluation(step, {name: row[0] for name, row in zip(names, values, strict=True)})
 

@@ -245,7 +245,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             logs = {**logs, **self.guard.metrics()}
             if self.history is not None:
                 seconds = perf_counter() - self._began
-                self.history.report(self.guard.steps, self.guard.active, logs, seconds)
+                self.history.report(self.guard.steps, logs, active=self.guard.active, seconds=seconds)
             result = method(logs, *args, **kwargs)
             if self.live is not None and self._trainer.is_world_process_zero():
                 self.live.show(self.guard, logs)
@@ -380,7 +380,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def _heard(self, found: dict[str, float]) -> None:
         # True rewards by domain, of one round of evaluation.
         if found and self.history is not None:
-            self.history.evaluation(self._guard().steps, found, self._guard().trained)
+            self.history.evaluation(self._guard().steps, found, active=self._guard().trained)
         for name, reward in found.items():
             # A domain that has not been trained yet has nothing to keep.
             if name in self._guard().domains:

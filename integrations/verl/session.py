@@ -134,7 +134,9 @@ class Session:
             # Only now: a resumed run has read its state by the time of its first step.
             path, self._began = Path(self.settings.folder) / HISTORY, perf_counter()
             self.history = History(path, asdict(self.settings.guard), self._start)
-        self.history.report(self.guard.steps, self.guard.trained, metrics, perf_counter() - self._began)
+        self.history.report(
+            self.guard.steps, metrics, active=self.guard.trained, seconds=perf_counter() - self._began
+        )
 
     # State
 

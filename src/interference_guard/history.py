@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -90,19 +91,22 @@ class History:
             self._fail(error)
 
     def report(
-        self, step: int, active: Sequence[str], metrics: Mapping[str, float], seconds: float = 0.0
+        self, step: int, metrics: Mapping[str, float], *, active: Sequence[str], seconds: float = 0.0
     ) -> None:
         """Add a line of metrics.
 
         Args:
             step: The optimizer step they were reported at.
-            active: Domains that step trained.
             metrics: Plain numbers by name.
+            active: Domains that step trained.
             seconds: Wall-clock time since the run, or its resumed part, began.
+
+        Raises:
+            ConfigError: If `step` is no integer.
         """
         line: Line = {
             "kind": "step",
-            "step": step,
+            "step": _step(step),
             "active": list(active),
             "seconds": round(seconds, 3),
             "metrics": _finite(metrics),
@@ -120,7 +124,7 @@ class History:
         if self._since >= self.stride:
             self._write(self._chosen)
 
-    def evaluation(self, step: int, rewards: Mapping[str, float], active: Sequence[str] | None = None) -> None:
+    def evaluation(self, step: int, rewards: Mapping[str, float], *, active: Sequence[str] | None = None) -> None:
         """Add an evaluation.
 
         Args:
@@ -128,10 +132,13 @@ class History:
             rewards: Mean reward, or pass rate, by domain.
             active: Domains that this step trained (`Guard.trained`), so that the evaluation is of the right
                 phase; by default those of the latest report.
+
+        Raises:
+            ConfigError: If `step` is no integer.
         """
         if active is None:
             active = active_of(self._latest or {})
-        line: dict[str, Any] = {"kind": "evaluation", "step": step}
+        line: dict[str, Any] = {"kind": "evaluation", "step": _step(step)}
         if active:
             line["active"] = list(active)
         self._append({**line, "rewards": _finite(rewards)})
@@ -144,7 +151,11 @@ class History:
         Args:
             step: Steps done.
             places: Tables by domain, by name.
+
+        Raises:
+            ConfigError: If `step` is no integer.
         """
+        step = _step(step)
         tables = {
             name: {
                 domain: [[layer, module, _number(value)] for (layer, module), value in table.items()]
@@ -241,10 +252,24 @@ class History:
 
     def _fail(self, error: Exception) -> None:
         self.failed = True
-        warn(
-            f"The guard's history {self.path} cannot be written: {error}. Training goes on without it; "
-            "free space or choose another output folder to have one."
+        advice = (
+            "free space or choose another output folder to have one"
+            if isinstance(error, OSError)
+            else "to have one, see that settings and names can be written as JSON, and nothing else writes there"
         )
+        warn(
+            f"The guard's history {self.path} cannot be written: {error}. Training goes on without it; {advice}."
+        )
+
+
+def _step(step: int) -> int:
+    """A step as Python's own integer: JSON holds none of NumPy's or torch's."""
+    try:
+        return operator.index(step)
+    except TypeError as error:
+        raise ConfigError(
+            f"step={step!r} is not allowed: it must be an integer, the number of steps done."
+        ) from error
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:

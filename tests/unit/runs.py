@@ -38,7 +38,7 @@ def guarded_run(folder, config):
     history.evaluation(0, {name: pass_rate(model, name) for name in PHASES})
 
     def after(step):
-        history.report(step + 1, [PHASES[step // STEPS]], guard.metrics(), 0.1 * (step + 1))
+        history.report(step + 1, guard.metrics(), active=[PHASES[step // STEPS]], seconds=0.1 * (step + 1))
         if (step + 1) % STEPS == 0:
             history.evaluation(step + 1, {name: pass_rate(model, name) for name in PHASES})
 

@@ -12,7 +12,9 @@ from interference_guard.history import HISTORY, History, find_history, read_hist
 
 def test_what_is_written_is_read(tmp_path):
     history = History(tmp_path / HISTORY, {"budget": 0.02})
-    history.report(5, ["math"], {"guard/math/reward": 0.5, "guard/math/radius": float("inf")}, 1.25)
+    history.report(
+        5, {"guard/math/reward": 0.5, "guard/math/radius": float("inf")}, active=["math"], seconds=1.25
+    )
     history.evaluation(6, {"math": 0.75})
     found = read_history(tmp_path / HISTORY)
     assert found.settings == {"budget": 0.02}
@@ -34,7 +36,7 @@ def test_numbers_of_numpy_and_torch_are_written(tmp_path):
 def test_length_is_bounded_and_steps_stay_even(tmp_path, count):
     history = History(tmp_path / HISTORY, limit=16)
     for step in range(1, count + 1):
-        history.report(step, ["math"], {"a": step})
+        history.report(step, {"a": step}, active=["math"])
         assert len((tmp_path / HISTORY).read_text().splitlines()) <= 16
     steps = [line["step"] for line in read_history(tmp_path / HISTORY).steps]
     gaps = {b - a for a, b in pairwise(steps)}
@@ -54,16 +56,16 @@ def test_evaluations_are_bounded_too(tmp_path):
 def test_resumption_drops_what_will_be_run_again(tmp_path):
     first = History(tmp_path / HISTORY)
     for step in range(1, 11):
-        first.report(step, ["math"], {})
+        first.report(step, {}, active=["math"])
     second = History(tmp_path / HISTORY, step=6)
-    second.report(7, ["code"], {})
+    second.report(7, {}, active=["code"])
     found = read_history(tmp_path / HISTORY)
     assert [line["step"] for line in found.steps] == [1, 2, 3, 4, 5, 6, 7]
     assert found.steps[-1]["active"] == ["code"]
 
 
 def test_a_new_run_starts_anew(tmp_path):
-    History(tmp_path / HISTORY).report(1, ["math"], {})
+    History(tmp_path / HISTORY).report(1, {}, active=["math"])
     History(tmp_path / HISTORY)
     assert read_history(tmp_path / HISTORY).lines == []
 
@@ -73,7 +75,7 @@ def test_a_fault_of_the_disk_warns_once_and_never_raises(tmp_path):
     with pytest.warns(UserWarning, match="Training goes on without it"):
         history = History(tmp_path / "file" / HISTORY)
     # Warnings are errors: a second one would fail here.
-    history.report(1, ["math"], {})
+    history.report(1, {}, active=["math"])
     history.evaluation(2, {"math": 1.0})
     assert history.failed
 
@@ -81,7 +83,7 @@ def test_a_fault_of_the_disk_warns_once_and_never_raises(tmp_path):
 def test_damaged_lines_are_skipped_and_counted(tmp_path):
     path = tmp_path / HISTORY
     history = History(path, {"budget": 0.02})
-    history.report(1, ["math"], {"a": 1.0})
+    history.report(1, {"a": 1.0}, active=["math"])
     damaged = [
         "{",
         "[]",
@@ -94,7 +96,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path):
     ]
     with path.open("a") as file:
         file.write("\n".join(damaged) + "\n\n")
-    history.report(3, ["math"], {"a": 2.0})
+    history.report(3, {"a": 2.0}, active=["math"])
     found = read_history(path)
     assert found.skipped == len(damaged)
     assert [line["step"] for line in found.steps] == [1, 3]
@@ -123,14 +125,14 @@ PLACES = {
 
 def test_sums_by_place_are_read_back_and_bounded(tmp_path):
     history = History(tmp_path / HISTORY, limit=8)
-    history.report(1, ["math"], {"a": 1})
+    history.report(1, {"a": 1}, active=["math"])
     history.places(1, PLACES)
     found = read_history(tmp_path / HISTORY)
     assert found.places == PLACES
     assert [line["kind"] for line in found.lines] == ["step", "places"]
     for step in range(2, 40):
         history.places(step, {**PLACES, "projected": {}})
-        history.report(step, ["math"], {"a": 1})
+        history.report(step, {"a": 1}, active=["math"])
     assert len((tmp_path / HISTORY).read_text().splitlines()) <= 8
     assert read_history(tmp_path / HISTORY).places["projected"] == {}
     # A run that goes on writes them again when it ends.
@@ -157,7 +159,7 @@ def trained(path):
 def test_domains_that_take_turns_all_stay(tmp_path, order):
     history = History(tmp_path / HISTORY, limit=32)
     for step in range(1, 1001):
-        history.report(step, [order[step % len(order)]], {})
+        history.report(step, {}, active=[order[step % len(order)]])
     assert history.stride > 1
     assert trained(tmp_path / HISTORY) == set(order)
     # Nothing but the stride decides when to write: the whole run keeps one resolution.
@@ -168,7 +170,7 @@ def test_domains_that_take_turns_all_stay(tmp_path, order):
 def test_a_change_of_domain_is_written_whatever_the_stride_and_stays(tmp_path):
     history = History(tmp_path / HISTORY, limit=32)
     for step in range(1, 1001):
-        history.report(step, ["math" if step <= 333 else "code" if step <= 777 else "qa"], {})
+        history.report(step, {}, active=["math" if step <= 333 else "code" if step <= 777 else "qa"])
         assert len((tmp_path / HISTORY).read_text().splitlines()) <= 32
     steps = [line["step"] for line in read_history(tmp_path / HISTORY).steps]
     assert {333, 334, 777, 778} <= set(steps)
@@ -177,10 +179,10 @@ def test_a_change_of_domain_is_written_whatever_the_stride_and_stays(tmp_path):
 def test_a_resumed_run_sees_the_change_and_the_earlier_lines(tmp_path):
     first = History(tmp_path / HISTORY, limit=16)
     for step in range(1, 101):
-        first.report(step, ["math"], {})
+        first.report(step, {}, active=["math"])
     second = History(tmp_path / HISTORY, step=100, limit=16)
     second.evaluation(100, {"math": 0.5})
-    second.report(101, ["code"], {})
+    second.report(101, {}, active=["code"])
     found = read_history(tmp_path / HISTORY)
     assert found.steps[-1]["step"] == 101
     assert found.evaluations[0]["active"] == ["math"]
@@ -188,10 +190,10 @@ def test_a_resumed_run_sees_the_change_and_the_earlier_lines(tmp_path):
 
 def test_an_evaluation_says_what_was_trained(tmp_path):
     history = History(tmp_path / HISTORY)
-    history.evaluation(0, {"math": 0.1}, ())
-    history.report(10, ["math"], {})
+    history.evaluation(0, {"math": 0.1}, active=())
+    history.report(10, {}, active=["math"])
     history.evaluation(12, {"math": 0.5})
-    history.evaluation(15, {"math": 0.4}, ("code",))
+    history.evaluation(15, {"math": 0.4}, active=("code",))
     found = [line.get("active") for line in read_history(tmp_path / HISTORY).evaluations]
     assert found == [None, ["math"], ["code"]]
 
@@ -199,7 +201,7 @@ def test_an_evaluation_says_what_was_trained(tmp_path):
 def test_the_last_report_of_a_run_is_written(tmp_path):
     history = History(tmp_path / HISTORY, limit=8)
     for step in range(1, 100):
-        history.report(step, ["math"], {"a": step})
+        history.report(step, {"a": step}, active=["math"])
     history.places(99, PLACES)
     assert read_history(tmp_path / HISTORY).steps[-1]["step"] == 99
 
@@ -210,7 +212,7 @@ def test_a_damaged_history_does_not_end_a_resuming_run(tmp_path, text):
     path.write_text(text)
     with pytest.warns(UserWarning, match=r"could not be read.*damaged now, and a new one begins"):
         history = History(path, {"budget": 0.02}, step=5)
-    history.report(6, ["math"], {})
+    history.report(6, {}, active=["math"])
     assert [line["step"] for line in read_history(path).steps] == [6]
     assert path.with_name(f"{HISTORY}.damaged").read_text() == text
 
@@ -218,15 +220,15 @@ def test_a_damaged_history_does_not_end_a_resuming_run(tmp_path, text):
 def test_a_history_damaged_while_the_run_goes_on_ends_it_with_one_warning(tmp_path, monkeypatch):
     history = History(tmp_path / HISTORY, limit=8)
     for step in range(1, 8):
-        history.report(step, ["math"], {})
+        history.report(step, {}, active=["math"])
 
     def damaged(path):
         raise StateError("no line could be read")
 
     monkeypatch.setattr("interference_guard.history.outline", damaged)
     with pytest.warns(UserWarning, match="Training goes on without it"):
-        history.report(8, ["math"], {})
-    history.report(9, ["math"], {})
+        history.report(8, {}, active=["math"])
+    history.report(9, {}, active=["math"])
     assert history.failed
 
 
@@ -246,7 +248,7 @@ def test_bytes_are_bounded_too(tmp_path):
     size = 100_000
     history = History(tmp_path / HISTORY, size=size)
     for step in range(1, 201):
-        history.report(step, ["math" if step <= 120 else "code"], many(step))
+        history.report(step, many(step), active=["math" if step <= 120 else "code"])
         assert (tmp_path / HISTORY).stat().st_size <= size
     found = read_history(tmp_path / HISTORY)
     steps = [line["step"] for line in found.steps]
@@ -262,7 +264,7 @@ def test_sums_that_are_out_of_date_cost_no_steps(tmp_path):
     history = History(tmp_path / HISTORY, size=size)
     places = {"curvature": {"math": {(str(layer), "mlp"): layer / 7 for layer in range(200)}}, "projected": {}}
     for step in range(1, 101):
-        history.report(step, ["math"], {"guard/math/measured": 0.1})
+        history.report(step, {"guard/math/measured": 0.1}, active=["math"])
         history.places(step, places)
         assert (tmp_path / HISTORY).stat().st_size <= size
     found = read_history(tmp_path / HISTORY)
@@ -273,7 +275,7 @@ def test_sums_that_are_out_of_date_cost_no_steps(tmp_path):
 def test_a_few_steps_stay_however_long_they_are(tmp_path):
     history = History(tmp_path / HISTORY, size=10)
     for step in range(1, 101):
-        history.report(step, ["math"], many(step))
+        history.report(step, many(step), active=["math"])
         history.evaluation(step, {"math": 0.5})
     found = read_history(tmp_path / HISTORY)
     assert 4 <= len(found.steps) <= 8
@@ -284,11 +286,11 @@ def test_a_few_steps_stay_however_long_they_are(tmp_path):
 def test_a_resumed_run_thins_a_history_that_was_longer(tmp_path):
     first = History(tmp_path / HISTORY)
     for step in range(1, 41):
-        first.report(step, ["math"], many(step))
+        first.report(step, many(step), active=["math"])
     long = (tmp_path / HISTORY).stat().st_size
     second = History(tmp_path / HISTORY, step=40, size=long // 3)
     for step in range(41, 60):
-        second.report(step, ["math"], many(step))
+        second.report(step, many(step), active=["math"])
     assert (tmp_path / HISTORY).stat().st_size <= long // 3
     assert read_history(tmp_path / HISTORY).steps[0]["step"] <= 8
 
@@ -296,10 +298,38 @@ def test_a_resumed_run_thins_a_history_that_was_longer(tmp_path):
 def test_thinning_holds_no_numbers(tmp_path):
     history = History(tmp_path / HISTORY, limit=300)
     for step in range(1, 300):
-        history.report(step, ["math"], many(step, 2000))
+        history.report(step, many(step, 2000), active=["math"])
     tracemalloc.start()
-    history.report(300, ["math"], many(300, 2000))
+    history.report(300, many(300, 2000), active=["math"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert history.stride == 2
     assert peak < (tmp_path / HISTORY).stat().st_size / 2
+
+
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor])
+def test_steps_may_be_integers_of_numpy_and_torch(tmp_path, integer):
+    history = History(tmp_path / HISTORY)
+    history.evaluation(integer(2), {"math": 0.5})
+    history.report(integer(3), {"a": 1.0}, active=["math"])
+    history.places(integer(4), PLACES)
+    assert [line["step"] for line in read_history(tmp_path / HISTORY).lines] == [2, 3, 4]
+
+
+def test_a_step_that_is_no_integer_is_refused(tmp_path):
+    history = History(tmp_path / HISTORY)
+    with pytest.raises(ConfigError, match=r"step=1\.5 is not allowed"):
+        history.report(1.5, {}, active=["math"])
+    with pytest.raises(ConfigError, match="step='1' is not allowed"):
+        history.evaluation("1", {})
+    with pytest.raises(ConfigError, match="step=None is not allowed"):
+        history.places(None, PLACES)
+
+
+def test_only_a_fault_of_the_disk_is_told_as_one(tmp_path):
+    with pytest.warns(UserWarning, match="JSON") as told:
+        History(tmp_path / HISTORY, {"budget": object()})
+    assert "space" not in str(told[0].message)
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="free space or choose another output folder"):
+        History(tmp_path / "file" / HISTORY)

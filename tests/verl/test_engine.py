@@ -285,7 +285,7 @@ def test_rows_are_numbered_for_a_guarded_engine_alone(guarded):
 def test_a_new_run_does_not_go_on_with_an_older_history(model, tmp_path):
     old = History(tmp_path / HISTORY, {}, 0)
     for step in range(1, 9):
-        old.report(step, ("old",), {"loss": 1.0})
+        old.report(step, {"loss": 1.0}, active=("old",))
     made = host.worker(model, host.SMALL)
     session = made.engine.interference
     session.settings = dataclasses.replace(session.settings, folder=str(tmp_path))

@@ -23,7 +23,7 @@ def test_a_reference_domain_is_judged(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
     for step in range(1, 41):
         other = {"guard/math/measured": 0.001, "guard/math/forgetting": 0.001} if step > 20 else {}
-        history.report(step, ["math" if step <= 20 else "code"], {"guard/general/measured": 5.0, **other})
+        history.report(step, {"guard/general/measured": 5.0, **other}, active=["math" if step <= 20 else "code"])
     code, rows, found, _ = check(capsys, tmp_path, "--max-interference", "0.02")
     assert code == 1
     assert not rows["general", "interference"]["passed"]
@@ -37,7 +37,7 @@ def test_domains_that_reports_never_meet_are_judged(capsys, tmp_path, order):
     for step in range(10, 401, 10):
         now = order[step % len(order)]
         lost = {f"guard/{name}/measured": float(name == "x") for name in order if name != now}
-        history.report(step, [now], lost)
+        history.report(step, lost, active=[now])
     code, rows, _, _ = check(capsys, tmp_path, "--max-interference", "0.02")
     assert code == 1
     assert not rows["x", "interference"]["passed"]
@@ -47,7 +47,7 @@ def test_domains_in_turn_are_judged_after_thinning(capsys, tmp_path):
     history = History(tmp_path / HISTORY, limit=100)
     for step in range(1, 1001):
         now, other = ("math", "code") if step % 2 else ("code", "math")
-        history.report(step, [now], {f"guard/{other}/measured": 0.9 * (other == "math")})
+        history.report(step, {f"guard/{other}/measured": 0.9 * (other == "math")}, active=[now])
     code, rows, _, _ = check(capsys, tmp_path, "--max-interference", "0.02")
     assert code == 1
     assert rows["math", "interference"]["value"] == 0.9
@@ -59,7 +59,7 @@ def test_a_domain_is_judged_from_the_end_of_its_phase(capsys, tmp_path, every, l
     rates = [{"a": 0.8, "b": 0.1, "c": 0.1}, {"a": 0.5, "b": 0.8, "c": 0.1}, {"a": 0.4, "b": 0.4, "c": 0.8}]
     for step in range(1, 3 * length + 1):
         if step % every == 0:
-            history.report(step, ["abc"[(step - 1) // length]], {})
+            history.report(step, {}, active=["abc"[(step - 1) // length]])
         if step % length == 0:
             history.evaluation(step, rates[step // length - 1])
     code, rows, _, _ = check(capsys, tmp_path, "--max-forgetting", "0.05")
@@ -70,7 +70,7 @@ def test_a_domain_is_judged_from_the_end_of_its_phase(capsys, tmp_path, every, l
 def test_a_domain_of_which_nothing_is_known_keeps_the_gate_shut(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
     for step in range(1, 31):
-        history.report(step, ["abc"[(step - 1) // 10]], {"guard/a/forgetting": 0.0} if step > 10 else {})
+        history.report(step, {"guard/a/forgetting": 0.0} if step > 10 else {}, active=["abc"[(step - 1) // 10]])
     code, rows, found, err = check(capsys, tmp_path, "--max-forgetting", "0.02")
     assert code == 2
     assert not found["passed"]
@@ -83,7 +83,7 @@ def test_a_domain_of_which_nothing_is_known_keeps_the_gate_shut(capsys, tmp_path
 def test_a_limit_passed_goes_before_a_domain_unknown(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
     for step in range(1, 31):
-        history.report(step, ["abc"[(step - 1) // 10]], {"guard/a/forgetting": 0.5} if step > 10 else {})
+        history.report(step, {"guard/a/forgetting": 0.5} if step > 10 else {}, active=["abc"[(step - 1) // 10]])
     assert check(capsys, tmp_path, "--max-forgetting", "0.02")[0] == 1
 
 
@@ -91,7 +91,7 @@ def nats(folder, measured):
     history = History(folder / HISTORY)
     for step in range(1, 21):
         found = {"guard/a/measured": measured, "guard/a/nats": 1.0} if step > 10 else {}
-        history.report(step, ["a" if step <= 10 else "b"], found)
+        history.report(step, found, active=["a" if step <= 10 else "b"])
 
 
 def test_a_domain_without_rewards_needs_the_limit_on_interference(capsys, tmp_path):
@@ -113,7 +113,7 @@ def test_what_the_own_training_has_mended_is_over(capsys, tmp_path):
         other = "code" if name == "math" else "math"
         value = 0.3 if name == "code" else 0.0
         lost = {f"guard/{other}/forgetting": value, f"guard/{other}/measured": value} if step > 20 else {}
-        history.report(step, [name], lost)
+        history.report(step, lost, active=[name])
     code, rows, found, _ = check(capsys, tmp_path, *BOTH)
     assert code == 0
     assert set(rows) == {("code", "forgetting"), ("code", "interference")}
@@ -132,7 +132,7 @@ def test_evaluations_before_the_first_step_alone_open_nothing(capsys, tmp_path):
 def test_damaged_lines_are_said(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
     for step in (1, 2):
-        history.report(step, ["math" if step == 1 else "code"], {"guard/math/measured": 0.01})
+        history.report(step, {"guard/math/measured": 0.01}, active=["math" if step == 1 else "code"])
     with (tmp_path / HISTORY).open("a") as file:
         file.write("{broken\n[]\n")
     assert check(capsys, tmp_path, "--max-interference", "0.02")[2]["skipped_lines"] == 2

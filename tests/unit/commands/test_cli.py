@@ -172,7 +172,7 @@ def test_check_is_a_gate(capsys, toy_run):
 
 def test_check_of_a_run_without_a_second_domain(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
-    history.report(1, ["math"], {"guard/math/reward": 0.5})
+    history.report(1, {"guard/math/reward": 0.5}, active=["math"])
     code, _, err = run(capsys, "check", tmp_path, "--max-forgetting", "0.02")
     assert code == 2
     assert "has no forgetting of any domain" in err
@@ -239,7 +239,7 @@ def test_a_fault_of_the_program_has_a_code_of_its_own(capsys, monkeypatch, tmp_p
 def test_report_of_a_history_with_a_damaged_field(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
     for step in range(1, 5):
-        history.report(step, ["math"], {"guard/math/reward": 0.5, "guard/seconds": 0.1}, step)
+        history.report(step, {"guard/math/reward": 0.5, "guard/seconds": 0.1}, active=["math"], seconds=step)
     with (tmp_path / HISTORY).open("a") as file:
         file.write('{"kind":"step","step":5,"active":[],"seconds":null,"metrics":{"guard/seconds":0.1}}\n')
     code, out, _ = run(capsys, "report", tmp_path)
@@ -296,8 +296,8 @@ def test_a_reader_that_has_gone_changes_no_exit_code(toy_run, words, code):
 @pytest.mark.parametrize("words", [["inspect"], ["check", "--max-interference", "0.1"]])
 def test_names_that_the_terminal_s_encoding_lacks(tmp_path, words):
     history = History(tmp_path / HISTORY)
-    history.report(1, ["数学"], {"guard/数学/reward": 0.5})
-    history.report(2, ["code"], {"guard/数学/measured": 0.01})
+    history.report(1, {"guard/数学/reward": 0.5}, active=["数学"])
+    history.report(2, {"guard/数学/measured": 0.01}, active=["code"])
     place = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [*PROGRAM, *words, str(tmp_path)], env=place, capture_output=True, text=True, timeout=120

@@ -78,7 +78,7 @@ def test_the_latest_state_is_that_of_the_most_steps(capsys, toy_run, tmp_path):
 
 
 def test_names_cannot_move_the_cursor(capsys, tmp_path):
-    History(tmp_path / HISTORY).report(1, ["\x1b[31mred"], {"guard/\x1b[31mred/reward": 0.5})
+    History(tmp_path / HISTORY).report(1, {"guard/\x1b[31mred/reward": 0.5}, active=["\x1b[31mred"])
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
@@ -89,7 +89,9 @@ def test_what_interference_is_measured_in_is_said(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
     values = {"measured": 0.01, "predicted": 0.01}
     table = {f"guard/{name}/{key}": value for name in ("math", "chat") for key, value in values.items()}
-    history.report(1, ["new"], table | {"guard/math/nats": 0.0, "guard/chat/nats": 1.0, "guard/new/reward": 0.5})
+    history.report(
+        1, table | {"guard/math/nats": 0.0, "guard/chat/nats": 1.0, "guard/new/reward": 0.5}, active=["new"]
+    )
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["domains"]
     assert {name: found[name]["unit"] for name in found} == {"math": "reward", "chat": "nats", "new": None}
@@ -111,7 +113,7 @@ def test_names_fold_and_numbers_stay_whole(capsys, monkeypatch, tmp_path, width)
     keys = {"reward": 0.409, "predicted": 0.0052, "measured": 0.0033, "radius": 4.65e-3, "protected_share": 1.0}
     name = "reasoning_about_numbers"
     values = {f"guard/{name}/{key}": value for key, value in keys.items()}
-    History(tmp_path / HISTORY).report(1, ["new"], values | {f"guard/{name}/nats": 0.0})
+    History(tmp_path / HISTORY).report(1, values | {f"guard/{name}/nats": 0.0}, active=["new"])
     assert main(["inspect", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
@@ -131,9 +133,9 @@ def test_headers_give_way_before_names(capsys, monkeypatch):
 
 def test_a_domain_without_evaluations_shows_its_training_reward(capsys, tmp_path):
     history = History(tmp_path / HISTORY)
-    history.report(1, ["math"], {"guard/math/reward": 0.3})
+    history.report(1, {"guard/math/reward": 0.3}, active=["math"])
     history.evaluation(1, {"math": 0.4})
-    history.report(2, ["code"], {"guard/code/reward": 0.5})
+    history.report(2, {"guard/code/reward": 0.5}, active=["code"])
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["domains"]
     assert [(item["reward"], item["reward_kind"]) for item in found.values()] == [

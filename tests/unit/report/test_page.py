@@ -138,7 +138,7 @@ def test_a_damaged_state_is_said_and_the_rest_is_drawn(toy_run, tmp_path):
 
 def test_the_history_s_own_maps_need_no_state(tmp_path):
     history = History(tmp_path / HISTORY)
-    history.report(1, ["math"], {"guard/math/reward": 0.5})
+    history.report(1, {"guard/math/reward": 0.5}, active=["math"])
     table = {(layer, module): 1.0 + layer for layer in range(3) for module in ("q_proj", "down_proj")}
     history.places(1, {"curvature": {"math": table, "code": {}}, "projected": {"math": {(None, "lm_head"): 1.0}}})
     made = build_report(tmp_path)
@@ -175,7 +175,7 @@ def odd_run(folder, names=NAMES):
                 for key in ("predicted", "measured")
             }
             units = {f"guard/{other}/nats": float(place > 1) for place, other in enumerate(names[:index])}
-            history.report(step, [name], {f"guard/{name}/reward": 0.5, **earlier, **units})
+            history.report(step, {f"guard/{name}/reward": 0.5, **earlier, **units}, active=[name])
         history.evaluation(step, dict.fromkeys(names, 0.5))
     return folder
 
@@ -260,7 +260,7 @@ def test_a_run_without_rewards_shows_the_budget_in_nats_alone(tmp_path):
     history = History(tmp_path / HISTORY, {"budget": 0.02, "budget_nats": 0.01})
     for step in range(1, 21):
         nats = {"guard/a/measured": 0.05, "guard/a/predicted": 0.05, "guard/a/nats": 1.0} if step > 10 else {}
-        history.report(step, ["a" if step <= 10 else "b"], nats)
+        history.report(step, nats, active=["a" if step <= 10 else "b"])
     made = build_report(tmp_path)
     shown = labels(made.page.with_suffix("") / "interference.svg")
     assert [text for text in shown if "budget" in text] == ["budget in nats 0.01"] * 2
@@ -272,7 +272,7 @@ def test_a_run_without_rewards_shows_the_budget_in_nats_alone(tmp_path):
 def test_rewards_of_two_kinds_are_told_apart(tmp_path):
     history = History(tmp_path / HISTORY)
     for step in range(1, 101):
-        history.report(step, ["a" if step <= 50 else "b"], {"guard/a/reward": 0.1, "guard/b/reward": 0.2})
+        history.report(step, {"guard/a/reward": 0.1, "guard/b/reward": 0.2}, active=["a" if step <= 50 else "b"])
     history.evaluation(100, {"a": 0.5})
     folder = build_report(tmp_path).page.with_suffix("")
     shown = labels(folder / "rewards.svg")
@@ -286,7 +286,7 @@ def test_rewards_of_two_kinds_are_told_apart(tmp_path):
 def test_figures_of_an_earlier_report_go_and_other_files_stay(toy_run, tmp_path):
     build_report(toy_run[0], tmp_path / "report.html")
     (tmp_path / "report" / "mine.png").write_bytes(b"")
-    History(tmp_path / HISTORY).report(1, ["math"], {"guard/math/reward": 0.5})
+    History(tmp_path / HISTORY).report(1, {"guard/math/reward": 0.5}, active=["math"])
     made = build_report(tmp_path / HISTORY, tmp_path / "report.html", force=True)
     left = {path.name for path in (tmp_path / "report").iterdir()}
     assert left == {"mine.png", *(path.name for path in made.figures)}

@@ -12,7 +12,7 @@ def recorded(tmp_path, plan, every=1):
         following = plan[step : step + 1].isupper()
         if step % every == 0:
             metrics = {"guard/recovery/active": float(following), "guard/recovery/steps": float(total)}
-            history.report(step, [letter.lower()], metrics)
+            history.report(step, metrics, active=[letter.lower()])
         if not following and letter.islower() and plan[step : step + 1] != letter:
             history.evaluation(step, dict.fromkeys("abc", step / 100))
     return read_run(tmp_path)
@@ -45,7 +45,7 @@ def test_reports_of_several_steps(tmp_path):
 def test_without_recoveries_none_is_found(tmp_path):
     history = History(tmp_path / HISTORY)
     for step in (1, 2):
-        history.report(step, ["a"], {"loss": 1.0})
+        history.report(step, {"loss": 1.0}, active=["a"])
     run = read_run(tmp_path)
     assert spans(run.phases) == [(0, 2, "a")]
     assert run.recoveries == []
@@ -55,7 +55,7 @@ def test_an_evaluation_after_a_phase_belongs_to_it(tmp_path):
     history = History(tmp_path / HISTORY)
     for step in range(1, 31):
         if step % 4 == 0:
-            history.report(step, ["abc"[(step - 1) // 10]], {})
+            history.report(step, {}, active=["abc"[(step - 1) // 10]])
         if step % 10 == 0:
             history.evaluation(step, dict.fromkeys("abc", step / 100))
     run = read_run(tmp_path)
@@ -66,10 +66,10 @@ def test_an_evaluation_after_a_phase_belongs_to_it(tmp_path):
 def test_an_evaluation_begins_no_second_phase(tmp_path):
     history = History(tmp_path / HISTORY)
     for step, active, total in ((5, "a", 0), (10, "b", 0), (15, "a", 1), (20, "b", 1)):
-        history.report(step, [active], {"guard/recovery/steps": total})
+        history.report(step, {"guard/recovery/steps": total}, active=[active])
         # By default of the domain last reported: here once of a recovery that is over by then.
         history.evaluation(step + 2, {"a": 0.5})
-    history.evaluation(23, {"a": 0.5}, ["a"])
+    history.evaluation(23, {"a": 0.5}, active=["a"])
     assert spans(read_run(tmp_path).phases) == [(0, 7, "a"), (7, 22, "b")]
 
 
@@ -99,14 +99,14 @@ def test_domains_are_also_those_that_metrics_name(tmp_path):
         "guard/seconds": 0.1,
         "eval/reward": 0.5,
     }
-    history.report(1, ["a"], metrics)
+    history.report(1, metrics, active=["a"])
     history.evaluation(1, {"b": 0.5})
     assert read_run(tmp_path).domains == ["a", "general", "openai/gsm8k", "recovery", "b"]
 
 
 def test_each_domain_has_rewards_of_one_kind(tmp_path):
     history = History(tmp_path / HISTORY)
-    history.report(1, ["a"], {"guard/a/reward": 0.1, "guard/b/reward": 0.2, "guard/c/measured": 0.3})
+    history.report(1, {"guard/a/reward": 0.1, "guard/b/reward": 0.2, "guard/c/measured": 0.3}, active=["a"])
     assert read_run(tmp_path).rates()[1] == {"a": "training", "b": "training"}
     history.evaluation(1, {"a": 0.5, "b": float("nan")})
     assert read_run(tmp_path).rates() == (

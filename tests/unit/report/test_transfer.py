@@ -12,7 +12,7 @@ def history(folder, evaluations, phases=(("a", 10), ("b", 20), ("c", 30)), **met
     begin = 0
     for name, end in phases:
         for step in range(begin + 2, end + 1, 2):
-            made.report(step, [name], metrics, 0.5 * step)
+            made.report(step, metrics, active=[name], seconds=0.5 * step)
             if step in evaluations:
                 made.evaluation(step, evaluations[step])
         begin = end
@@ -24,7 +24,7 @@ def with_start(folder, start, evaluations):
     made.evaluation(0, start)
     for name, steps in (("a", (5, 10)), ("b", (15, 20)), ("c", (25, 30))):
         for step in steps:
-            made.report(step, [name], {})
+            made.report(step, {}, active=[name])
             if step in evaluations:
                 made.evaluation(step, evaluations[step])
     return read_run(folder)
@@ -71,7 +71,7 @@ def test_interleaved_runs_have_no_phases_to_shade(tmp_path):
 def test_overhead_is_time_over_time_and_a_resumed_clock_is_left_out(tmp_path):
     made = History(tmp_path / HISTORY)
     for step, seconds in ((10, 5.0), (20, 10.0), (30, 2.0), (40, 7.0)):
-        made.report(step, ["a"], {"guard/seconds": 0.05}, seconds)
+        made.report(step, {"guard/seconds": 0.05}, active=["a"], seconds=seconds)
     found = read_run(tmp_path).overhead()
     assert [(step, every) for step, _, every in found] == [(20, 0.5), (40, 0.5)]
 
@@ -97,7 +97,7 @@ def test_what_was_lost_before_the_own_last_phase_is_over(tmp_path):
     for step in range(1, 31):
         name = "aba"[(step - 1) // 10]
         lost = {"guard/a/forgetting": 0.3, "guard/a/measured": 0.3} if name == "b" else {}
-        made.report(step, [name], lost | ({"guard/b/forgetting": 0.1} if step > 20 else {}))
+        made.report(step, lost | ({"guard/b/forgetting": 0.1} if step > 20 else {}), active=[name])
     run = read_run(tmp_path)
     assert run.current("a", "measured") is None
     assert losses(run) == {"b": 0.1}
@@ -108,7 +108,7 @@ def test_each_domain_is_judged_by_what_there_is_of_it(tmp_path):
     made = History(tmp_path / HISTORY)
     for step in range(1, 41):
         figures = {"guard/b/forgetting": 0.9, "guard/a/forgetting": 0.9} if step > 20 else {}
-        made.report(step, ["abcd"[(step - 1) // 10]], figures)
+        made.report(step, figures, active=["abcd"[(step - 1) // 10]])
         if step % 10 == 0:
             made.evaluation(step, {"a": 0.8 - step / 100})
     # a by its evaluations, b by the guard's figure, nothing of c.
@@ -118,7 +118,7 @@ def test_each_domain_is_judged_by_what_there_is_of_it(tmp_path):
 def test_an_evaluation_of_the_own_phase_alone_says_nothing(tmp_path):
     made = History(tmp_path / HISTORY)
     for step in range(1, 21):
-        made.report(step, ["ab"[(step - 1) // 10]], {})
+        made.report(step, {}, active=["ab"[(step - 1) // 10]])
         if step == 10:
             made.evaluation(step, {"a": 0.8})
     assert losses(read_run(tmp_path)) == {}
@@ -128,7 +128,7 @@ def test_domains_in_turn_are_judged_by_their_evaluations(tmp_path):
     made = History(tmp_path / HISTORY)
     made.evaluation(0, {"a": 0.1, "c": 0.2})
     for step in range(1, 301):
-        made.report(step, ["abc"[step % 3]], {f"guard/{name}/forgetting": 0.01 for name in "bc"})
+        made.report(step, {f"guard/{name}/forgetting": 0.01 for name in "bc"}, active=["abc"[step % 3]])
         if step % 50 == 0:
             made.evaluation(step, {"a": 1 - step / 300})
     run = read_run(tmp_path)
@@ -142,7 +142,7 @@ def test_what_a_long_run_lost_is_not_thinned_away(tmp_path):
     rates = [{"a": 0.8, "b": 0.1, "c": 0.1}, {"a": 0.5, "b": 0.8, "c": 0.1}, {"a": 0.4, "b": 0.4, "c": 0.8}]
     made.evaluation(0, {"a": 0.1, "b": 0.1, "c": 0.1})
     for step in range(1, 1201):
-        made.report(step, ["abc"[(step - 1) // 400]], {})
+        made.report(step, {}, active=["abc"[(step - 1) // 400]])
         if step % 8 == 0:
             made.evaluation(step, rates[(step - 1) // 400])
     found = transfer(read_run(tmp_path))
@@ -155,7 +155,7 @@ def test_evaluations_that_begin_after_the_loss_do_not_hide_it(tmp_path):
     made = History(tmp_path / HISTORY)
     for step in range(1, 31):
         figures = {"guard/a/forgetting": 0.4, "guard/b/forgetting": 0.0} if step > 10 else {}
-        made.report(step, ["ab"[step > 15]], figures)
+        made.report(step, figures, active=["ab"[step > 15]])
         if step in (20, 30):
             made.evaluation(step, {"a": 0.2, "b": 0.5})
     assert losses(read_run(tmp_path))["a"] == 0.4
@@ -165,7 +165,7 @@ def test_a_domain_of_an_earlier_phase_is_judged_by_the_guards_figure(tmp_path):
     # Each phase has a trainer, and a folder, of its own.
     made = History(tmp_path / HISTORY, step=10)
     for step in range(11, 31):
-        made.report(step, ["b"], {"guard/a/forgetting": 0.7, "guard/a/measured": 0.6})
+        made.report(step, {"guard/a/forgetting": 0.7, "guard/a/measured": 0.6}, active=["b"])
         if step % 10 == 0:
             made.evaluation(step, {"a": 0.2, "b": 0.5})
     assert losses(read_run(tmp_path)) == {"a": 0.7}
