@@ -18,7 +18,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -42,7 +42,7 @@ GuardArguments = make_dataclass(
             PREFIX + item.name,
             item.type,
             field(
-                default=None if item.default is MISSING else item.default,
+                default=item.default,
                 metadata={"help": f"The guard: {item.metadata['help']}"},
             ),
         )

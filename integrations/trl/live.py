@@ -23,12 +23,12 @@ class LiveDisplay:
     with `tqdm.write` stay whole, and the panel goes with its last line. Without a terminal, without rich, or with
     the trainer's bars switched off, every log is one line on the standard output.
 
-    Args:
-        bars (`bool`, *optional*, defaults to `True`): Whether the trainer shows bars (`disable_tqdm`).
+    Attributes:
+        bars (`bool`): Whether the trainer shows bars (`disable_tqdm`); True until it is set.
     """
 
-    def __init__(self, bars: bool = True) -> None:
-        self.bars = bars
+    def __init__(self) -> None:
+        self.bars = True
         self._view = LiveView()
         self._lines: list[Any] = []
         self._failed = False

@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, StateError
 from .files import HISTORY, beside
-from .recorded import RecordedRun, find_history, outline, read_history
+from .recorded import VERSION, RecordedRun, find_history, outline, read_history
 from .telling import warn
 from .thinning import Key, Line, active_of, halved, has_phases, key_of
 
 if TYPE_CHECKING:
     from .places import Places
 
-VERSION = 1
 __all__ = ["HISTORY", "History", "RecordedRun", "find_history", "read_history"]
 LIMIT = 4000
 # Bytes: with dozens of domains a line holds thousands of numbers, one for each pair of them.

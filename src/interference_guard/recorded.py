@@ -14,6 +14,9 @@ from .files import HISTORY
 if TYPE_CHECKING:
     from .places import Places
 
+# Of what is written; a later one may hold kinds of lines that this one does not know.
+VERSION = 1
+
 
 @dataclass
 class RecordedRun:
@@ -24,12 +27,28 @@ class RecordedRun:
         lines: Step and evaluation lines in the file's order.
         skipped: Lines that could not be read.
         stride: Reports behind one step line.
+        version: Of the format, as the first line has it.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     skipped: int = 0
     stride: int = 1
+    version: int = VERSION
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what the file holds and this does not."""
+        found = []
+        if self.version > VERSION:
+            found.append(
+                f"The history has format version {self.version}, and this release knows {VERSION}: it may "
+                "hold more than is shown. Install the release of interference-guard that wrote it."
+            )
+        if self.skipped:
+            lines = "line of the history was" if self.skipped == 1 else "lines of the history were"
+            found.append(f"{self.skipped} damaged {lines} skipped.")
+        return found
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -112,6 +131,7 @@ def _read(path: Path, keep: Callable[[dict[str, Any], int, int], dict[str, Any]]
                     headed = True
                     found.settings = line["settings"]
                     found.stride = line["stride"]
+                    found.version = line.get("version", VERSION)
                 else:
                     found.lines.append(keep(line, at, len(raw.rstrip())))
                 at += len(raw)
@@ -136,7 +156,8 @@ def _parsed(raw: str) -> dict[str, Any] | None:
     kind, step = line.get("kind"), line.get("step")
     if kind == "run":
         settings, stride = line.get("settings"), line.get("stride")
-        return line if isinstance(settings, dict) and isinstance(stride, int) and stride > 0 else None
+        known = isinstance(settings, dict) and isinstance(line.get("version", VERSION), int)
+        return line if known and isinstance(stride, int) and stride > 0 else None
     if kind == "places":
         return line if isinstance(step, int) and _are_places(line.get("places")) else None
     table = line.get({"step": "metrics", "evaluation": "rewards"}.get(str(kind), ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -101,9 +101,9 @@ class RollbackPlan:
             "edit_left": 1 - factor * taken / self.whole_edit if self.whole_edit else 1.0,
         }
 
-    def curve(self, strength: float = 1.0, shares: Sequence[float] = SHARES) -> list[dict[str, float]]:
-        """`predict` over several shares."""
-        return [self.predict(share, strength) for share in shares]
+    def curve(self, strength: float = 1.0) -> list[dict[str, float]]:
+        """`predict` for each of `SHARES`."""
+        return [self.predict(share, strength) for share in SHARES]
 
 
 def plan_rollback(

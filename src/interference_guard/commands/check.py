@@ -107,6 +107,6 @@ def _show(run: Run, results: list[dict[str, Any]], others: list[str], json: bool
     ]  # fmt: skip
     columns = ["domain", "what", "unit", "value", "limit", ""]
     output.table("passed" if passed else "not passed", columns, rows)
-    output.skipped(run.recorded.skipped)
+    output.notes(run.recorded.notes)
     if others:
         output.line(f"Not judged, for they are in training at the end: {', '.join(others)}.")

@@ -68,6 +68,7 @@ def inspect(
         return
     if history is not None:
         _show(found)
+        output.notes(history.recorded.notes)
     if trouble is not None:
         output.line(trouble)
     if "anchors" in found:
@@ -89,7 +90,6 @@ def _show(found: dict[str, Any]) -> None:
     training = [name for name, kind in kinds.items() if kind == "training"]
     if training and len(training) < len(kinds):
         output.line(f"Not evaluated, so that the reward is that of training: {', '.join(training)}.")
-    output.skipped(found["skipped_lines"])
 
 
 def _domains(run: Run) -> dict[str, dict[str, Any]]:

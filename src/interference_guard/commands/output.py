@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,10 +60,10 @@ def line(text: str) -> None:
     Console().print(_text(text), soft_wrap=True)
 
 
-def skipped(lines: int) -> None:
-    """Say how many lines of a history were damaged; nothing where none was."""
-    if lines:
-        line(f"{lines} damaged lines of the history were skipped.")
+def notes(sentences: Iterable[str]) -> None:
+    """Print what there is to know of a history, a line each."""
+    for sentence in sentences:
+        line(sentence)
 
 
 def _text(value: str, style: str = "") -> Text:

@@ -29,6 +29,6 @@ def report(
     from interference_guard.report.page import build_report
 
     made = build_report(run, out, state=state, force=force)
-    output.skipped(made.skipped)
+    output.notes(made.notes)
     output.line(f"{made.page}  ({made.page.stat().st_size / 1e6:.1f} MB)")
     output.line(f"{len(made.figures)} figures in {made.page.with_suffix('')}")

@@ -24,11 +24,11 @@ LINE = 1.75 / 72
 WIDE, NARROW = (9.2, 3.7), (4.4, 4.0)
 
 
-def thin(points: Series, limit: int = POINTS) -> Series:
-    """At most `limit` points: of each stretch the mean, so that no level is lost."""
-    if len(points) <= limit:
+def thin(points: Series) -> Series:
+    """At most `POINTS` points: of each stretch the mean, so that no level is lost."""
+    if len(points) <= POINTS:
         return points
-    size = -(-len(points) // limit)
+    size = -(-len(points) // POINTS)
     parts = [points[index : index + size] for index in range(0, len(points), size)]
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
 

@@ -46,7 +46,7 @@ class Made:
 
     page: Path
     figures: list[Path] = field(default_factory=list)
-    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def build_report(run: Path, out: Path | None = None, *, state: Path | None = None, force: bool = False) -> Made:
@@ -79,7 +79,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
     for path in (page, folder):
         if path.exists() and not force:
             raise ReportError(f"{path} exists already. Choose another name with --out, or pass --force.")
-    made = Made(page, skipped=found.recorded.skipped)
+    made = Made(page, notes=found.recorded.notes)
     maps, trouble = read_places(found, state)
     moved = transfer(found)
     try:
@@ -96,7 +96,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
                 figures=drawn,
                 losses=[(plain(name), value) for name, value in losses(found).items()],
                 settings=found.settings,
-                skipped=made.skipped,
+                notes=made.notes,
                 trouble=trouble,
                 colours=[(index, *pair) for index, pair in enumerate(DOMAINS)],
             )

@@ -32,7 +32,6 @@ def matrix(
     columns: Sequence[str],
     *,
     top: float | None = None,
-    digits: int = 2,
     ring: Sequence[tuple[int, int]] = (),
 ) -> Any:
     """A table of numbers as colours, light to dark; each number is written where there is room."""
@@ -59,7 +58,7 @@ def matrix(
                 continue
             parts = zip((0.299, 0.587, 0.114), scale(table[y][x]), strict=False)
             light = sum(weight * part for weight, part in parts) > 0.5
-            text = f"{value:.{digits}f}".removeprefix("0")
+            text = f"{value:.2f}".removeprefix("0")
             # Not the page's own colours, which change with its ground: the field's does not.
             axis.text(
                 x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8.5,
@@ -79,7 +78,7 @@ def matrix(
     for spine in axis.spines.values():
         spine.set_visible(False)
     if not written:
-        axis.set_title(f"darkest: {roof:.{digits}f}", loc="left", fontsize=8, color=MUTED)
+        axis.set_title(f"darkest: {roof:.2f}", loc="left", fontsize=8, color=MUTED)
     return figure
 
 

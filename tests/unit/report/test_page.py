@@ -122,8 +122,18 @@ def test_damaged_lines_are_counted_on_the_page(toy_run, tmp_path):
     path = tmp_path / HISTORY
     path.write_text((toy_run[0] / HISTORY).read_text() + "{broken\n[]\n")
     made = build_report(path)
-    assert made.skipped == 2
+    assert made.notes == ["2 damaged lines of the history were skipped."]
     assert "2 damaged lines of the history were skipped" in made.page.read_text()
+
+
+def test_a_history_of_a_later_format_is_told_on_the_page(toy_run, tmp_path):
+    text = (toy_run[0] / HISTORY).read_text()
+    assert text.count('"version":1,') == 1
+    (tmp_path / HISTORY).write_text(text.replace('"version":1,', '"version":2,'))
+    made = build_report(tmp_path)
+    (note,) = made.notes
+    assert "format version 2, and this release knows 1" in note
+    assert note in made.page.read_text()
 
 
 def test_a_damaged_state_is_said_and_the_rest_is_drawn(toy_run, tmp_path):
