@@ -56,17 +56,25 @@ def test_nats_per_token_is_the_models_own_loss(run):
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * len(after)
         count += len(after)
-    rows = read_rows(run / "code.jsonl")
-    assert nats_per_token(run / "math", rows, batch=2) == pytest.approx(total / count, rel=1e-4)
+    tables = {"code": read_rows(run / "code.jsonl")}
+    assert nats_per_token(run / "math", tables, batch=2)["code"] == pytest.approx(total / count, rel=1e-4)
     # Batches pad; padding must not count.
-    assert nats_per_token(run / "math", rows, batch=1) == pytest.approx(total / count, rel=1e-4)
+    assert nats_per_token(run / "math", tables, batch=1)["code"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_the_effect_on_both_domains_is_measured(run, tmp_path, capsys):
+def test_the_effect_on_both_domains_is_measured(run, tmp_path, capsys, monkeypatch):
+    loaded, load = [], AutoModelForCausalLM.from_pretrained
+
+    def counted(path, **words):
+        loaded.append(path.name)
+        return load(path, **words)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
     files = [item for name in DATA for item in ("--data", f"{name}={run / name}.jsonl")]
     options = ["--domain", "math", "--share", 1.0, "--mode", "units", "-o", tmp_path / "back", *files]
     code, out, err = call(capsys, run / "math", run / "code", *options, "--json")
     assert code == 0, err
+    assert loaded == ["math", "code", "back"], "each model once, whatever the number of data sets"
     found = json.loads(out)["nats_per_token"]
     assert found["math"]["after"] > found["math"]["before"], "the second domain must harm the first"
     assert found["code"]["after"] < found["code"]["before"], "and serve itself"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from interference_guard.errors import CheckpointError, ReportError
-from interference_guard.probe import Completions, model_policy
+from interference_guard.probe import Completions, Policy, model_policy
 
 Row = tuple[str, str]
 
@@ -51,19 +51,26 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def nats_per_token(folder: Path, rows: Sequence[Row], tokenizer: Path | None = None, batch: int = 8) -> float:
-    """Mean negative log-probability of the completions' tokens under a saved model.
+def nats_per_token(
+    folder: Path, tables: Mapping[str, Sequence[Row]], tokenizer: Path | None = None, batch: int = 8
+) -> dict[str, float]:
+    """Mean negative log-probability of the completions' tokens under a saved model, which is loaded once.
 
     Args:
         folder: A model's folder, as `save_pretrained` writes it; nothing is downloaded.
-        rows: Prompts and completions.
+        tables: Prompts and completions by name; without any nothing is loaded.
         tokenizer: Folder of the tokenizer; `folder` by default.
         batch: Rows of one forward pass.
+
+    Returns:
+        The mean of each table.
 
     Raises:
         ReportError: If transformers is not installed.
         CheckpointError: If the folder holds no causal language model, or no tokenizer.
     """
+    if not tables:
+        return {}
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -77,6 +84,10 @@ def nats_per_token(folder: Path, rows: Sequence[Row], tokenizer: Path | None = N
             "that save_pretrained wrote (merge an adapter first), with the tokenizer beside the edited one."
         ) from error
     policy = model_policy(model)
+    return {name: _nats(policy, words, rows, batch) for name, rows in tables.items()}
+
+
+def _nats(policy: Policy, words: Any, rows: Sequence[Row], batch: int) -> float:
     total, count = 0.0, 0
     for start in range(0, len(rows), batch):
         chosen = _completions(words, rows[start : start + batch])

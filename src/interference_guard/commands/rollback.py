@@ -79,17 +79,14 @@ def rollback(
     if trouble is not None and not json:
         output.line(trouble)
     # Before anything is written: folders that cannot be run must not cost a written checkpoint.
-    measured = {
-        name: {"before": nats_per_token(base, lines, checkpoint), "after": nats_per_token(checkpoint, lines)}
-        for name, lines in texts.items()
-    }
+    nats = {"before": nats_per_token(base, texts, checkpoint), "after": nats_per_token(checkpoint, texts)}
     if dry_run or out is None:
         rows = plan.curve(strength)
     else:
         with output.progress("writing", len(record.state.views)) as advance:
             rows = [write_rollback(plan, share, strength, out, force=force, advance=advance)]
-    for name, lines in texts.items():
-        measured[name]["rolled back"] = nats_per_token(Path(str(out)), lines, checkpoint)
+        nats["rolled back"] = nats_per_token(out, texts, checkpoint)
+    measured = {name: {when: found[name] for when, found in nats.items()} for name in texts}
     if json:
         table = {"domain": domain, "mode": mode, "out": None if dry_run else str(out), "rollback": rows}
         table |= {"trouble": trouble} if trouble is not None else {}
