@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from interference_guard.errors import HostError
-
-from .rows import named
+from interference_guard.names import named
 
 # No name that a host could have for a tensor of its own.
 DOMAIN_ID = "interference_guard_domain"

@@ -11,10 +11,10 @@ from datasets import LargeList, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 
 from interference_guard.errors import ConfigError
+from interference_guard.names import named
 from interference_guard.telling import warn
 
 from .order import integer, is_weight
-from .rows import named
 
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # How the types of numbers begin.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interference_guard.errors import HostError
 from interference_guard.guard import Guard
+from interference_guard.names import named
 from interference_guard.telling import warn
 
 from .collating import DOMAIN_ID, WIDTH, NamingCollator, unnamed, unpack
@@ -18,7 +19,7 @@ from .completions import generated, labelled, sampling_temperature
 from .engines import reduce
 from .evaluation import EvaluationRounds
 from .rewards import without
-from .rows import DomainTable, check_dataset, missing, named, numbered_ahead
+from .rows import DomainTable, check_dataset, missing, numbered_ahead
 from .seams import Seams
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from interference_guard.errors import ConfigError, HostError, MissingDomainError
+from interference_guard.names import named
 
 
 class DomainTable:
@@ -65,11 +66,6 @@ class DomainTable:
         """Rows of each domain that occurs."""
         found = torch.bincount(numbers, minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, found, strict=True) if count}
-
-
-def named(name: object) -> TypeGuard[str]:
-    """Whether a value of the column names a domain."""
-    return isinstance(name, str) and name != ""
 
 
 def missing(column: str, index: int, found: str, row: Mapping[str, Any]) -> MissingDomainError:

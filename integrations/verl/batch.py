@@ -11,6 +11,7 @@ from verl.utils import tensordict_utils as tu
 
 from interference_guard.errors import HostError, MissingDomainError
 from interference_guard.evaluating import evaluating
+from interference_guard.names import named
 from interference_guard.probe import Completions
 
 # Rows that veRL adds so that a batch splits evenly carry a uid of this kind and a mask of zeros.
@@ -49,7 +50,7 @@ def labels(data: Any, column: str, uids: Sequence[Any]) -> list[str | None]:
     for index, (name, uid) in enumerate(zip(names, uids, strict=True)):
         if is_padding(uid):
             names[index] = None
-        elif not isinstance(name, str) or not name:
+        elif not named(name):
             raise MissingDomainError(
                 f"Row {index} of the batch (uid {uid}) has {column}={name!r}: every row needs a non-empty "
                 f"string there. Fill the {column!r} column of data.train_files."

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from interference_guard.errors import ConfigError, HostError, MissingDomainError
+from interference_guard.names import named
 from interference_guard.rehearsal import check_active_share
 
 from .batch import CARRIER
@@ -88,7 +89,7 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
         # As they are stored, and at once: row by row a large file takes minutes.
         found: list[str] = list(self.dataframe.with_format(None)[column][:])
         for index, name in enumerate(found):
-            if not isinstance(name, str) or not name:
+            if not named(name):
                 raise MissingDomainError(
                     f"Row {index} of data.train_files has {column}={name!r}: every row needs a non-empty string "
                     "there."

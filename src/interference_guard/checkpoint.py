@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import StateError
-from .files import DETAILS, TENSORS, beside, digest
+from .files import DETAILS, TENSORS, beside, check_digest, digest
 from .handover import check_resumed, checksums, piece_checksums
 from .origin import check, same_blocks, shards_of
 from .packing import BROKEN, incomplete, pack
@@ -291,12 +291,7 @@ def _details_files(guard: Guard, directory: Path) -> list[Path]:
 def _read(guard: Guard, path: Path) -> Part:
     """One rank's details and tensors, checked but for its number."""
     details, tensors_path = _read_details(guard, path), _tensors_of(path)
-    size = tensors_path.stat().st_size
-    if size != details.get("tensor_bytes") or digest(tensors_path) != details.get("tensor_sha256"):
-        raise StateError(
-            f"{tensors_path} is damaged: it has {size} bytes where {details.get('tensor_bytes')} with a known "
-            "digest were written. Copy it again or resume from another checkpoint."
-        )
+    check_digest(tensors_path, details, "Copy it again or resume from another checkpoint.")
     try:
         return details, load_file(tensors_path)
     except (OSError, SafetensorError) as error:

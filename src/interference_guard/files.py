@@ -6,7 +6,11 @@ import hashlib
 import os
 import re
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from .errors import StateError
 
 TENSORS = "interference_guard.safetensors"
 DETAILS = "interference_guard.json"
@@ -31,6 +35,25 @@ def digest(path: Path) -> str:
         while piece := file.read(1 << 22):
             found.update(piece)
     return found.hexdigest()
+
+
+def check_digest(path: Path, details: Mapping[str, Any], advice: str) -> None:
+    """Check that a tensor file is the one that its details were written with.
+
+    Args:
+        path: The tensor file.
+        details: Name its size and its digest.
+        advice: What to do where it is not.
+
+    Raises:
+        StateError: If it is another one, or was cut off.
+    """
+    size = path.stat().st_size
+    if size != details.get("tensor_bytes") or digest(path) != details.get("tensor_sha256"):
+        raise StateError(
+            f"{path} is damaged: it has {size} bytes where {details.get('tensor_bytes')} with a known digest "
+            f"were written. {advice}"
+        )
 
 
 def without_section(card: str) -> str:

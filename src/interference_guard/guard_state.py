@@ -20,6 +20,7 @@ from .errors import ConfigError, MissingDomainError, UnknownDomainError
 from .evaluating import bare
 from .metering import Clock, TensorMean
 from .model_view import ModelView
+from .names import named
 from .observation import Observation
 from .probe import Measurement, Policy, model_policy
 from .ranks import Ranks, Reduce
@@ -35,7 +36,7 @@ Own = TypeVar("Own", bound="GuardState")
 
 def check_name(name: object) -> None:
     """Raise `MissingDomainError` for a domain's name that is not a non-empty string."""
-    if not isinstance(name, str) or not name:
+    if not named(name):
         raise MissingDomainError(
             f"A domain is named {name!r}; it must be a non-empty string. Give every row of the data a domain."
         )

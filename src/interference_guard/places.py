@@ -39,6 +39,16 @@ def place(name: str) -> tuple[int | None, str]:
     return (int(found[1]) if found else None), module
 
 
+def place_label(name: str) -> str:
+    """``layer.module`` of a parameter; the module alone outside the numbered layers.
+
+    >>> place_label("model.layers.11.self_attn.q_proj.weight"), place_label("model.embed_tokens.weight")
+    ('11.q_proj', 'embed_tokens')
+    """
+    layer, module = place(name)
+    return module if layer is None else f"{layer}.{module}"
+
+
 def by_place(values: Iterable[tuple[str, float]]) -> Places:
     """Numbers by parameter summed by layer and module.
 

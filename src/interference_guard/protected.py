@@ -31,9 +31,19 @@ class ProtectedSet:
 
     def overlap(self, other: ProtectedSet) -> float:
         """Jaccard index of two sets over the same parameters: common units by united units."""
-        both = sum(int((mask & other.masks[name]).sum()) for name, mask in self.masks.items())
-        either = sum(int((mask | other.masks[name]).sum()) for name, mask in self.masks.items())
-        return both / max(either, 1)
+        return jaccard(self.masks, other.masks)
+
+
+def jaccard(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Common members over united members of two sets of masks; 0 where both are empty.
+
+    Examples:
+        >>> jaccard({"a": torch.tensor([True, True])}, {"a": torch.tensor([True, False])})
+        0.5
+    """
+    both = sum(int((mask & second[name]).sum()) for name, mask in first.items())
+    either = sum(int((mask | second[name]).sum()) for name, mask in first.items())
+    return both / max(either, 1)
 
 
 def select_units(scores: Mapping[str, Tensor], views: Mapping[str, UnitView], coverage: float) -> ProtectedSet:

@@ -1,8 +1,10 @@
 """The paper's measurements on saved checkpoints, streamed tensor by tensor; needs no trainer."""
 
+from interference_guard.protected import jaccard
+
 from .checkpoints import Checkpoint, check_same, open_checkpoint
 from .conflict import Conflict, conflict_subspace
-from .edits import Edits, jaccard, measure_edits, top_neurons
+from .edits import Edits, measure_edits, top_neurons
 from .gradients import GradientCosines, gradient_cosines, stored_gradients
 from .merged import MergedCheckpoint
 from .prediction import Prediction, predict_interference

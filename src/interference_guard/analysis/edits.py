@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from interference_guard.places import place
+from interference_guard.places import place_label
 from interference_guard.units import UnitView
 
 from .checkpoints import Advance, Weights, check_same, pieces, unit_layout
@@ -72,8 +72,7 @@ class Edits:
         """Summaries by ``layer.module``."""
         groups: dict[str, list[str]] = {}
         for name in self.parameters:
-            layer, module = place(name)
-            groups.setdefault(module if layer is None else f"{layer}.{module}", []).append(name)
+            groups.setdefault(place_label(name), []).append(name)
         return {key: self.summary(names) for key, names in groups.items()}
 
     def neurons(self) -> dict[str, Tensor]:
@@ -170,15 +169,3 @@ def top_neurons(magnitudes: Mapping[str, Tensor], share: float = 0.1) -> dict[st
     mask &= flat > 0
     parts = torch.split(mask, [len(item) for item in magnitudes.values()])
     return dict(zip(magnitudes, parts, strict=True))
-
-
-def jaccard(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    """Common members over united members of two sets of masks; 0 where both are empty.
-
-    Examples:
-        >>> jaccard({"a": torch.tensor([True, True])}, {"a": torch.tensor([True, False])})
-        0.5
-    """
-    both = sum(int((mask & second[name]).sum()) for name, mask in first.items())
-    either = sum(int((mask | second[name]).sum()) for name, mask in first.items())
-    return both / max(either, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from interference_guard.errors import StateError
-from interference_guard.places import place
+from interference_guard.places import place_label
 
 from .state import DomainRecord
 
@@ -52,9 +52,7 @@ def gradient_cosines(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
     products: dict[str, list[float]] = {}
     for name, a in first.items():
         b = second[name]
-        layer, module = place(name)
-        key = module if layer is None else f"{layer}.{module}"
-        sums = products.setdefault(key, [0.0, 0.0, 0.0])
+        sums = products.setdefault(place_label(name), [0.0, 0.0, 0.0])
         sums[0] += float((a.double() * b.double()).sum())
         sums[1] += float(a.double().square().sum())
         sums[2] += float(b.double().square().sum())

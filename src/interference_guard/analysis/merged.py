@@ -14,9 +14,8 @@ from interference_guard.units import stored_transposed
 
 from .adapter import AdapterConfig, read_adapter_config
 from .checkpoints import Checkpoint
-from .running import saved_name
+from .running import ADAPTER, saved_name
 
-PREFIX = "base_model.model."
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
@@ -60,7 +59,7 @@ class MergedCheckpoint:
         self._factors: dict[str, Factors] = {}
         self._brought: dict[str, str] = {}
         for name in adapter.shapes:
-            bare = name.removeprefix(PREFIX)
+            bare = name.removeprefix(ADAPTER)
             if bare.endswith((".lora_A.weight", ".lora_embedding_A")):
                 owner = bare.rpartition(".lora_")[0]
                 target = self._target(owner)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interference_guard.files import DETAILS
-from interference_guard.places import place
+from interference_guard.places import place_label
 from interference_guard.trust_region import Raw
 from interference_guard.units import UnitView
 
@@ -55,8 +55,7 @@ class Prediction:
         """Raw prediction by ``layer.module``."""
         found: dict[str, float] = {}
         for name, values in self.units.items():
-            layer, module = place(name)
-            key = module if layer is None else f"{layer}.{module}"
+            key = place_label(name)
             found[key] = found.get(key, 0.0) + float(values.double().sum())
         return found
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from interference_guard.errors import CheckpointError, UnsupportedError
 from interference_guard.evaluating import evaluating
+from interference_guard.protected import jaccard
 from interference_guard.units import CHANNELS_IN, UnitLayout, canonical_name
 
 from .checkpoints import Weights, check_same, unit_layout
-from .edits import jaccard, neuron_sums, top_neurons
-from .merged import PREFIX
+from .edits import neuron_sums, top_neurons
 from .part import displacement
 from .pieces import matrix_shape, unit_pieces
-from .running import saved_name
+from .running import ADAPTER, saved_name
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def _readers(model: nn.Module) -> dict[str, nn.Module]:
         owner = name.removesuffix(".weight").removesuffix(".base_layer")
         last = owner.rpartition(".")[2]
         if view.neuron is not None and last in CHANNELS_IN and owner in modules and not view.stacked:
-            found[view.neuron.removeprefix(PREFIX)] = modules[owner]
+            found[view.neuron.removeprefix(ADAPTER)] = modules[owner]
     return found
 
 

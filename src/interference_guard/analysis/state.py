@@ -13,7 +13,7 @@ from torch import Tensor
 from interference_guard.config import GuardConfig
 from interference_guard.curvature import nystrom, sketch_matrix
 from interference_guard.errors import CheckpointError, StateError, StateVersionError, UnknownDomainError
-from interference_guard.files import DETAILS, TENSORS, digest
+from interference_guard.files import DETAILS, TENSORS, check_digest
 from interference_guard.local_block import LocalBlock
 from interference_guard.origin import VERSION
 from interference_guard.places import Places, by_place
@@ -199,13 +199,7 @@ class StateFile:
             self.entries: dict[str, Entry] = read_header(self.folder / TENSORS)
         except CheckpointError as error:
             raise StateError(str(error)) from error
-        tensors = self.folder / TENSORS
-        size = tensors.stat().st_size
-        if size != details.get("tensor_bytes") or digest(tensors) != details.get("tensor_sha256"):
-            raise StateError(
-                f"{tensors} is damaged: it has {size} bytes where {details.get('tensor_bytes')} with a known "
-                "digest were written. Copy it again."
-            )
+        check_digest(self.folder / TENSORS, details, "Copy it again.")
         config = GuardConfig(unit_overrides=self.settings.get("unit_overrides"))
         empty = ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
         self.views: dict[str, UnitView] = UnitLayout(empty, config.overrides(), transposed=transposed).views
