@@ -21,13 +21,11 @@ from interference_guard.probe import Completions, model_policy
 from interference_guard.recovering import abandon_unserved
 from interference_guard.telling import warn
 
+from .attached import Attached
 from .card import add_section
-from .checkpoints import Checkpoints
 from .completions import trainer_policy
 from .engines import batch_size, check_engine, guarded_model, reduce, steps_in_backward
-from .evaluation import EvaluationRounds
 from .live import LiveDisplay
-from .passing import PassingRows
 from .plan import look_ahead
 from .recovery import RecoveryRows
 from .reference import read
@@ -79,16 +77,13 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.guard: Guard | None = None
         self.recovery_datasets = recovery_datasets
         self.reference = reference
-        self._recovery: RecoveryRows | None = None
         self._reference: dict[str, Completions] = {}
         self.history: History | None = None
         self.live = LiveDisplay() if live else None
         self._began = 0.0
         self.domains = DomainTable(self.config.domain_column)
-        self._seams: Seams | None = None
+        self._made: Attached | None = None
         self._hooks: StepHooks | None = None
-        self._rows: PassingRows | None = None
-        self._checkpoints: Checkpoints | None = None
         self._training: str | None = None
         # Of the weights that the last run ended with.
         self._left: dict[str, str] | None = None
@@ -118,12 +113,12 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._unhook()
         if self.live is not None:
             self.live.close()
-        if self._seams is not None:
-            trainer = self._seams.trainer
-            self._seams.restore()
+        if self._made is not None:
+            trainer = self._made.trainer
+            self._made.seams.restore()
             if self in _callbacks(trainer):
                 trainer.remove_callback(self)
-        self._seams = self._rows = self._checkpoints = self._recovery = None
+        self._made = None
         if self.guard is not None:
             # The one before holds the trainer.
             self.guard.policy = model_policy(self.guard.model)
@@ -135,9 +130,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         `enabled` is False.
         """
         if self.config.enabled:
-            if self._checkpoints is None:
-                raise HostError("The callback has no trainer. Save while it is attached to one.")
-            self._checkpoints.save(directory)
+            self._attached.checkpoints.save(directory)
 
     def load(self, directory: str | Path) -> None:
         """Continue from the state in a checkpoint of another run; every rank must call it before training.
@@ -149,15 +142,13 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             StateError: If a file is missing, damaged, or of another model or other settings.
         """
         if self.config.enabled:
-            if self._checkpoints is None:
-                raise HostError("The callback has no trainer. Call attach(trainer) before load().")
-            self._checkpoints.load(directory)
-            compare(weights_beside(Path(directory)), self._guard().view, f"saved in {directory}")
+            self._attached.checkpoints.load(directory)
+            compare(weights_beside(Path(directory)), self._attached.guard.view, f"saved in {directory}")
 
     def _wire(self, trainer: Any) -> None:
         if not self.config.enabled:
             return
-        if self._seams is not None and self._seams.trainer is trainer:
+        if self._made is not None and self._made.trainer is trainer:
             return
         seams = Seams(trainer, self.config.recovery)
         if any(isinstance(item, InterferenceGuardCallback) and item is not self for item in _callbacks(trainer)):
@@ -189,27 +180,26 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.guard.policy = trainer_policy(trainer)
         self.guard.keepers = processes
         self.guard.ranks.reduce = reduce if processes > 1 else None
-        self._seams = seams
         compare(self._left, self.guard.view, "the run before ended with")
         self._left = None
+        self._made = Attached(seams, self.guard, self.domains, self._heard, recovery)
         if recovery is not None:
-            self._recover_from(recovery)
             seams.wrap("get_batch_samples", self._batches)
         seams.wrap("log", self._log)
-        self._checkpoints = Checkpoints(seams, self.guard, self._bind)
         if self.live is not None:
             self.live.bars = not trainer.args.disable_tqdm
         seams.wrap("train", self._train)
         if hasattr(trainer, "create_model_card"):
             seams.wrap("create_model_card", self._card)
-        rounds = EvaluationRounds(seams, self._heard)
-        self._rows = PassingRows(seams, self.guard, self.domains, rounds)
 
     @property
-    def _trainer(self) -> Any:
-        if self._seams is None:
-            raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
-        return self._seams.trainer
+    def _attached(self) -> Attached:
+        if self._made is None:
+            raise HostError(
+                "The callback has no trainer. Call attach(trainer) before trainer.train(), load() and save(), "
+                "and detach() after them."
+            )
+        return self._made
 
     def _unhook(self) -> None:
         if self._hooks is not None:
@@ -222,12 +212,13 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         def get_batch_samples(iterator: Any, *args: Any, **kwargs: Any) -> Any:
             # The planned rows are always drawn, so that what a step trains depends on its number alone.
             batches, items = method(iterator, *args, **kwargs)
-            domain = self._guard().recovery
+            made = self._attached
+            domain = made.guard.recovery
             if domain != self._training:
                 # Completions of the domain before would otherwise be used up first.
-                self._training, self._trainer._buffered_inputs = domain, None
-            if domain is not None and self._recovery is not None and batches:
-                batches = self._recovery.batches(domain, batches)
+                self._training, made.trainer._buffered_inputs = domain, None
+            if domain is not None and made.recovery is not None and batches:
+                batches = made.recovery.batches(domain, batches)
             return batches, items
 
         return get_batch_samples
@@ -247,7 +238,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
                 seconds = perf_counter() - self._began
                 self.history.report(self.guard.steps, logs, active=self.guard.active, seconds=seconds)
             result = method(logs, *args, **kwargs)
-            if self.live is not None and self._trainer.is_world_process_zero():
+            if self.live is not None and self._attached.trainer.is_world_process_zero():
                 self.live.show(self.guard, logs)
             return result
 
@@ -255,7 +246,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
 
     def _train(self, method: Any) -> Any:
         def train(*args: Any, **kwargs: Any) -> Any:
-            count = sum(item is self for item in _callbacks(self._trainer))
+            count = sum(item is self for item in _callbacks(self._attached.trainer))
             if count != 1:
                 raise HostError(
                     f"The callback is {count} times among the trainer's. Call trainer.add_callback(callback) "
@@ -275,9 +266,10 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
     def _card(self, method: Any) -> Any:
         def create(*args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
-            path = Path(self._trainer.args.output_dir) / "README.md"
-            if self._trainer.is_world_process_zero() and path.is_file():
-                add_section(path, self._guard())
+            trainer = self._attached.trainer
+            path = Path(trainer.args.output_dir) / "README.md"
+            if trainer.is_world_process_zero() and path.is_file():
+                add_section(path, self._attached.guard)
             return result
 
         return create
@@ -289,29 +281,29 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self._unhook()
         if not self.config.enabled:
             return
-        self._passing().begin()
-        config = self.config
-        rows, size = self._trainer.train_dataset, batch_size(self._trainer)
+        made, config = self._attached, self.config
+        trainer, guard = made.trainer, made.guard
+        made.rows.begin()
+        rows, size = trainer.train_dataset, batch_size(trainer)
         look_ahead(rows, config.domain_column, args, state, config.active_share, size)
-        if self._recovery is not None:
-            self._training, self._trainer._buffered_inputs = None, None
-            self._recover_from(self._recovery.renewed())
-            abandon_unserved(self._guard())
-        self._bind()
+        if made.recovery is not None:
+            self._training, trainer._buffered_inputs = None, None
+            made.recover_from(made.recovery.renewed())
+            abandon_unserved(guard)
+        made.bind()
         # A resumed run has read them from its checkpoint by now.
         for name, rows in self._reference.items():
-            if name not in self._guard().domains:
-                self._guard().protect(name, rows)
+            if name not in guard.domains:
+                guard.protect(name, rows)
         self._reference = {}
-        if self._recovery is not None:
-            self._recovery.look_for(name for name, own in self._guard().domains.items() if not own.reference)
-        early = steps_in_backward(self._trainer)
-        self._hooks = attach(self._trainer.optimizer, self._guard(), self._begin_step if early else None)
+        if made.recovery is not None:
+            made.recovery.look_for(name for name, own in guard.domains.items() if not own.reference)
+        self._hooks = attach(trainer.optimizer, guard, self._begin_step if steps_in_backward(trainer) else None)
         self._began = perf_counter()
         self.history = None
         if state.is_world_process_zero:
             # The guard's own count goes on where each phase has a trainer of its own.
-            self.history = History(Path(args.output_dir) / HISTORY, asdict(self.config), self._guard().steps)
+            self.history = History(Path(args.output_dir) / HISTORY, asdict(config), guard.steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the guard which domains the step's rows are of."""
@@ -319,72 +311,56 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return
         if self._hooks is None:
             raise HostError("The callback was attached while training ran. Attach it before trainer.train().")
-        if steps_in_backward(self._trainer):
+        if steps_in_backward(self._attached.trainer):
             # The step is over. Counts that are left are of one that was skipped.
-            self._passing().take_counts()
+            self._attached.rows.take_counts()
         else:
             self._begin_step()
 
     def _begin_step(self) -> None:
-        self._guard().begin(self._passing().step_counts())
+        self._attached.guard.begin(self._attached.rows.step_counts())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the domains whose turn it is."""
         if self.config.enabled:
-            self._guard().end()
-            self._guard().probe()
+            self._attached.guard.end()
+            self._attached.guard.probe()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a state file that could not be written; the trainer's checkpoint is complete by now."""
-        if self._checkpoints is not None:
-            self._checkpoints.report()
+        if self._made is not None:
+            self._made.checkpoints.report()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the step hooks, and end the history with the sums by layer and module."""
         self._unhook()
-        if self.config.enabled:
-            self._left = checksums(self._guard().view)
-            try:
-                # All ranks: energies of a sharded model are sums over them.
-                places = self._guard().places()
-                if self.history is not None:
-                    self.history.places(self._guard().steps, places)
-            except (RuntimeError, ValueError, OSError) as error:
-                # The training is done; a table of a report must not take its result away.
-                warn(f"The history ends without its sums by layer and module: {error!r}.")
-        if self._checkpoints is not None:
-            self._checkpoints.report_late()
+        if not self.config.enabled:
+            return
+        guard = self._attached.guard
+        self._left = checksums(guard.view)
+        try:
+            # All ranks: energies of a sharded model are sums over them.
+            places = guard.places()
+            if self.history is not None:
+                self.history.places(guard.steps, places)
+        except (RuntimeError, ValueError, OSError) as error:
+            # The training is done; a table of a report must not take its result away.
+            warn(f"The history ends without its sums by layer and module: {error!r}.")
+        self._attached.checkpoints.report_late()
 
     # Parts
 
-    def _guard(self) -> Guard:
-        if self.guard is None:
-            raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
-        return self.guard
-
-    def _passing(self) -> PassingRows:
-        if self._rows is None:
-            raise HostError("The callback has no trainer. Call attach(trainer) before trainer.train().")
-        return self._rows
-
-    def _recover_from(self, rows: RecoveryRows) -> None:
-        self._recovery = rows
-        self.domains.add(sorted(rows.domains))
-        self._guard().recoverable = rows.domains
-
-    def _bind(self) -> None:
-        # The trainer may have sharded the model since the callback was attached.
-        self._guard().bind(guarded_model(self._trainer))
-        self._guard().policy = trainer_policy(self._trainer)
-
     def _heard(self, found: dict[str, float]) -> None:
         # True rewards by domain, of one round of evaluation.
+        guard = self.guard
+        if guard is None:
+            return
         if found and self.history is not None:
-            self.history.evaluation(self._guard().steps, found, active=self._guard().trained)
+            self.history.evaluation(guard.steps, found, active=guard.trained)
         for name, reward in found.items():
             # A domain that has not been trained yet has nothing to keep.
-            if name in self._guard().domains:
-                self._guard().calibrate(name, reward)
+            if name in guard.domains:
+                guard.calibrate(name, reward)
 
 
 def _callbacks(trainer: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -88,9 +87,3 @@ def _replace(owner: Any, name: str, call: Callable[..., Any]) -> None:
 
     _ours.add(replaced)
     setattr(owner, name, replaced)
-
-
-def say(line: str) -> None:
-    """Write a line where veRL's own console logger writes."""
-    sys.stdout.write(f"interference_guard: {line}\n")
-    sys.stdout.flush()

@@ -25,6 +25,7 @@ from interference_guard.recovering import abandon_unserved
 
 from . import batch
 from .checkpoints import Checkpoints
+from .console import say
 from .coordinator import Link
 from .settings import RunSettings
 
@@ -211,8 +212,6 @@ class Session:
         return found
 
     def _say(self, line: str) -> None:
-        from .plugin import say
-
         if self.engine.rank == 0:
             say(line)
 

@@ -13,6 +13,7 @@ from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError, HostError
 from interference_guard.telling import warn
 
+from .console import say
 from .domain_settings import check_reader
 
 NODE = "guard"
@@ -92,8 +93,6 @@ class RunSettings:
 
 def warn_unguarded(config: DictConfig) -> None:
     """Say that a run does not load the guard in its workers; a warning where it seems to be meant to."""
-    from .plugin import say
-
     if _loads(config):
         return
     where = "actor_rollout_ref.model.external_lib"
