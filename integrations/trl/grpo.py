@@ -25,11 +25,12 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError
+from interference_guard.integrations.orders import ORDERS
 from interference_guard.rehearsal import check_active_share
 
 from .callback import InterferenceGuardCallback
 from .loading import DomainSettings, load_rows
-from .order import ORDERS, order_by_domain, prompts_per_generation
+from .order import order_by_domain, prompts_per_generation
 from .rewards import load, route
 from .rows import read_column
 
@@ -110,7 +111,7 @@ def make_parser() -> Any:
     return TrlParser((DomainArguments, GuardArguments, GRPOConfig, ModelConfig))
 
 
-def guard_config(arguments: Any) -> GuardConfig:
+def config_of_arguments(arguments: Any) -> GuardConfig:
     """The `GuardConfig` that ``guard_`` arguments describe."""
     return GuardConfig(**{item.name: getattr(arguments, PREFIX + item.name) for item in fields(GuardConfig)})
 
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> Any:
     sys.path.insert(0, place)
     try:
         domains, guard, training, model = make_parser().parse_args_and_config(arguments)
-        trainer, callback = build(domains, guard_config(guard), training, model)
+        trainer, callback = build(domains, config_of_arguments(guard), training, model)
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         trainer.save_model(training.output_dir)
         callback.save(training.output_dir)

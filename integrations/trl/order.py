@@ -10,11 +10,10 @@ from typing import Any, SupportsFloat
 import torch
 
 from interference_guard.errors import ConfigError
+from interference_guard.integrations.orders import ORDERS, planned
 from interference_guard.rehearsal import Rehearsal
 
 from .rows import DomainTable, check_dataset
-
-ORDERS = ("sequential", "round_robin")
 
 
 def prompts_per_generation(args: Any) -> int:
@@ -105,11 +104,8 @@ def order_by_domain(
                 f"batches={batches!r} is not allowed: with weights it is the number of all batches, at least 1."
             )
         sequence = _draw(order, rows, total, generator)
-    elif order == "sequential":
-        sequence = [name for name in rows for _ in range(counts[name])]
-    elif order == "round_robin":
-        turns = range(max(counts.values()))
-        sequence = [name for turn in turns for name in rows if turn < counts[name]]
+    elif order in ORDERS:
+        sequence = planned(order, list(rows), counts)
     else:
         raise ConfigError(
             f"order={order!r} is not allowed: it must be one of {list(ORDERS)} or weights by domain."

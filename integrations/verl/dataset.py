@@ -67,9 +67,9 @@ class DomainDataset(RLHFDataset):  # type: ignore[misc]
             self._domains(self._column),
             int(config.train_batch_size),
             order,
-            _plain(config.get("domain_batches")),
-            int(config.get("seed") or 0),
-            rehearsal,
+            batches=_plain(config.get("domain_batches")),
+            rehearsal=rehearsal,
+            seed=int(config.get("seed") or 0),
         )
         if run is not None and run.guard.enabled:
             check_active_share(rehearsal, self.order.prompts, run.guard.active_share, "data.domain_rehearsal")

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from interference_guard.errors import ConfigError
+from interference_guard.integrations.orders import ORDERS, planned
 from interference_guard.rehearsal import Rehearsal
-
-ORDERS = ("sequential", "round_robin")
 
 
 class DomainOrder:
@@ -25,9 +24,9 @@ class DomainOrder:
             names of the domains in the order they are trained.
         batches: Batches of each domain, one number for all or one by name; by default as many full ones as it
             has rows for.
-        seed: Of the shuffling.
         rehearsal: Share of each planned batch that is of domains planned before it or not at all, in equal parts;
             not with ``"round_robin"``, and not in the batches of a recovery.
+        seed: Of the shuffling.
 
     Raises:
         ConfigError: If the order or the numbers cannot be served.
@@ -42,9 +41,10 @@ class DomainOrder:
         domains: Sequence[str],
         prompts: int,
         order: str | Sequence[str] = "sequential",
+        *,
         batches: int | Mapping[str, int] | None = None,
-        seed: int = 0,
         rehearsal: float | None = 0.0,
+        seed: int = 0,
     ) -> None:
         if rehearsal and order == "round_robin":
             raise ConfigError(
@@ -129,9 +129,7 @@ class DomainOrder:
                 f"data.domain_order={names!r} is not allowed: data.train_files holds rows of {sorted(self.rows)}."
             )
         counts = self._counts(names, batches)
-        if order == "round_robin":
-            return [name for turn in range(max(counts.values())) for name in names if turn < counts[name]]
-        return [name for name in names for _ in range(counts[name])]
+        return planned(order if isinstance(order, str) else "sequential", names, counts)
 
     def _counts(self, names: Sequence[str], batches: int | Mapping[str, int] | None) -> dict[str, int]:
         if batches is None:

@@ -179,14 +179,14 @@ def test_yaml_block_parses(block):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page.name}:{block.line}")
 def test_yaml_block_is_one_for_the_script(block, tmp_path):
-    from interference_guard.integrations.trl.grpo import guard_config, make_parser
+    from interference_guard.integrations.trl.grpo import config_of_arguments, make_parser
 
     path, given = tmp_path / "run.yaml", yaml.safe_load(block.code)
     path.write_text(block.code)
     # The defaults of the trainer's are for a GPU.
     options = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
     domains, guard, _, _ = make_parser().parse_args_and_config(options)
-    config = guard_config(guard)
+    config = config_of_arguments(guard)
     for name, value in given.items():
         if name.startswith("guard_"):
             assert getattr(config, name.removeprefix("guard_")) == value

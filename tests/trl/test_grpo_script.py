@@ -57,7 +57,7 @@ def test_a_file_trains_all_domains_in_order(tmp_path, settings):
 
 def test_every_guard_setting_has_its_argument(tmp_path, settings):
     domains, guard, training, _model = grpo.make_parser().parse_args_and_config(written(tmp_path, settings))
-    config = grpo.guard_config(guard)
+    config = grpo.config_of_arguments(guard)
     assert config == GuardConfig(rank=4, sketch=8, seed=3)
     assert training.seed == 42
     assert [domain.name for domain in domains.domains] == ["math", "code"]

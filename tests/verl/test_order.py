@@ -110,6 +110,11 @@ def test_a_resumed_order_goes_on_with_the_same_rows():
     assert taken(second, range(6, 16)) == taken(first, range(6, 16))
 
 
+def test_what_follows_the_order_is_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        DomainOrder(NAMES, 2, "sequential", 1)
+
+
 def test_a_domain_without_rows_cannot_recover():
     with pytest.raises(ConfigError, match="'art' must recover and has no rows"):
         DomainOrder(NAMES, prompts=2).row(0, lambda: "art")
