@@ -125,7 +125,7 @@ def _read(domain: DomainSettings) -> Any:
 
 
 def _alike(parts: list[Any]) -> list[Any]:
-    """The same data sets with the columns of one name in one type, as far as numbers and text go."""
+    """Data sets with the columns of one name cast to one type, as far as numbers and text go."""
     for column in dict.fromkeys(name for part in parts for name in part.features):
         kinds = [part.features[column] for part in parts if column in part.features]
         if any(kind != kinds[0] for kind in kinds):

@@ -67,7 +67,7 @@ class RecoveryRows:
             self.rows[name] = rows
 
     def renewed(self) -> RecoveryRows:
-        """These, or those of another training set that the trainer has been given since.
+        """Rows for the training set that the trainer has now; this object, where it is still the same set.
 
         Raises:
             HostError: If that cannot be searched and no rows are given, or given rows lack one of its columns.

@@ -106,6 +106,9 @@ def outline(path: Path) -> RecordedRun:
     Returns:
         Lines with their ``kind``, ``step``, ``active`` domains and the names in ``rewards``, and where they lie
         in the file: ``at`` which byte, and how many (``size``), without the line's end.
+
+    Raises:
+        StateError: If the file cannot be read, or no line of it is one of a history.
     """
     return _read(path, _outlined)
 

@@ -25,7 +25,7 @@ class Conflict:
         cosines: Cosines of the principal angles by parameter, ``(matrices, k)`` descending.
         chance: The largest cosine's mean between random subspaces of the same sizes, by parameter.
         share: Part of the squared displacement inside the first domain's directions, all parameters together.
-        flat_share: The same for a displacement spread evenly over all directions: rank over width.
+        flat_share: What `share` is for a displacement spread evenly over all directions: rank over width.
         shared_interference: Predicted interference of the displacement's part along shared directions, over that
             of the whole displacement. It can pass 1, where the two parts' effects cancel.
         inside_interference: Part of it inside the domain's directions.
@@ -44,7 +44,7 @@ class Conflict:
         return sum(tops) / max(len(tops), 1)
 
     def mean_chance(self) -> float:
-        """The same between random subspaces."""
+        """Mean over parameters of the largest cosine that random subspaces of the same sizes have on average."""
         return sum(self.chance.values()) / max(len(self.chance), 1)
 
 

@@ -33,7 +33,7 @@ class Piece:
     width: slice
 
     def view(self, rows: Tensor) -> Tensor:
-        """These rows as ``(matrices, units, width)``; writing to the result writes to contiguous `rows`."""
+        """The piece's rows as ``(matrices, units, width)``; writing to the result writes to contiguous `rows`."""
         if self.kind == "vector":
             return rows.reshape(1, 1, -1)
         if self.kind == "column":

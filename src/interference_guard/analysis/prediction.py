@@ -27,7 +27,7 @@ class Prediction:
     Args:
         domain: The domain.
         inside: Raw prediction in the domain's directions by parameter and unit, ``(units,)`` fp32 each.
-        outside: The rest's, likewise.
+        outside: Raw prediction outside of them by parameter and unit, ``(units,)`` fp32 each.
         views: The parameters' unit views.
         calibrated: In parts of the domain's reward range (or nats a token); NaN before a measurement. Since the
             anchor, or from `before` on where that was given.

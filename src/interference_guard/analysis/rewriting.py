@@ -164,7 +164,7 @@ class _Change:
             file.write(_bytes(rows.to(entry.dtype)))
 
     def _wanted(self, piece: Piece, rows: Tensor) -> Tensor:
-        """These rows with all units rolled back, fp32; `rows` is changed in place."""
+        """A piece's rows with all of its units rolled back, fp32; `rows` is changed in place."""
         seen = piece.view(rows)
         if self.z is None:
             # At full strength the result is the earlier number to the last bit.

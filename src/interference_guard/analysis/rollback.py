@@ -29,7 +29,7 @@ class RollbackPlan:
         mode: ``"units"`` takes back a unit's whole edit, ``"directions"`` only its part along the domain's
             directions.
         interference: Predicted interference that taking a unit back fully removes, by parameter, ``(units,)``.
-        edit: Squared length of what is taken back then, likewise.
+        edit: Squared length of what is taken back then, by parameter, ``(units,)``.
         whole_interference: Predicted interference of the whole edit, raw.
         whole_edit: Squared length of the whole edit.
     """

@@ -133,7 +133,7 @@ def saved_name(name: str, names: Container[str]) -> str | None:
 
 
 def _saved_names(name: str) -> Iterator[str]:
-    """Its own name first, then those that it may have in the file."""
+    """Names that a parameter of the model in memory may have in a checkpoint, its own first."""
     bare = name.removeprefix(ADAPTER)
     prefix = name[: len(name) - len(bare)]
     same = ("^", "")

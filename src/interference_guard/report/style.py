@@ -130,7 +130,7 @@ def _shorter(number: re.Match[str]) -> str:
 
 
 def standalone(text: str) -> str:
-    """The same as a file of its own: the light colours, put back."""
+    """A figure's SVG for the page as a file of its own: colours of the light page in place of its variables."""
     text = in_tags(text, _light)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + text
 
