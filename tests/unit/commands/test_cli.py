@@ -244,7 +244,7 @@ def test_report_of_a_history_with_a_damaged_field(capsys, tmp_path):
         file.write('{"kind":"step","step":5,"active":[],"seconds":null,"metrics":{"guard/seconds":0.1}}\n')
     code, out, _ = run(capsys, "report", tmp_path)
     assert code == 0
-    assert "1 damaged lines" in out
+    assert "1 damaged line of the history was skipped." in out
 
 
 def test_report_of_a_state_that_cannot_be_read(capsys, toy_run, tmp_path):
