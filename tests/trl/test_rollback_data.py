@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from interference_guard import Guard, GuardConfig
 from interference_guard.analysis.measured import nats_per_token, read_rows
@@ -60,6 +60,22 @@ def test_nats_per_token_is_the_models_own_loss(run):
     assert nats_per_token(run / "math", tables, batch=2)["code"] == pytest.approx(total / count, rel=1e-4)
     # Batches pad; padding must not count.
     assert nats_per_token(run / "math", tables, batch=1)["code"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_model_that_sees_pictures_is_measured_on_text(run, tmp_path):
+    words = AutoTokenizer.from_pretrained(run / "math")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    text = sizes | {"vocab_size": len(words), "num_key_value_heads": 1, "rope_parameters": rope}
+    vision = {"depth": 1, "embed_dim": 8, "hidden_size": 16, "num_heads": 2, "patch_size": 2}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path)
+    found = nats_per_token(tmp_path, {"code": read_rows(run / "code.jsonl")}, run / "math")["code"]
+    ids = words(DATA["code"][0][0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        random = float(model(input_ids=ids, labels=ids).loss)
+    # Both near the logarithm of the vocabulary's size.
+    assert found == pytest.approx(random, rel=0.1)
 
 
 def test_the_effect_on_both_domains_is_measured(run, tmp_path, capsys, monkeypatch):

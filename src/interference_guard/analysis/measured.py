@@ -72,12 +72,12 @@ def nats_per_token(
     if not tables:
         return {}
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise ReportError('Measuring needs transformers: pip install "interference-guard[trl]".') from error
     try:
         words = AutoTokenizer.from_pretrained(tokenizer or folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = _language_model(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} cannot be run as a causal language model with a tokenizer: {error} Measure on folders "
@@ -85,6 +85,23 @@ def nats_per_token(
         ) from error
     policy = model_policy(model)
     return {name: _nats(policy, words, rows, batch) for name, rows in tables.items()}
+
+
+def _language_model(folder: Path) -> Any:
+    """A saved model in fp32; of one that sees pictures too, all of it."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(AutoConfig.from_pretrained(folder, local_files_only=True))
+    # Some of these can be loaded as language models too, and some as nothing else.
+    other = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    load = AutoModelForImageTextToText if other else AutoModelForCausalLM
+    return load.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def _nats(policy: Policy, words: Any, rows: Sequence[Row], batch: int) -> float:

@@ -36,7 +36,8 @@ def active_neurons(
         are no modules, are left out.
 
     Raises:
-        UnsupportedError: If the model has no MLP whose channels are known.
+        UnsupportedError: If the model has no MLP whose channels are known, or one of them sees a part of the
+            tokens and they are masked.
     """
     readers = _readers(model)
     if not readers:
@@ -49,10 +50,16 @@ def active_neurons(
 
     def watch(mlp: str) -> object:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            size = inputs[0].detach().abs().double()
+            # Some MLPs, beside experts for instance, see all tokens in one row.
+            size = inputs[0].detach().abs().double().flatten(0, -2)
             if mask is not None:
-                size = size * mask.to(size.device).unsqueeze(-1)
-            total = size.flatten(0, -2).sum(0).cpu()
+                if len(size) != mask.numel():
+                    raise UnsupportedError(
+                        f"{mlp} saw {len(size)} tokens of a batch of {mask.numel()}, so which are padding "
+                        "cannot be told. Give batches without padding, and without an attention_mask."
+                    )
+                size = size * mask.to(size.device).flatten().unsqueeze(-1)
+            total = size.sum(0).cpu()
             sums[mlp] = sums[mlp] + total if mlp in sums else total
 
         return hook

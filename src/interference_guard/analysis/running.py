@@ -20,16 +20,24 @@ from .checkpoints import Weights, resolve
 
 ADAPTER = "base_model.model."
 # Begin of a name in memory, and in the file: Llava, Gemma 3, Mistral 3 and others; Qwen2-VL; towers of both; text
-# models out of one with several towers.
+# models out of one with several towers; Nemotron-H.
 BEGINS = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "model."),
     (r"^model\.", ""),
     (r"^model\.", "model.language_model."),
+    (r"^model\.", "backbone."),
 )
-# Within a name: Mixtral, MiniMax; Phi-MoE.
-PARTS = ((r"\.mlp\.", ".block_sparse_moe."), (r"\.mlp\.router\.", ".block_sparse_moe.gate."))
+# Within a name: Mixtral, MiniMax; Phi-MoE; ERNIE 4.5; OLMo-Hybrid; Nemotron-H, with the last of the above.
+PARTS = (
+    (r"\.mlp\.", ".block_sparse_moe."),
+    (r"\.mlp\.router\.", ".block_sparse_moe.gate."),
+    (r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),
+    (r"\.input_layernorm\.", ".attention_layer_norm."),
+    (r"\.post_attention_layernorm\.", ".feedforward_layer_norm."),
+    (r"\.embeddings\.weight$", ".embedding.weight"),
+)
 # Last name of a stack, and of each expert's matrices, whose rows follow one another.
 STACKS = (
     ("gate_up_proj", ("gate_proj", "up_proj")),

@@ -239,7 +239,8 @@ class StateFile:
                 raise CheckpointError(
                     f"{weights.label} and the guard state in {self.folder} are of different architectures: "
                     f"{name!r} has shape {view.shape} in the state and {shape} in the checkpoint. Give a "
-                    "checkpoint of the guarded run."
+                    "checkpoint of the guarded run. If it is one, its weights are saved under names that are not "
+                    "known here."
                 )
             found[name] = source
         return Running(weights, found, {name: view.shape for name, view in self.views.items()})

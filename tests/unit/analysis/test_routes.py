@@ -31,6 +31,27 @@ def test_masked_tokens_do_not_count():
     assert torch.equal(a["mlp"], b["mlp"])
 
 
+class Flat(Toy):
+    """Its MLP sees all tokens of a batch in one row, or some of them, as routed experts do."""
+
+    seen = slice(None)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids).flatten(0, 1)[self.seen]
+        return self.mlp["down_proj"](torch.tanh(self.mlp["up_proj"](x)))
+
+
+def test_tokens_in_one_row_are_masked_too():
+    ids, mask = torch.tensor([[9, 9, 0, 1], [2, 3, 4, 9]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    batches = [{"input_ids": ids, "attention_mask": mask}]
+    assert torch.equal(active_neurons(Flat(), batches)["mlp"], active_neurons(Toy(), batches)["mlp"])
+    some = Flat()
+    some.seen = slice(5)
+    with pytest.raises(UnsupportedError, match="mlp saw 5 tokens of a batch of 8"):
+        active_neurons(some, batches)
+    assert active_neurons(some, [{"input_ids": ids}])["mlp"].any()
+
+
 def test_hooks_are_removed_after_an_error():
     model = Toy()
     with pytest.raises(TypeError):

@@ -6,10 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    OlmoHybridConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -174,3 +178,33 @@ def test_an_adapter_is_merged_with_a_base_of_other_names(tmp_path):
     name = "layers.1.self_attn.q_proj.weight"
     found = merged.rows(f"language_model.model.{name}")
     torch.testing.assert_close(found, expected[f"model.language_model.{name}"].detach())
+
+
+EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
+MAMBA = {"mamba_num_heads": 2, "mamba_head_dim": 16, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 4}
+OTHERS = {
+    "ernie": Ernie4_5_MoeConfig(**SIZES, moe_num_experts=4, moe_k=2, moe_intermediate_size=8),
+    "olmo_hybrid": OlmoHybridConfig(**SIZES | {"num_hidden_layers": 4, "pad_token_id": 0}),
+    "nemotron_h": NemotronHConfig(
+        **SIZES | EXPERTS | MAMBA | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "moe", "attention"]},
+        head_dim=8,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        moe_shared_expert_intermediate_size=8,
+        topk_group=1,
+        n_group=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_parameter_is_found_in_the_file(name, tmp_path):
+    model = AutoModelForCausalLM.from_config(OTHERS[name])
+    model.save_pretrained(tmp_path)
+    saved = open_checkpoint(tmp_path)
+    names = dict(model.named_parameters())
+    assert not set(names) <= set(saved.shapes), "the file has other names"
+    for parameter, weight in names.items():
+        source = find_source(parameter, tuple(weight.shape), saved.shapes)
+        assert source is not None, parameter
+        assert torch.equal(source.read(saved.rows), weight.detach().float()), parameter
