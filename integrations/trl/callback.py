@@ -252,6 +252,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
                     f"The callback is {count} times among the trainer's. Call trainer.add_callback(callback) "
                     "once, or attach(trainer) alone."
                 )
+            self._attached.checkpoints.begin()
             try:
                 return method(*args, **kwargs)
             finally:

@@ -18,9 +18,10 @@ from interference_guard.written import withdraw
 from .seams import Seams
 
 RESUMED = (
-    "transformers 5 saves experts, and parts of multimodal models, under names that its Trainer passes over when "
-    "it resumes: build such a model with from_pretrained(CHECKPOINT) before you resume from that checkpoint. "
-    "Where this is not the reason, resume from another one."
+    "transformers' Trainer does not read all that it saves: of models with experts, of some with pictures, and "
+    "of an adapter that has TRL's 'ref' beside it (beta above 0). Build the model from the checkpoint before you "
+    "resume from it, by from_pretrained(CHECKPOINT), or PeftModel.from_pretrained(base, CHECKPOINT, "
+    "is_trainable=True). Where this is not the reason, resume from another checkpoint."
 )
 
 
@@ -36,6 +37,7 @@ class Checkpoints:
     def __init__(self, seams: Seams, guard: Guard, bind: Callable[[], None]) -> None:
         self.trainer, self.guard, self._bind = seams.trainer, guard, bind
         self._failed: StateError | None = None
+        self._read_before = False
         args = self.trainer.args
         if args.save_only_model and getattr(args.save_strategy, "value", args.save_strategy) != "no":
             warn(
@@ -45,6 +47,10 @@ class Checkpoints:
         seams.wrap("_save_optimizer_and_scheduler", self._save)
         seams.wrap("_load_optimizer_and_scheduler", self._load)
         seams.wrap("_load_best_model", self._load_best)
+
+    def begin(self) -> None:
+        """A call of `train` begins, which reads the checkpoint's weights once."""
+        self._read_before = False
 
     def save(self, directory: str | Path) -> None:
         """Save this rank's part; each rank retains completions, and may hold weights, of its own.
@@ -97,7 +103,7 @@ class Checkpoints:
             result = method(checkpoint, *args, **kwargs)
             if checkpoint is not None:
                 self._bind()
-                self._check(checkpoint)
+                self._check_resumed(checkpoint)
                 self._read(checkpoint)
             return result
 
@@ -119,6 +125,18 @@ class Checkpoints:
             return result
 
         return load
+
+    def _check_resumed(self, checkpoint: str) -> None:
+        try:
+            self._check(checkpoint)
+        except StateError:
+            if not self._read_before:
+                raise
+            warn(
+                "auto_find_batch_size=True began again with a smaller batch, at weights that have been trained "
+                f"since {checkpoint}. The guard begins again with the state there, of before these steps."
+            )
+        self._read_before = True
 
     def _check(self, checkpoint: str) -> None:
         """Raise on all ranks where the weights of any are not those that the state was saved beside."""

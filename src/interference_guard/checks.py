@@ -97,6 +97,6 @@ def _check_modes(model: nn.Module) -> None:
         if hasattr(module, "layers_are_rescaled") and 0 < every < len(getattr(module, "blocks", ())):
             raise UnsupportedError(
                 f"{type(module).__name__} divides the weights of its layers from {every} on when it is evaluated,"
-                " so that a measurement would change what is trained. Set rescale_every=0 in its config before "
+                " so that a measurement would change the model. Set rescale_every=0 in its config before "
                 "training."
             )

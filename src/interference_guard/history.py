@@ -174,6 +174,10 @@ class History:
         except StateError as error:
             self._set_aside(error)
             return []
+        if found.version > VERSION:
+            # Rewritten, it would lose what this release does not know.
+            self._set_aside(StateError(found.notes[0]))
+            return []
         self.stride = found.stride
         # The sums will be written again when the run ends.
         lines: list[Line] = [line for line in found.lines if line["step"] <= step and line["kind"] != "places"]

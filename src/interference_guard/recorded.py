@@ -45,7 +45,7 @@ class RecordedRun:
                 f"The history has format version {self.version}, and this release knows {VERSION}: it may "
                 "hold more than is shown. Install the release of interference-guard that wrote it."
             )
-        if self.skipped:
+        elif self.skipped:
             lines = "line of the history was" if self.skipped == 1 else "lines of the history were"
             found.append(f"{self.skipped} damaged {lines} skipped.")
         return found

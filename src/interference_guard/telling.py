@@ -16,7 +16,8 @@ from types import FrameType
 BETWEEN = frozenset(
     (
         *("interference_guard", "torch"),
-        *("accelerate", "deepspeed", "transformers", "trl", "verl"),
+        *("accelerate", "deepspeed", "hydra", "lightning", "peft", "pytorch_lightning", "ray"),
+        *("transformers", "trl", "verl"),
         *("contextlib", "functools"),
     )
 )

@@ -76,7 +76,7 @@ TRANSPOSED: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 # Modules in memory that do so and have no mark of it.
-TRANSPOSED_TYPES = frozenset(("Conv1D", "Llama4TextExperts"))
+TRANSPOSED_TYPES = frozenset(("Conv1D", "Llama4TextExperts", "AriaGroupedExpertsGemm"))
 CHANNELS_IN = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h", "output_linear"))
 
 
@@ -269,7 +269,9 @@ def _transposed_layers(module: nn.Module | None) -> frozenset[str]:
     return frozenset(
         canonical_name(name)
         for name, layer in module.named_modules()
-        if type(layer).__name__ in TRANSPOSED_TYPES or getattr(layer, "is_transposed", False) is True
+        # By its bases too: fully_shard gives a module a class of its own.
+        if not TRANSPOSED_TYPES.isdisjoint(kind.__name__ for kind in type(layer).__mro__)
+        or getattr(layer, "is_transposed", False) is True
     )
 
 

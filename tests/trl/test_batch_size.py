@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from interference_guard import StateError
 from interference_guard.integrations.trl import completions, order_by_domain
 from tests.trl.host import guarded, rows, supervised
 
@@ -24,14 +25,15 @@ class Began(TrainerCallback):
         self.sizes.append(self.trainer._train_batch_size)
 
 
-def ordered(tmp_path, size):
+def ordered(tmp_path, size, order="round_robin", **options):
     data = rows([("math", 12), ("code", 12)]).rename_column("answer", "completion")
     return supervised(
         tmp_path,
-        order_by_domain(data, size, "round_robin"),
+        order_by_domain(data, size, order),
         per_device_train_batch_size=4,
         auto_find_batch_size=True,
         train_sampling_strategy="sequential",
+        **options,
     )
 
 
@@ -65,6 +67,40 @@ def test_rows_are_looked_through_with_the_batch_size_that_was_found(size, told, 
     ]
     assert len(found) == told
     assert all("Rows 3 to 5 are one batch" in text and "order_by_domain(dataset, 3)" in text for text in found)
+
+
+def test_a_resumed_run_that_begins_again_goes_on_from_its_weights(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    first = ordered(tmp_path, 4, "sequential", **options)
+    guarded(first)
+    first.train()
+    trainer = ordered(tmp_path, 4, "sequential", **options)
+    callback = guarded(trainer)
+    compute, calls = trainer.compute_loss, []
+
+    def loss(*args, **kwargs):
+        calls.append(trainer._train_batch_size)
+        if calls == [4, 4]:
+            raise out_of_memory()
+        return compute(*args, **kwargs)
+
+    trainer.compute_loss = loss
+    folder = tmp_path / "sft" / "checkpoint-4"
+    with pytest.warns(
+        UserWarning, match="began again with a smaller batch, at weights that have been"
+    ):
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert calls[:3] == [4, 4, 3]
+    assert callback.guard.steps == trainer.state.global_step == 6
+    # Each call of train() reads the checkpoint's weights anew.
+    again = ordered(tmp_path, 4, "sequential", **options)
+    guarded(again)
+    again.train(resume_from_checkpoint=str(folder))
+    with torch.no_grad():
+        next(again.model.parameters()).add_(1.0)
+    again._load_from_checkpoint = lambda *_: None
+    with pytest.raises(StateError, match="beside other weights"):
+        again.train(resume_from_checkpoint=str(folder))
 
 
 def test_a_probe_takes_no_more_rows_than_training_does(tmp_path, monkeypatch):

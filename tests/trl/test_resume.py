@@ -1,11 +1,11 @@
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from interference_guard import GuardConfig, HostError, StateError
 from interference_guard.checkpoint import DETAILS, TENSORS
-from tests.trl.host import SHAPES, TWO_PHASES, StopAt, guarded, online, rows, same, weights
+from tests.trl.host import SHAPES, TWO_PHASES, StopAt, guarded, model_and_words, online, rows, same, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -216,3 +216,30 @@ def test_weights_that_the_trainer_did_not_read_are_told(tmp_path):
     guarded(resumed)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(whole), weights(resumed))
+
+
+def test_an_adapter_that_the_trainer_did_not_read_is_told(tmp_path):
+    # With beta above 0 TRL makes an adapter "ref", and transformers then reads no other.
+    options = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2, "beta": 0.1}
+    data = rows([("math", 4), ("code", 8)])
+
+    def begun(folder=None):
+        base = model_and_words(tmp_path / "model")[0]
+        torch.manual_seed(0)
+        if folder is not None:
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        return get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+
+    def trainer(folder=None):
+        found = online("grpo", tmp_path, data, model=begun(folder), **options)
+        guarded(found)
+        return found
+
+    first = trainer()
+    first.train()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    with pytest.raises(StateError, match=r"beside other weights.*PeftModel\.from_pretrained\(base, CHECKPOINT"):
+        trainer().train(resume_from_checkpoint=str(checkpoint))
+    resumed = trainer(checkpoint)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6

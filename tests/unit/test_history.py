@@ -217,6 +217,18 @@ def test_a_damaged_history_does_not_end_a_resuming_run(tmp_path, text):
     assert path.with_name(f"{HISTORY}.damaged").read_text() == text
 
 
+def test_a_history_of_a_later_format_is_set_aside_whole(tmp_path):
+    path = tmp_path / HISTORY
+    History(path, {"budget": 0.02}).report(1, {}, active=["math"])
+    later = path.read_text().replace('"version":1,', '"version":9,') + '{"kind":"new"}\n'
+    path.write_text(later)
+    (note,) = read_history(path).notes
+    assert "format version 9, and this release knows 1" in note
+    with pytest.warns(UserWarning, match=r"format version 9.*damaged now, and a new one begins"):
+        History(path, {"budget": 0.02}, step=1)
+    assert path.with_name(f"{HISTORY}.damaged").read_text() == later
+
+
 def test_a_history_damaged_while_the_run_goes_on_ends_it_with_one_warning(tmp_path, monkeypatch):
     history = History(tmp_path / HISTORY, limit=8)
     for step in range(1, 8):

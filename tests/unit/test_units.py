@@ -80,6 +80,8 @@ def test_transposed_stacks_and_their_biases():
 
     model = torch.nn.Module()
     model.experts = Llama4TextExperts()
+    # As fully_shard does.
+    model.experts.__class__ = type("FSDPLlama4TextExperts", (Llama4TextExperts,), {})
     seen = UnitLayout(model.named_parameters(), module=model)
     saved = stored_transposed("llama4_text", dict(model.named_parameters()))
     assert seen.transposed == saved == {"experts"}

@@ -102,7 +102,7 @@ class Killed(BaseException):
     [
         ("interference_guard.checkpoint.save_file", "saved with the guard attached"),
         ("interference_guard.written.Written.publish", "saved with the guard attached"),
-        (f"{MANAGER}.save_checkpoint", "beside other weights than its checkpoint holds"),
+        (f"{MANAGER}.save_checkpoint", "beside other weights than were read with it"),
     ],
 )
 def test_a_checkpoint_that_is_saved_again_is_not_taken_for_one_where_it_was_cut_off(
@@ -139,7 +139,7 @@ def test_weights_of_another_attempt_than_the_state_are_refused(model, tmp_path, 
     state = "interference_guard_rank0"
     shutil.rmtree(tmp_path / "first" / state)
     shutil.copytree(tmp_path / "second" / state, tmp_path / "first" / state)
-    with pytest.raises(StateError, match=r"beside other weights than its checkpoint holds.*resume_from_path"):
+    with pytest.raises(StateError, match=r"beside other weights than were read with it.*resume_from_path"):
         made.load_checkpoint(str(tmp_path / "first"), del_local_after_load=False)
 
 
