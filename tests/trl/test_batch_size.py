@@ -86,9 +86,7 @@ def test_a_resumed_run_that_begins_again_goes_on_from_its_weights(tmp_path):
 
     trainer.compute_loss = loss
     folder = tmp_path / "sft" / "checkpoint-4"
-    with pytest.warns(
-        UserWarning, match="began again with a smaller batch, at weights that have been"
-    ):
+    with pytest.warns(UserWarning, match="began again with a smaller batch, at weights that have been"):
         trainer.train(resume_from_checkpoint=str(folder))
     assert calls[:3] == [4, 4, 3]
     assert callback.guard.steps == trainer.state.global_step == 6

@@ -26,14 +26,19 @@ def program(text, file="user.py", **names):
     return names
 
 
-@pytest.mark.parametrize("attached", [False, True])
-def test_a_mixed_step_is_told_at_the_line_that_steps(attached):
+def guarded(attached):
+    """A model, and its guard in an optimizer by either way."""
     model = Toy()
     guard, optimizer = Guard(model, CONFIG), torch.optim.SGD(model.parameters(), 0.1)
     if attached:
         attach(optimizer, guard)
-    else:
-        optimizer = GuardedOptimizer(optimizer, guard)
+        return model, guard, optimizer
+    return model, guard, GuardedOptimizer(optimizer, guard)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_mixed_step_is_told_at_the_line_that_steps(attached):
+    model, guard, optimizer = guarded(attached)
     rows = rollout(model, "math")
     step = program(
         STEP, guard=guard, optimizer=optimizer, backward=lambda: policy_gradient(model, rows).backward()
@@ -45,12 +50,7 @@ def test_a_mixed_step_is_told_at_the_line_that_steps(attached):
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_domain_without_gradients_is_told_at_a_line_of_the_program(attached):
-    model = Toy()
-    guard, optimizer = Guard(model, CONFIG), torch.optim.SGD(model.parameters(), 0.1)
-    if attached:
-        attach(optimizer, guard)
-    else:
-        optimizer = GuardedOptimizer(optimizer, guard)
+    model, guard, optimizer = guarded(attached)
 
     def backward():
         for parameter in model.parameters():
