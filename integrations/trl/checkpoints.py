@@ -119,8 +119,8 @@ class Checkpoints:
             except StateError as error:
                 # The training is done: its result must not be lost over this.
                 warn(
-                    f"The weights are now those of {best}, and the guard is still that of the run's end: {error} "
-                    "Use neither for a further phase together."
+                    f"The trainer has read the weights of {best}, and the guard is still that of the run's end: "
+                    f"{error} Use neither for a further phase together."
                 )
             return result
 
