@@ -145,11 +145,8 @@ class Checkpoints:
             check_weights(self.guard, _folder(checkpoint, self.trainer.accelerator.process_index), RESUMED)
         except StateError as error:
             failed = error
-        _, any_failed = self.guard.ranks.limits(0.0, float(failed is not None), self.guard.device)
-        if failed is not None:
-            raise failed
-        if any_failed:
-            raise StateError(
+        if self.guard.ranks.any(failed is not None, self.guard.device):
+            raise failed or StateError(
                 f"Another rank's weights are not those that its state in {checkpoint} was saved beside; its own "
                 "error says more."
             )

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch.optim import Optimizer
+
+from .eager import eager
 
 HOOKED_IN = sys.modules[Optimizer.__module__].__file__
 
@@ -17,12 +18,12 @@ def outermost(optimizer: Optimizer, hook: Callable[..., Any]) -> Callable[..., A
     if sum("step" in vars(kind) for kind in type(optimizer).__mro__ if kind is not Optimizer) < 2:
         return hook
 
+    # A compiled step has no frames to count.
+    @eager
     def call(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         return None if _nested(optimizer) else hook(optimizer, args, kwargs)
 
-    # A compiled step has no frames to count.
-    disable = cast(Callable[[Callable[..., Any]], Callable[..., Any]], torch.compiler.disable)
-    return disable(call)
+    return call
 
 
 def _nested(optimizer: Optimizer) -> bool:

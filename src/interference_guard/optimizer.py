@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
 
 from .closures import closure_of, observed, with_closure
+from .eager import eager
 from .errors import ConfigError, HostError, UnsupportedError
 from .guard import Guard
 from .innermost import innermost
@@ -32,12 +33,6 @@ HOOK_TABLES = (
 
 # The optimizers that `attach` has given hooks, as long as they live.
 _HOOKED: WeakSet[Optimizer] = WeakSet()
-
-
-def _eager(call: Callable[[], None]) -> Callable[[], None]:
-    """The call, kept out of a compiled step: it would only break the graph into pieces."""
-    disable = cast(Callable[[Callable[[], None]], Callable[[], None]], torch.compiler.disable)
-    return disable(call)
 
 
 class StepHooks:
@@ -125,8 +120,8 @@ def attach(optimizer: Any, guard: Guard, begin: Callable[[], None] | None = None
     if (sharded := partitioned(optimizer)) is not None and guard.enabled:
         return _hooks(inner, guard, *_in_parts(sharded, guard, open_step))
     _check_parameters(inner, guard)
-    before_step, after_step = _eager(open_step), _eager(guard.after_step)
-    before_closure, after_closure = _eager(open_closure), _eager(guard.take_gradients)
+    before_step, after_step = eager(open_step), eager(guard.after_step)
+    before_closure, after_closure = eager(open_closure), eager(guard.take_gradients)
     idle = False
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

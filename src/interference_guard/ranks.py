@@ -32,6 +32,10 @@ class Ranks:
         summed = self.reduce(torch.tensor(values, dtype=torch.float64, device=device), "sum")
         return [float(value) for value in summed.tolist()]
 
+    def any(self, found: bool, device: torch.device) -> bool:
+        """Whether it was found on any rank."""
+        return self.limits(0.0, float(found), device)[1] > 0
+
     def limits(self, low: float, high: float, device: torch.device) -> tuple[float, float]:
         """Smallest low and largest high; a rank that has none gives ``inf, -inf``."""
         if self.reduce is None:

@@ -130,7 +130,7 @@ def add_what_fits(
     for size in sizes:
         failure = add(size)
         # Ranks must go the same way: a step of one weighs as much as that of another.
-        if not guard.ranks.limits(0.0, float(failure is not None), guard.device)[1]:
+        if not guard.ranks.any(failure is not None, guard.device):
             return None
         curvature.clear()
     return failure or "another rank has no room for them."

@@ -101,7 +101,7 @@ def _model(guard: Guard, state: DomainState, curvature: DomainCurvature) -> Loca
         failure = "a factorisation of its curvature does not fit into the memory."
     else:
         failure = "another rank has no room for them."
-    if guard.ranks.limits(0.0, float(model is None), guard.device)[1]:
+    if guard.ranks.any(model is None, guard.device):
         state.protected_set, state.half_set = sets
         _give_up(guard, state, failure)
         return None

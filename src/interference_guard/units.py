@@ -24,22 +24,6 @@ from .errors import ConfigError, ShapeError
 Kind = Literal["row", "column", "vector"]
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Linear layers whose output is added to the residual stream.
-WRITERS = frozenset(
-    (
-        "o_proj",
-        "out_proj",
-        "down_proj",
-        "c_proj",
-        "dense",
-        "fc2",
-        "fc_out",
-        "w2",
-        "wo",
-        "dense_4h_to_h",
-        "output_linear",
-    )
-)
 # Layers of an MLP whose output channels are its neurons, and those that read the channels back.
 CHANNELS_OUT = frozenset(
     (
@@ -58,6 +42,9 @@ CHANNELS_OUT = frozenset(
         "input_linear",
     )
 )
+CHANNELS_IN = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h", "output_linear"))
+# Linear layers whose output is added to the residual stream.
+WRITERS = CHANNELS_IN | {"o_proj", "out_proj", "dense"}
 FUSED = frozenset(("gate_up_proj", "input_linear"))
 # Stacks of experts in modules that are not called so, those of Granite and JetMoE.
 STACKS = frozenset(("input_linear", "output_linear"))
@@ -77,7 +64,6 @@ TRANSPOSED: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 # Modules in memory that do so and have no mark of it.
 TRANSPOSED_TYPES = frozenset(("Conv1D", "Llama4TextExperts", "AriaGroupedExpertsGemm"))
-CHANNELS_IN = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h", "output_linear"))
 
 
 def canonical_name(name: str) -> str:

@@ -85,38 +85,40 @@ GPT2 = {
     "ln_f.bias": ("vector", 1, H, False),
 }
 E_, M = 4, 12
-QWEN3_MOE = {
-    **{key: value for key, value in QWEN3.items() if "gate_proj" not in key and "up_proj" not in key},
-    "mlp.gate.weight": ("row", E_, H, False),
-    "experts.gate_up_proj": ("row", E_ * 2 * M, H, True),
-    "experts.down_proj": ("column", E_ * M, H, True),
+
+
+def without(table, *parts):
+    return {name: view for name, view in table.items() if not any(part in name for part in parts)}
+
+
+def stacks(channels):
+    return {
+        "experts.gate_up_proj": ("row", E_ * 2 * channels, H, True),
+        "experts.down_proj": ("column", E_ * channels, H, True),
+    }
+
+
+# Stored (in, out), and their units stand alone.
+TRANSPOSED = {
+    "router.weight": ("row", E_, H, False),
+    "experts.gate_up_proj": ("column", E_ * 2 * INTER, H, False),
+    "experts.down_proj": ("row", E_ * INTER, H, False),
 }
-MIXTRAL = {
-    **{key: value for key, value in LLAMA.items() if "mlp" not in key and "proj" not in key},
-    **{key: LLAMA[key] for key in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")},
-    "gate.weight": ("row", E_, H, False),
-    "experts.gate_up_proj": ("row", E_ * 2 * INTER, H, True),
-    "experts.down_proj": ("column", E_ * INTER, H, True),
-}
-# Its experts store (in, out), with gate and up interleaved, so their units stand alone.
+ROUTER = {"gate.weight": ("row", E_, H, False)}
+QWEN3_MOE = without(QWEN3, "gate_proj", "up_proj") | ROUTER | stacks(M)
+MIXTRAL = without(LLAMA, "gate_proj", "up_proj", "down_proj") | ROUTER | stacks(INTER)
 GPT_OSS = {
-    **{key: value for key, value in QWEN2.items() if "gate" not in key and "up_proj" not in key},
+    **without(QWEN2, "gate", "up_proj"),
+    **TRANSPOSED,
     "o_proj.bias": ("vector", 1, H, False),
     "sinks": ("vector", 1, 4, False),
-    "router.weight": ("row", E_, H, False),
     "router.bias": ("vector", 1, E_, False),
-    "experts.gate_up_proj": ("column", E_ * 2 * INTER, H, False),
     "experts.gate_up_proj_bias": ("row", E_, 2 * INTER, False),
-    "experts.down_proj": ("row", E_ * INTER, H, False),
     "experts.down_proj_bias": ("row", E_, H, False),
 }
-LLAMA4 = LLAMA | {
-    "router.weight": ("row", E_, H, False),
-    "experts.gate_up_proj": ("column", E_ * 2 * INTER, H, False),
-    "experts.down_proj": ("row", E_ * INTER, H, False),
-}
+LLAMA4 = LLAMA | TRANSPOSED
 GRANITE_MOE = {
-    **{key: value for key, value in LLAMA.items() if "gate" not in key and "up_proj" not in key},
+    **without(LLAMA, "gate", "up_proj"),
     "router.layer.weight": ("row", E_, H, False),
     "input_linear.weight": ("row", E_ * 2 * INTER, H, True),
     "output_linear.weight": ("column", E_ * INTER, H, True),
