@@ -253,9 +253,9 @@ class Guard(GuardState):
     def calibrate(self, domain: str, reward: float) -> None:
         """Report the true mean reward of a domain under the current weights, from an evaluation.
 
-        Between the domain's last own step and the first foreign one it is the reward at the anchor. After
-        that it corrects the scale of the domain's measurements; if there is none at the anchor, the first
-        one serves as the reference for later ones. A reward that is not finite is ignored.
+        Between the domain's last own step and the first foreign one it is the reward at the anchor. After that it
+        corrects the scale of the domain's measurements; if there is none at the anchor, the first one is the
+        reference for later ones. NaN is ignored. All ranks call it, and the mean of what they give counts.
 
         Raises:
             ConfigError: If it is not a number.

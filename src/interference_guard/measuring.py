@@ -52,7 +52,7 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
 
     Their rows are then of one width too: how many of them a policy takes at a time may depend on it.
     """
-    if not (guard.view.shards.sharded or guard.scores_together):
+    if not (guard.view.gathered or guard.scores_together):
         found = None if rows is None else _scored(guard, rows, policy)
         guard.view.reshard()
         return found
@@ -150,11 +150,13 @@ def calibrate(guard: Guard, state: DomainState, reward: float) -> None:
         raise ConfigError(
             f"guard.calibrate({state.name!r}, ...) was given {reward!r}. Give it the mean reward, a number."
         ) from error
-    if not finite:
+    # NumPy's numbers and tensors are no plain ones, which a state is made of. Ranks that evaluated rows of their
+    # own must not decide by their own means.
+    total, count = guard.ranks.totals([float(reward) if finite else 0.0, float(finite)], guard.device)
+    if not count:
         # An evaluation in which nothing was scored; in the running sums it would stay for good.
         return
-    # NumPy's numbers and tensors are no plain ones, which a state is made of.
-    reward = float(reward)
+    reward = total / count
     if not state.anchored or not state.foreign_steps:
         state.anchor_reward, state.evaluated = reward, True
         return

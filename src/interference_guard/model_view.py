@@ -16,7 +16,7 @@ from .flat import FlatView
 from .local_block import Correction
 from .residual import full_matrices, rank_of, residual_matrices
 from .rounding import round_at_random
-from .shards import Shards, Spread, reshard
+from .shards import Shards, Spread, is_sharded, reshard
 from .units import UnitLayout, canonical_name
 from .zero import Zero, whole_shape, zero_of
 
@@ -118,6 +118,14 @@ class ModelView:
         return Spread([block.region for block in self.blocks], self.shards) if self.shards.sharded else None
 
     @property
+    def gathered(self) -> bool:
+        """Whether a forward pass gathers weights from ranks, which must all make it then.
+
+        The frozen weights of a base model may be sharded where the trained adapters are whole.
+        """
+        return self.shards.sharded or any(is_sharded(tensor) for tensor in self._model.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters lie, and with them all tensors of the guard."""
         return next(iter(self._parameters.values())).device
@@ -198,16 +206,27 @@ class ModelView:
                 same weights round alike, and a resumed run as an uninterrupted one.
         """
         tensors = self.pieces()
-        generator = None
-        if self._config.stochastic_rounding and any(item.dtype == torch.bfloat16 for item in tensors.values()):
-            seed = (SEEDS * self._config.seed + step) % 2**63
-            generator = torch.Generator(device=self.device).manual_seed(seed)
+        generators = self._generators(tensors.values(), step)
         for block, correction in zip(self.blocks, corrections, strict=True):
             if block.padded:
                 _subtract_ranges(block, tensors, correction)
             else:
-                _subtract(block.targets(tensors), correction, generator)
+                whole = block.region.size == block.region.shape
+                _subtract(block.targets(tensors), correction, generators.get(whole))
         self.shards.publish(self._parameters.values())
+
+    def _generators(self, pieces: Iterable[Tensor], step: int) -> dict[bool, torch.Generator]:
+        """Of the bits that round bf16 weights, if some are: of blocks that are whole here, and of the others.
+
+        Of a cut block ranks draw as many as they hold, after which those of the rest would differ.
+        """
+        if not (self._config.stochastic_rounding and any(piece.dtype == torch.bfloat16 for piece in pieces)):
+            return {}
+        seed = SEEDS * self._config.seed + step
+        return {
+            whole: torch.Generator(device=self.device).manual_seed((seed + (not whole) * SEEDS // 2) % 2**63)
+            for whole in (True, False)
+        }
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:

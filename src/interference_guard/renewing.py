@@ -119,7 +119,8 @@ def _give_up(guard: Guard, state: DomainState, failure: str) -> None:
 
 def _curvature(guard: Guard, state: DomainState) -> DomainCurvature | None:
     """Softened curvature of all ranks' retained rows at the present weights; None where it cannot be had."""
-    if not guard.differentiates or guard.view.shards.managed:
+    if not guard.differentiates or guard.view.shards.managed or guard.view.gathered:
+        # Engines keep the gradients, and ranks make as many passes as they have rows.
         return None
     curvature = guard.new_state(state.name).curvature
     failure = add_what_fits(guard, curvature, BATCHES, lambda size: _add(guard, state, curvature, size))

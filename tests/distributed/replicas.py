@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from interference_guard import Guard, GuardedOptimizer
+from interference_guard.renewing import renew
 from tests.distributed.jobs import ORDER, answer
 from tests.unit.helpers import CONFIG, Toy, policy_gradient, rollout, train
 
@@ -80,3 +81,66 @@ def saved(how, folder):
     dist.barrier()
     guard.load(place, place=(rank, ranks))
     return message, before, kept_rows(guard)
+
+
+class Adapted(Toy):
+    """A frozen base with adapters beside it."""
+
+    def __init__(self, hidden=16):
+        super().__init__(0, hidden)
+        self.requires_grad_(False)
+        self.down = torch.nn.Linear(hidden, 4, bias=False)
+        self.up = torch.nn.Linear(4, hidden, bias=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        x = x + self.mlp["down_proj"](torch.tanh(self.mlp["up_proj"](x))) + self.up(self.down(x))
+        return self.lm_head(self.norm(x))
+
+
+def adapted(kept):
+    """A run whose frozen weights alone are sharded: every forward pass gathers them."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = Adapted()
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)), ignored_params=set(adapters))
+    guard = Guard(model, dataclasses.replace(CONFIG, rank=1, sketch=2), reduce=reduce)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(adapters, lr=0.02), guard)
+    for step, domain in enumerate(ORDER):
+        rows = rollout(model, domain, seed=1000 + 2 * step + rank)
+        with guard.domain(domain):
+            if kept[rank]:
+                guard.retain(domain, rows.rows(slice(0, kept[rank])))
+            policy_gradient(model, rows).backward()
+            for adapter in adapters:
+                adapter.grad = reduce(adapter.grad, "sum") / ranks
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.probe()
+    state = guard.domains["math"]
+    assert state.radius is not None
+    radius = state.radius.item()
+    renew(guard, state)
+    faulthandler.cancel_dump_traceback_later()
+    weights = torch.cat([adapter.detach().flatten() for adapter in adapters])
+    return weights, radius, state.renewals, guard.view.gathered
+
+
+def rounded(hidden):
+    """bf16 weights of which ranks hold one matrix in parts: those that all hold whole, after projections."""
+    model = Toy(0, hidden).to(torch.bfloat16)
+    fully_shard(model.mlp["down_proj"], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    guard = Guard(model, CONFIG)
+    optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), guard)
+    train(model, guard, optimizer, ORDER)
+    whole = [parameter for name, parameter in model.named_parameters() if "down_proj" not in name]
+    return torch.cat([parameter.detach().flatten() for parameter in whole]), guard.places()["projected"]
+
+
+def graded(rewards):
+    """What each rank's domain is steered by, where ranks evaluate rows of their own; `rewards` are by rank."""
+    _, guard = trained(ORDER[:8], (8, 8))
+    guard.calibrate("math", rewards[dist.get_rank()])
+    state = guard.domains["math"]
+    return state.true_reward, state.radius.item(), state.region.scale
