@@ -14,7 +14,7 @@ APART = Completions(*[torch.tensor([[5, 6], [7, 8], [9, 1]])] * 3)
 
 def rank(most, passes, sharded=True, temperatures=None):
     """`score` on one rank where all pass forward at once; another has `most` different rows, of four tokens."""
-    view = SimpleNamespace(shards=SimpleNamespace(sharded=sharded), reshard=lambda: None)
+    view = SimpleNamespace(gathered=sharded, reshard=lambda: None)
     ranks = SimpleNamespace(limits=lambda low, high, device: (min(-4.0, low), float(max(most, high))))
 
     def policy(rows):
