@@ -82,7 +82,7 @@ test-verl-versions: env-verl  ## the guard's engine in earlier releases of veRL
 	    folder="$(CURDIR)/build/verl-$$version"; \
 	    test -d "$$folder" || $(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
 	        --no-deps --target "$$folder" "verl==$$version"; \
-	    PYTHONPATH="$$folder" $(VERL_BIN)/python -m pytest tests/verl/test_engine.py $(PYTEST_ARGS); \
+	    PYTHONPATH="$$folder" $(VERL_BIN)/python -m pytest tests/verl/test_engine.py tests/verl/test_saving.py $(PYTEST_ARGS); \
 	done
 
 demo-reference: env  ## an ability known from before training, plain and protected, one seed

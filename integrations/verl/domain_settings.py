@@ -28,11 +28,9 @@ def check_names(data: Mapping[str, object]) -> None:
     interference_guard.errors.ConfigError: data.domain_ordre is not a setting. Did you mean data.domain_order? ...
     """
     for key in data:
-        if str(key).startswith("domain") and key not in SETTINGS:
-            near = difflib.get_close_matches(str(key), SETTINGS, n=1, cutoff=NEAR)
-            if not near:
-                # A subclass may have settings of its own.
-                continue
+        # A subclass may have settings of its own, and veRL has many.
+        near = difflib.get_close_matches(str(key).lower(), SETTINGS, n=1, cutoff=NEAR)
+        if near and key not in SETTINGS:
             raise ConfigError(
                 f"data.{key} is not a setting. Did you mean data.{near[0]}? All of {CLASS}: "
                 f"{', '.join(SETTINGS)}."

@@ -37,6 +37,12 @@ def check_drawing(whole: DictConfig, order: object, batches: int, recovery: bool
                 "next batches, which are of other domains, so that hardly any step would train one domain. Set "
                 "it to False."
             )
+    # Until veRL 0.7 any class was taken here; later releases have no such setting.
+    if (sampler := found("data.sampler.class_path")) is not None:
+        raise ConfigError(
+            f"data.sampler.class_path={sampler!r} is not allowed with DomainDataset: a sampler draws rows in an "
+            "order of its own, so that batches mix domains. Leave it out, and order them by +data.domain_order."
+        )
     older = found("trainer.use_v1") is False or found("trainer.v1") is None
     drawn, trained = found("data.gen_batch_size"), found("data.train_batch_size")
     if older and drawn is not None and drawn != trained:

@@ -14,13 +14,22 @@ from interference_guard.errors import ConfigError, HostError
 from interference_guard.telling import warn
 
 from .console import say
-from .domain_settings import check_reader
+from .domain_settings import NEAR, check_reader
 
 NODE = "guard"
 # Of the node what is a path and no setting of the guard.
 STATE = "state"
 LIBRARY = "interference_guard.integrations.verl"
 PACKAGE = "interference_guard"
+# Nodes of veRL's under which a user may look for it.
+PLACES = (
+    "actor_rollout_ref",
+    "actor_rollout_ref.actor",
+    "actor_rollout_ref.model",
+    "algorithm",
+    "data",
+    "trainer",
+)
 # veRL's own column of a row's origin, by which it also groups rewards and validation.
 DOMAIN_COLUMN = "data_source"
 
@@ -57,6 +66,29 @@ def guard_config(table: Mapping[str, Any] | None) -> GuardConfig:
     return GuardConfig(**{"domain_column": DOMAIN_COLUMN, **given})
 
 
+def check_place(config: DictConfig) -> None:
+    """Check that no settings of the guard stand where nothing would heed them.
+
+    Raises:
+        ConfigError: If a node at the top is nearly called `guard` and holds some, or veRL's own hold a `guard`.
+    """
+    known = {STATE, *(item.name for item in fields(GuardConfig))}
+    slips = [
+        str(name)
+        for name, node in config.items()
+        if name != NODE
+        and isinstance(node, DictConfig)
+        and difflib.get_close_matches(str(name).lower(), [NODE], n=1, cutoff=NEAR)
+        and known.intersection(map(str, node))
+    ]
+    slips += [f"{name}.{NODE}" for name in PLACES if OmegaConf.select(config, f"{name}.{NODE}") is not None]
+    if slips:
+        raise ConfigError(
+            f"The run has settings under {slips[0]!r}, which nothing reads. Those of the guard stand at the top, "
+            f"for instance +{NODE}.budget=0.02."
+        )
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """What the guard needs to know of a run.
@@ -78,8 +110,9 @@ class RunSettings:
         """The settings in a run's whole configuration.
 
         Raises:
-            ConfigError: As `guard_config`, and if the trainer loses the rows' domains.
+            ConfigError: As `guard_config` and `check_place`, and if the trainer loses the rows' domains.
         """
+        check_place(config)
         guard = guard_config(config.get(NODE))
         if guard.enabled and config.get("async_training") is not None and (NODE in config or _loads(config)):
             raise ConfigError(

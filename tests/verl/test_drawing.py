@@ -68,6 +68,11 @@ def test_recovery_with_batches_drawn_ahead_is_refused(override):
         check_drawing(composed(override), "sequential", 10, recovery=True)
 
 
+def test_a_sampler_of_its_own_order_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.sampler\.class_path='rows\.py' is not allowed .* mix domains"):
+        check_drawing(composed("++data.sampler.class_path=rows.py"), "sequential", 10)
+
+
 def test_the_first_rows_of_all_domains_are_not_taken():
     with pytest.raises(ConfigError, match=r"train_max_samples=100 is not allowed .* first domains alone"):
         check_drawing(composed("++data.train_max_samples=100"), "sequential", 10)
@@ -104,12 +109,16 @@ def data(tmp_path, *overrides):
     return whole.data, path
 
 
-def test_a_misspelt_setting_of_the_order_is_refused(tmp_path):
-    config, path = data(tmp_path, "+data.domain_ordre=[gcd]")
-    with pytest.raises(ConfigError, match=r"data\.domain_ordre is not .* Did you mean data\.domain_order\?"):
+@pytest.mark.parametrize("slip", ["domain_ordre", "doman_order", "Domain_order"])
+def test_a_misspelt_setting_of_the_order_is_refused(slip, tmp_path):
+    config, path = data(tmp_path, f"+data.{slip}=[gcd]")
+    with pytest.raises(ConfigError, match=rf"data\.{slip} is not .* Did you mean data\.domain_order\?"):
         DomainDataset([path], SimpleNamespace(), config)
-    # One that a data set of one's own may read is none of its business.
-    domain_settings.check_names({"domain_order": ["gcd"], "domain_weights": [1.0]})
+
+
+def test_other_names_under_data_are_left_alone():
+    # veRL's own, and one that a data set of one's own may read.
+    domain_settings.check_names({**composed().data, "domain_order": ["gcd"], "domain_weights": [1.0]})
 
 
 def test_one_file_for_training_and_validation_is_refused(tmp_path):

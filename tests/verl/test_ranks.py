@@ -22,31 +22,40 @@ def model(tmp_path_factory):
     return host.write_model(tmp_path_factory.mktemp("model"))
 
 
-def two_ranks(model, out, plan, *begun, module="rank"):
-    """Start two ranks and wait for them."""
+def ranks_of(model, out, plan, *begun, module="rank", world=2, pieces=-1):
+    """Start ranks and wait for them; each holds one of so many pieces of a parameter, -1: of as many as ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", f"tests.verl.{module}"]
     with contextlib.ExitStack() as opened:
         ranks = []
-        for rank in range(2):
+        for rank in range(world):
             output = opened.enter_context((out / f"out{rank}").open("w"))
-            arguments = [str(rank), "2", str(port), model, out, ",".join(plan), *map(str, begun)]
+            arguments = [
+                str(rank),
+                str(world),
+                str(port),
+                model,
+                out,
+                ",".join(plan),
+                str(pieces),
+                *map(str, begun),
+            ]
             ranks.append(subprocess.Popen(command + arguments, stdout=output, stderr=subprocess.STDOUT))
         try:
             codes = [rank.wait(timeout=300) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
-    assert codes == [0, 0], "".join((out / f"out{rank}").read_text()[-3000:] for rank in range(2))
+    assert not any(codes), "".join((out / f"out{rank}").read_text()[-3000:] for rank in range(world))
     return out
 
 
 @pytest.fixture(scope="module")
 def two(model, tmp_path_factory):
     """What two ranks wrote."""
-    return two_ranks(model, tmp_path_factory.mktemp("two"), PLAN)
+    return ranks_of(model, tmp_path_factory.mktemp("two"), PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +64,8 @@ def one(model):
     return made, host.train(made, PLAN)
 
 
-def tables(two):
-    return [json.loads((two / f"rank{rank}.json").read_text()) for rank in range(2)]
+def tables(folder, world=2):
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
 def test_the_parameters_were_cut_and_the_rows_shared(two):
@@ -69,17 +78,30 @@ def test_both_ranks_decide_the_same(two):
     assert first == second
 
 
-# Sums over two halves round in another order, and Adam divides by the root of what is nearly zero.
 def test_they_agree_with_one_rank(two, one):
+    assert_agrees(two, one)
+
+
+# Sums over halves round in another order, and Adam divides by the root of what is nearly zero.
+def assert_agrees(folder, one):
     made, metrics = one
-    guard, found = made.engine.interference.guard, tables(two)[0]
+    guard, found = made.engine.interference.guard, tables(folder)[0]
     assert found["losses"] == pytest.approx([loss for loss, _ in host.losses(metrics)], abs=2e-4)
     assert found["radius"] == pytest.approx(guard.domains["math"].radius.item(), rel=1e-2)
     assert found["measured"] == pytest.approx(guard.domains["math"].measurement.loss, abs=5e-3)
     expected = host.weights(made)
-    moved = torch.load(two / "weights0.pt")
+    moved = torch.load(folder / "weights0.pt")
     for name, tensor in moved.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=2e-3)
+
+
+def test_two_copies_in_two_pieces_each_agree_with_one_rank(model, one, tmp_path):
+    ranks_of(model, tmp_path, PLAN, world=4, pieces=2)
+    first, *others = tables(tmp_path, 4)
+    assert others == [first] * 3
+    assert first["pieces"] == 2
+    assert first["rows"] == host.SMALL["retain"] / 4
+    assert_agrees(tmp_path, one)
 
 
 def test_the_region_holds_on_two_ranks(two):
@@ -112,7 +134,7 @@ def test_two_ranks_take_over_from_one(model, tmp_path):
     alone.engine.interference.checkpoints.load(tmp_path / "checkpoint/interference_guard_rank0")
     losses = [loss for loss, _ in host.losses(host.train(alone, PLAN[5:], start=5))]
     (tmp_path / "two").mkdir()
-    for found in tables(two_ranks(model, tmp_path / "two", PLAN[5:], tmp_path, 5)):
+    for found in tables(ranks_of(model, tmp_path / "two", PLAN[5:], tmp_path, 5)):
         assert found["losses"] == pytest.approx(losses, abs=2e-4)
         guard = alone.engine.interference.guard
         assert found["radius"] == pytest.approx(guard.domains["math"].radius.item(), rel=1e-2)
@@ -127,7 +149,7 @@ def test_two_ranks_say_that_the_weights_are_others(two, model, tmp_path):
     (tmp_path / "begun").mkdir()
     shutil.copytree(two / "checkpoint", tmp_path / "begun/checkpoint")
     (tmp_path / "two").mkdir()
-    two_ranks(model, tmp_path / "two", ["code"], tmp_path / "begun", len(PLAN))
+    ranks_of(model, tmp_path / "two", ["code"], tmp_path / "begun", len(PLAN))
     for rank in range(2):
         assert "The weights are not those saved beside" in (tmp_path / f"two/out{rank}").read_text()
 
@@ -143,4 +165,4 @@ def test_a_missing_ranks_folder_is_an_error(two, model, tmp_path):
 
 
 def test_ranks_refuse_together_what_is_of_several_attempts(model, tmp_path):
-    two_ranks(model, tmp_path, [], module="attempts")
+    ranks_of(model, tmp_path, [], module="attempts")

@@ -61,6 +61,16 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(wrong, near):
         settings.RunSettings.of(composed(f"+guard.{wrong}=1"))
 
 
+@pytest.mark.parametrize("node", ["gaurd", "guards", "Guard", "trainer.guard", "actor_rollout_ref.actor.guard"])
+def test_settings_that_nothing_reads_are_refused(node):
+    with pytest.raises(ConfigError, match=rf"under '{node}', which nothing reads\. .* instance \+guard\.budget"):
+        settings.RunSettings.of(composed(f"+{node}.budget=0.05"))
+
+
+def test_another_node_of_a_near_name_is_left_alone():
+    assert settings.RunSettings.of(composed("+guards.depth=2")).guard == GuardConfig(domain_column="data_source")
+
+
 @pytest.mark.parametrize("name", ["domain_order=[a,b]", "domain_batches=2", "domain_rehearsal=0.25"])
 def test_an_order_that_no_data_set_reads_is_refused(name):
     with pytest.raises(ConfigError, match=rf"data\.{name.split('=')[0]} is set, .*cls\.name=DomainDataset"):
