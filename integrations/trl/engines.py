@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 
@@ -54,5 +55,6 @@ def reduce(values: Tensor, kind: str) -> Tensor:
 
     It holds no accelerator, which would keep the optimizer of a trainer that is left.
     """
-    gathered: Tensor = gather(values.unsqueeze(0))
-    return gathered.sum(0) if kind == "sum" else gathered.amax(0)
+    # The model may still lie on the CPU, where some backends sum nothing.
+    gathered: Tensor = gather(values.to(PartialState().device).unsqueeze(0))
+    return (gathered.sum(0) if kind == "sum" else gathered.amax(0)).to(values.device)

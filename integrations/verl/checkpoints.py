@@ -118,14 +118,15 @@ class Checkpoints:
         Raises:
             StateError: If any rank's is missing, damaged or of another model, or they are of different moments.
         """
-        save_id = self._together(checkpoint.load_own, folder)
-        moments = self._gather((self.guard.steps, save_id))
+        ready = self._together(checkpoint.read_own, folder)
+        moments = self._gather((int(ready.details["steps"]), ready.save_id))
         if len(set(moments)) > 1:
             raise StateError(
                 f"The ranks read states of different moments from {folder} and its like: they are at steps "
                 f"{[steps for steps, _ in moments]}, of {len({save for _, save in moments})} attempts. Put the "
                 "files of every rank of one checkpoint there."
             )
+        ready.take()
         # A run that had trained nothing yet, as veRL's critic_warmup lets it, still has to begin with it.
         if self.guard.steps or self.guard.domains:
             self._former = None

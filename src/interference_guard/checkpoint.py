@@ -22,9 +22,12 @@ from safetensors.torch import load_file, save_file
 from .errors import StateError
 from .files import DETAILS, TENSORS, beside, check_digest, digest
 from .handover import check_resumed, checksums, piece_checksums
+from .holdings import check_all, check_own
+from .moment import check_moment, shared
 from .origin import check, same_blocks, shards_of
-from .packing import BROKEN, incomplete, pack
-from .recut import Part, check_moment, recut, restore
+from .packing import pack
+from .recut import Part, recut, restored
+from .together import Ready, take_together
 from .written import Written, unwritten
 
 if TYPE_CHECKING:
@@ -83,6 +86,7 @@ def write(
         details["tensor_sha256"] = digest(files[0])
         details["weights"] = checksums(guard.view)
         details["pieces"] = piece_checksums(guard.view)
+        details["shared"] = shared(guard)
         if save_id is not None:
             details["save_id"] = save_id
         files[1].write_text(json.dumps(details, indent=1), encoding="utf-8")
@@ -124,48 +128,47 @@ def load(
     directory: Path,
     ranks: Sequence[Path] | None = None,
     place: tuple[int, int] | None = None,
-) -> str | None:
+) -> None:
     """Read what `save` wrote into `directory`, by as many ranks as there are now or by others.
 
     Args:
-        guard: The guard to fill.
+        guard: The guard to fill. With a reduction over ranks all of them call it, and none is changed where any
+            of them raises.
         directory: Holds this rank's files.
         ranks: The folders of all ranks that saved, in their order, where there were as many folders as ranks, and
             another number of them than now; by default all files lie in `directory`.
         place: This rank and their number, among those that keep completions; by default among those that the
             model is sharded over.
 
-    Returns:
-        The `save_id` that it was written with.
-
     Raises:
-        StateError: If a file is missing, damaged, or of another model or other settings.
+        StateError: If a file is missing, damaged, or of another model or other settings; if the files are not all
+            that are needed; or if ranks read those of different moments.
         StateVersionError: If it was written in a format this version cannot read.
     """
-    place = place or (guard.view.shards.rank, guard.view.shards.world)
+    take_together(guard, lambda: read(guard, directory, ranks, place))
+
+
+def read(
+    guard: Guard, directory: Path, ranks: Sequence[Path] | None = None, place: tuple[int, int] | None = None
+) -> Ready:
+    """Read and check what `load` takes over, on this rank alone; arguments and errors are the same."""
     own = directory / file_names(guard)[1]
     # A file of a rank that is beyond those of the latest save is of another moment.
     files = _details_files(guard, directory)
-    if ranks is None and own in files and _is_own(guard, _read_details(guard, own)):
+    if ranks is None and own in files and _is_own(guard, details := _read_details(guard, own)):
         check_moment([_read_details(guard, path) for path in files])
-        return _take(guard, _read(guard, own))
-    paths = [
-        path for folder in ([directory] if ranks is None else ranks) for path in _details_files(guard, folder)
-    ]
-    if not paths:
-        raise _missing(own)
-    try:
-        part = recut(guard, [_read(guard, path) for path in paths], place)
-    except BROKEN as error:
-        raise incomplete(error) from error
-    return _take(guard, part)
-
-
-def _take(guard: Guard, part: Part) -> str | None:
-    details, tensors = part
-    restore(guard, {"details": details, "tensors": tensors})
-    found: str | None = details.get("save_id")
-    return found
+        check_own(guard, details, place, own)
+        part = _read(guard, own)
+    else:
+        paths = [
+            path for folder in ([directory] if ranks is None else ranks) for path in _details_files(guard, folder)
+        ]
+        if not paths:
+            raise _missing(own)
+        parts = [_read(guard, path) for path in paths]
+        check_all([details for details, _ in parts], paths[0].parent)
+        part = recut(guard, parts, place or (guard.view.shards.rank, guard.view.shards.world))
+    return Ready(part[0], restored(guard, {"details": part[0], "tensors": part[1]}))
 
 
 def load_own(
@@ -174,25 +177,33 @@ def load_own(
     rank: int,
     world: int,
     place: tuple[int, int] | None = None,
-) -> str | None:
+) -> None:
     """Read this rank's state where every rank saved into a folder of its own.
 
     Args:
-        guard: The guard to fill.
+        guard: As for `load`.
         folder_of: The folder of a rank.
         rank: This rank.
         world: Ranks now. Where another number saved, or the model lay on them in another way, all files are read
             and shared out anew.
         place: As for `load`; by default this rank among all.
 
-    Returns:
-        As `load`.
-
     Raises:
         StateError: As `load`.
     """
+    take_together(guard, lambda: read_own(guard, folder_of, rank, world, place))
+
+
+def read_own(
+    guard: Guard,
+    folder_of: Callable[[int], Path],
+    rank: int,
+    world: int,
+    place: tuple[int, int] | None = None,
+) -> Ready:
+    """Read and check what `load_own` takes over, on this rank alone; arguments and errors are the same."""
     folders = look_own(guard, folder_of, rank, world, place)
-    return load(guard, folder_of(rank), folders, place or (rank, world))
+    return read(guard, folder_of(rank), folders, place or (rank, world))
 
 
 def look_own(
@@ -216,7 +227,10 @@ def look_own(
     if not paths or (alone and mine not in paths):
         raise _missing(mine)
     # Each rank looks at all that it sees, so that all of them refuse.
-    check_moment([_read_details(guard, path) for path in paths], complete=not alone)
+    found = [_read_details(guard, path) for path in paths]
+    check_moment(found, complete=not alone)
+    if not alone:
+        check_all(found, first)
     for path in [mine] if alone else paths:
         _tensors_of(path)
     return None if alone else folders
@@ -267,7 +281,7 @@ def _folders(directory: Path, otherwise: int) -> int:
     for path in sorted(directory.glob(f"{Path(DETAILS).stem}*.json")):
         try:
             return int(json.loads(path.read_text(encoding="utf-8"))["folders"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ArithmeticError, OSError, ValueError, KeyError, TypeError):
             # A damaged file is reported by who reads it.
             continue
     return otherwise

@@ -79,7 +79,7 @@ class DomainCurvature:
     count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     spread: Spread | None = None
 
-    def observe(self, gradients: Sequence[Tensor]) -> None:
+    def observe(self, gradients: Sequence[Tensor]) -> Tensor:
         """Add one own step.
 
         A step whose gradients are all zero, or hold a NaN or an infinity, changes nothing. On an
@@ -88,6 +88,9 @@ class DomainCurvature:
         Args:
             gradients: One ``(matrices, units, width)`` fp32 tensor a block; not changed. They are read by index,
                 one at a time.
+
+        Returns:
+            Their squared length, a 0-d tensor.
 
         Raises:
             ShapeError: If their number or shapes differ from the sums'.
@@ -117,8 +120,9 @@ class DomainCurvature:
                     self._accumulate(index, gradients[index])
                     self.sums[index].energy.mul_(self.decay).add_(energy)
                 self.count.mul_(self.decay).add_(1.0)
-            return
-        self._take(counted, updates, energies)
+        else:
+            self._take(counted, updates, energies)
+        return total
 
     def add(self, seen: Observation) -> None:
         """Add one own step of a model spread over ranks, after its observation was summed over them."""

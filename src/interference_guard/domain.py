@@ -97,6 +97,8 @@ class DomainState:
         radius: The region's radius as a 0-d tensor on the device; infinite until the first
             step that visibly moves the weights.
         subspace: Raw prediction inside the domain's directions after the last step, a 0-d tensor.
+        energy: Squared length of the gradients of the latest step that trained it alone, over all ranks, a 0-d
+            tensor; None before the first.
         moved: Squared length of all that projections for this domain took from each matrix, summed over the
             steps, ``(matrices of all blocks,)`` fp32; None before the first.
         protected_set: Units that its protection covers, None before the first anchor.
@@ -141,6 +143,7 @@ class DomainState:
     slopes: list[Tensor] | None = None
     radius: Tensor | None = None
     subspace: Tensor | None = None
+    energy: Tensor | None = None
     moved: Tensor | None = None
     protected_set: ProtectedSet | None = None
     half_set: ProtectedSet | None = None

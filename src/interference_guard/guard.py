@@ -23,7 +23,7 @@ from .guard_state import GuardState, check_module
 from .metering import collect
 from .places import Places, curvature_places, projected_places
 from .probe import Completions, Measurement, Policy, check_completions, model_policy
-from .recut import restore, share_out
+from .recut import restored, share_out
 from .trust_region import Raw
 
 
@@ -361,7 +361,7 @@ class Guard(GuardState):
             StateVersionError: If its format is unknown.
         """
         if self.enabled:
-            restore(self, state)
+            restored(self, state)()
 
     def save(self, directory: str | Path, *, folders: int = 1, place: tuple[int, int] | None = None) -> None:
         """Write the state beside a checkpoint, atomically; see `checkpoint.save`.
@@ -381,16 +381,16 @@ class Guard(GuardState):
     ) -> None:
         """Read what `save` wrote; the guard is unchanged if anything is wrong with it.
 
-        The model may lie on another number of ranks than when it was saved: see `checkpoint.load`.
+        The model may lie on another number of ranks than before; all ranks call it: see `checkpoint.load`.
 
         Args:
             directory: Holds this rank's files.
             ranks: The folders of all ranks that saved, in their order, where each had one of its own and there
                 were more or fewer than now.
-            place: This rank and their number, among those that keep completions.
+            place: This rank and their number, among those that keep completions; as `save` was given it.
 
         Raises:
-            StateError: If a file is missing, damaged, or of another model, other settings or another moment.
+            StateError: If a file is missing, damaged, or of another model, other settings, rank or moment.
             StateVersionError: If its format is unknown.
         """
         if not self.enabled:

@@ -36,6 +36,16 @@ def check(guard: Guard, details: Mapping[str, Any], source: str) -> None:
     shards = details.get("shards", [0, 1])
     if not (isinstance(shards, list) and list(map(type, shards)) == [int, int]):
         raise StateError(f"{source} is damaged: its rank and their number are {shards!r}. Use another one.")
+    place, folders = details.get("place"), details.get("folders", 1)
+    known = place is None or (isinstance(place, list) and list(map(type, place)) == [int, int])
+    if not known or type(folders) is not int:
+        raise StateError(
+            f"{source} is damaged: it is of rank {place!r} and {folders!r} folders. Use another one."
+        )
+    for name in ("weights", "pieces"):
+        sums = details.get(name)
+        if sums is not None and not (isinstance(sums, dict) and all(isinstance(v, str) for v in sums.values())):
+            raise StateError(f"{source} is damaged: its {name} are no checksums. Use another one.")
     for name in BINDING:
         if settings.get(name) != getattr(guard.config, name):
             raise StateError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from .blocks import Block
@@ -55,8 +57,10 @@ PLAIN = (
 )
 
 
-# Errors raised when a saved field is missing or has the wrong type.
-BROKEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# A measurement, for what kind of value each of its fields is.
+NOTHING = asdict(Measurement("", 0.0, 0.0, 0.0, "sequence"))
+# Errors raised when a saved field is missing or has the wrong type, or a tensor does not fit the others.
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Packed(TypedDict):
@@ -111,29 +115,42 @@ def pack(guard: Guard, folders: int = 1, place: tuple[int, int] | None = None) -
     return {"details": details, "tensors": tensors}
 
 
-def unpack(guard: Guard, details: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Take over a state of this model and its blocks, see `recut.restore`; raises before anything is changed."""
-    try:
+def unpacked(guard: Guard, details: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Check a state of this model and its blocks, see `recut.restored`; nothing is changed.
+
+    Returns:
+        What takes it over.
+
+    Raises:
+        StateError: If it is incomplete, or something in it is of another kind than what belongs there.
+    """
+    with state_errors():
         domains = {
             name: _unpack_domain(guard, name, f"{number}/", item, tensors)
             for number, (name, item) in enumerate(details["domains"].items())
         }
         steps = int(details["steps"])
-        schedule = RecoverySchedule(**details["recovery"])
+        given = dict(details["recovery"])
+        schedule = RecoverySchedule(domain=given.pop("domain", None), **_table(given, RecoverySchedule().state()))
         if schedule.domain not in (None, *domains):
             raise ValueError(f"its recovery is of {schedule.domain!r}, and its domains are {list(domains)}")
         followed = int(details["followed"])
         unfollowed = {name: found for name in details["unfollowed"] if (found := domains[name].measurement)}
-        trained, announced = tuple(details["trained"]), [*details["announced"]]
+        trained, announced = (tuple(_words(key, details[key])) for key in ("trained", "announced"))
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
-        kept = TensorMean(*(_plain("kept", number, 0.0) for number in details["kept"]))
-        fruitless: Counter[str] = Counter(details["fruitless"])
-    except (*BROKEN, RuntimeError) as error:
-        raise incomplete(error) from error
-    guard.replace_domains(domains, steps, schedule, announced)
-    guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
-    guard.asked, guard.differentiates = asked, differentiates
-    guard.kept, guard.fruitless = kept, fruitless
+        total, count = details["kept"]
+        kept = TensorMean(_plain("kept", total, None), _plain("kept", count, 0))
+        fruitless: Counter[str] = Counter(
+            {name: int(_plain("fruitless", count, 0)) for name, count in details["fruitless"].items()}
+        )
+
+    def take() -> None:
+        guard.replace_domains(domains, steps, schedule, announced)
+        guard.followed, guard.unfollowed, guard.trained = followed, unfollowed, trained
+        guard.asked, guard.differentiates = asked, differentiates
+        guard.kept, guard.fruitless = kept, fruitless
+
+    return take
 
 
 def parts_of(packed: Mapping[str, object]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
@@ -145,11 +162,17 @@ def parts_of(packed: Mapping[str, object]) -> tuple[dict[str, Any], Mapping[str,
     return details, tensors
 
 
-def incomplete(error: Exception) -> StateError:
-    """What to raise where a state lacks a part."""
-    return StateError(
-        f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
-    )
+@contextmanager
+def state_errors() -> Iterator[None]:
+    """Raise `StateError` for what goes wrong inside because a state lacks a part, or a part does not fit."""
+    try:
+        yield
+    except (StateError, torch.OutOfMemoryError):
+        raise
+    except BROKEN as error:
+        raise StateError(
+            f"The state is incomplete: {type(error).__name__}: {error}. Use one that Guard.save() finished."
+        ) from error
 
 
 def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -191,7 +214,7 @@ def _pack_domain(state: DomainState, prefix: str, tensors: dict[str, Tensor]) ->
         put("gradient/count", state.gradient.count)
         for index, tensor in enumerate(state.gradient.sums):
             put(f"gradient/{index}", tensor)
-    for name in ("anchor_scores", "radius", "subspace", "moved"):
+    for name in ("anchor_scores", "radius", "subspace", "moved", "energy"):
         put(name, getattr(state, name))
     for name in ("protected_set", "half_set"):
         chosen = getattr(state, name)
@@ -218,11 +241,13 @@ def _unpack_domain(
     for key in MEANS:
         getattr(state, key).add(*details[key])
     known = state.region.state()
-    region = {key: _plain(key, value, known[key]) for key, value in details["region"].items()}
-    region |= {"budget": guard.config.budget, "budget_nats": guard.config.budget_nats}
+    region = _table(details["region"], known) | {
+        "budget": guard.config.budget,
+        "budget_nats": guard.config.budget_nats,
+    }
     state.region = TrustRegion(**region)
     if details["measurement"] is not None:
-        state.measurement = Measurement(**details["measurement"])
+        state.measurement = Measurement(**_table(details["measurement"], NOTHING))
     state.curvature.count = need("count")
     if prefix + "sums/0/energy" in tensors:
         state.curvature.sums = [
@@ -248,6 +273,8 @@ def _unpack_domain(
             energy = sums.energy if own is None else own
             blocks.append(LocalBlock(U=U, energy=energy, rows=rows, region=piece, **parts))
         state.model = LocalModel(blocks, spread, get("noise"))
+    if state.anchored and state.model is None:
+        raise ValueError(f"{name!r} has an anchor and no local model")
     state.retained = _completions("completions/retained", get, state.temperature)
     for index in range(details["pending"]):
         rows_of_batch = _completions(f"completions/{index}", get, details["pending_temperature"])
@@ -261,7 +288,7 @@ def _unpack_domain(
     if count is not None:
         sums_of_gradient = _listed("gradient", guard, get) or []
         state.gradient = GradientMean(guard.view.omegas, sums_of_gradient, count, guard.view.spread)
-    for key in ("anchor_scores", "radius", "subspace", "moved"):
+    for key in ("anchor_scores", "radius", "subspace", "moved", "energy"):
         setattr(state, key, get(key))
     for key in ("protected_set", "half_set"):
         masks = {
@@ -277,11 +304,35 @@ def _unpack_domain(
 
 
 def _plain(name: str, value: Any, like: object) -> Any:
-    """A value read from JSON, which must be of a kind with the one there is: a word, a list, a number or None."""
-    kind = type(like) if isinstance(like, str | list) else float | int | None
-    if not isinstance(value, kind):
+    """A value read from JSON, which must be of a kind with the one there is.
+
+    That is a word, a list of pairs of numbers, a table of numbers or a number, which may be None where it is now.
+    """
+    numbers: list[Any] = [value]
+    kind: Any = type(like) if isinstance(like, str | list | dict) else object
+    fits = isinstance(value, kind)
+    if isinstance(like, str) or (like is None and value is None):
+        numbers = []
+    elif fits and isinstance(like, list):
+        fits = all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        numbers = [number for pair in value for number in pair] if fits else []
+    elif fits and isinstance(like, dict):
+        numbers = list(value.values())
+    if not fits or not all(isinstance(number, float | int) for number in numbers):
         raise ValueError(f"{name} is {value!r} where {like!r} or the like belongs")
     return value
+
+
+def _table(given: Mapping[str, Any], known: Mapping[str, object]) -> dict[str, Any]:
+    """A table read from JSON, whose values must be of a kind with known ones."""
+    return {key: _plain(key, value, known[key]) for key, value in given.items()}
+
+
+def _words(name: str, values: Any) -> list[str]:
+    """A list of domains read from JSON."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} is {values!r} where a list of domains belongs")
+    return values
 
 
 def _check_shapes(guard: Guard, state: DomainState) -> None:

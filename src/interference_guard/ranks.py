@@ -25,6 +25,10 @@ class Ranks:
         """Sum of a 1-d tensor."""
         return table if self.reduce is None else self.reduce(table, "sum")
 
+    def largest(self, table: Tensor) -> Tensor:
+        """Largest values of a 1-d tensor."""
+        return table if self.reduce is None else self.reduce(table, "max")
+
     def totals(self, values: list[float], device: torch.device) -> list[float]:
         """Sums of plain numbers."""
         if self.reduce is None:

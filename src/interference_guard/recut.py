@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from .blocks import block_shape
 from .domain import MEANS
-from .errors import StateError
 from .local_block import LocalBlock
 from .local_model import LocalModel
 from .model_view import ModelView
+from .moment import check_moment
 from .origin import blocks_of, check, check_blocks, check_shards, parameters_of, same_blocks
-from .packing import BROKEN, ROWS, incomplete, pack, parts_of, unpack
+from .packing import ROWS, pack, parts_of, state_errors, unpacked
 from .regions import Region
 from .shards import Shards
 
@@ -34,6 +34,7 @@ Part = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 Get = Callable[[str], Tensor | None]
 
 
+@state_errors()
 def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
     """The part of this rank, from those of all ranks of another run.
 
@@ -47,7 +48,7 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
         Details and tensors as this rank would have saved them.
 
     Raises:
-        StateError: If the parts are not those of one moment of one run.
+        StateError: If the parts are not those of one moment of one run, or do not fit each other.
     """
     # Of a running guard they may lie on a device.
     parts = [(details, {name: tensor.cpu() for name, tensor in tensors.items()}) for details, tensors in parts]
@@ -63,7 +64,7 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
         getters = [_getter(part, name) for part in parts]
         wholes = _whole(guard, cutters, getters)
         found = dict(_cut(guard, wholes))
-        for key in ("count", "radius", "subspace", "gradient/count", "noise"):
+        for key in ("count", "radius", "subspace", "energy", "gradient/count", "noise"):
             if (tensor := getters[0](key)) is not None:
                 found.setdefault(key, tensor)
         prefix = _prefix(parts[0], name)
@@ -79,14 +80,17 @@ def recut(guard: Guard, parts: Sequence[Part], place: tuple[int, int]) -> Part:
     return {**parts[0][0], "domains": domains, **now}, tensors
 
 
-def restore(guard: Guard, packed: Mapping[str, object]) -> None:
-    """Take over what `pack` made, by the names of parameters where they are stacked in another way here.
+def restored(guard: Guard, packed: Mapping[str, object]) -> Callable[[], None]:
+    """Check what `pack` made, by the names of parameters where they are stacked in another way here.
 
     They are where the model registers them in another order, or has some of them in another format.
 
     Args:
-        guard: Not changed where anything is wrong.
+        guard: Not changed.
         packed: Of a whole model, or this rank's part, whose parameters must be stacked as they were.
+
+    Returns:
+        What takes it over.
 
     Raises:
         StateError: If the state is of another model or of other settings, or incomplete.
@@ -99,14 +103,9 @@ def restore(guard: Guard, packed: Mapping[str, object]) -> None:
     if guard.view.shards.sharded:
         check_blocks(guard, details, "The state")
     elif not same_blocks(guard, details):
-        try:
-            if sorted(name for names in details["blocks"] for name in names) != sorted(parameters_of(guard)):
-                raise ValueError("its blocks are not those of its parameters")
-            # Each process keeps the completions that it has.
-            part = recut(guard, [part], (0, 1))
-        except BROKEN as error:
-            raise incomplete(error) from error
-    unpack(guard, *part)
+        # Each process keeps the completions that it has.
+        part = recut(guard, [part], (0, 1))
+    return unpacked(guard, *part)
 
 
 def share_out(guard: Guard, model: nn.Module) -> None:
@@ -122,7 +121,7 @@ def share_out(guard: Guard, model: nn.Module) -> None:
     before = guard.view
     guard.view = ModelView(model, guard.config)
     try:
-        unpack(guard, *recut(guard, [(packed["details"], packed["tensors"])], (0, 1)))
+        unpacked(guard, *recut(guard, [(packed["details"], packed["tensors"])], (0, 1)))()
     except BaseException:
         guard.view = before
         raise
@@ -131,51 +130,27 @@ def share_out(guard: Guard, model: nn.Module) -> None:
 # The parts as they were
 
 
-def check_moment(details: Sequence[Mapping[str, Any]], *, complete: bool = False) -> None:
-    """Refuse files that ranks did not write at one moment: one may have failed to write its own.
-
-    Args:
-        details: What the files say.
-        complete: Whether those of every rank must be among them.
-    """
-    ranks = [tuple(item.get("shards", (0, 1))) for item in details]
-    worlds, steps = {world for _, world in ranks}, {item.get("steps") for item in details}
-    # A step that was trained a second time is of another moment.
-    saves = {item.get("save_id") for item in details}
-    missing = sorted(set(range(max(worlds))) - {rank for rank, _ in ranks}) if complete else []
-    if len(worlds) > 1 or len(steps) > 1 or len(saves) > 1 or missing:
-        attempts = f" of {len(saves)} attempts" if len(saves) > 1 else ""
-        raise StateError(
-            f"The guard's files are not those of all ranks at one moment: they are ranks {sorted(ranks)} at "
-            f"steps {sorted(steps, key=str)}{attempts}, rank {missing or 'none'} is missing. Put the files of "
-            "every rank of one checkpoint there, or resume with as many ranks as before."
-        )
-
-
 def _cutters(guard: Guard, parts: Sequence[Part]) -> list[tuple[int, list[tuple[list[str], Region]]]]:
     """By former rank of the sharded model: which part holds it, and its blocks with their regions."""
     details = [item for item, _ in parts]
     ranks = [tuple(item["shards"]) for item in details]
     check_moment(details, complete=True)
-    trained = [
-        {name for name, of in item["domains"].items() if of["own_steps"] or of["anchored"]} for item in details
-    ]
-    if any(names != trained[0] for names in trained):
-        raise StateError(
-            f"The guard's files know different domains, {sorted(map(sorted, trained))}, so they are not of one "
-            "run. Put the files of every rank of one checkpoint there."
-        )
+    blocks = details[0]["blocks"]
+    if sorted(name for names in blocks for name in names) != sorted(parameters_of(guard)):
+        raise ValueError("its blocks are not those of its parameters")
+    if any(item["blocks"] != blocks for item in details):
+        raise ValueError("its ranks stack parameters in different ways")
     views = guard.view.layout.views
     cuts = {name: (view.shape, details[0]["cuts"].get(name)) for name, view in views.items()}
     found = []
     for rank in range(ranks[0][1]):
         shards = Shards.planned(cuts, rank, ranks[0][1])
-        blocks = [
+        regions = [
             (names, shards.region([views[name] for name in names], block_shape([views[name] for name in names])))
-            for names in details[0]["blocks"]
+            for names in blocks
         ]
         # Copies of one piece (hybrid sharding) are equal: the first one serves.
-        found.append(([saved for saved, _ in ranks].index(rank), blocks))
+        found.append(([saved for saved, _ in ranks].index(rank), regions))
     return found
 
 
@@ -264,7 +239,8 @@ def _model(index: int, regions: Sequence[Region], gets: Sequence[Get]) -> dict[s
         total = lam.new_zeros(len(chosen), 1)
         for region, get in zip(regions, gets, strict=True):
             values = get(f"model/{index}/{key}")
-            assert values is not None
+            if values is None:
+                raise KeyError(f"model/{index}/{key}")
             # Only the shape of the energy is read.
             block = LocalBlock(lam, lam, lam, lam, lam.new_empty(matrices, units), chosen, values, values, region)
             out = values.new_zeros(len(chosen), values.shape[-1])

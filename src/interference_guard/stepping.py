@@ -106,7 +106,7 @@ def take_gradients(guard: Guard) -> None:
         if guard.config.first_order and state.gradient is None and len(active) == 1:
             state.gradient = GradientMean(guard.view.omegas, spread=spread)
         if spread is None and len(active) == 1:
-            state.curvature.observe(batch)
+            state.energy = state.curvature.observe(batch)
             if state.gradient is not None and guard.config.first_order:
                 state.gradient.observe(batch)
         state.own_steps += 1
@@ -129,6 +129,7 @@ def take_in(guard: Guard, seen: Observation) -> None:
     for name in active if len(active) == 1 else ():
         state = guard.domains[name]
         state.curvature.add(seen)
+        state.energy = seen.total
         if state.gradient is not None and guard.config.first_order:
             state.gradient.add(seen)
     guard.clock.add("observe", started)

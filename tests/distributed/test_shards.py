@@ -92,8 +92,11 @@ def test_an_evaluation_before_the_guard_changes_nothing(tmp_path):
 
 def test_files_of_two_moments_are_refused(tmp_path):
     # The last of them has the former file; the second one's is of the same moment as the first's.
-    for told in run_ranks(3, functools.partial(jobs.torn, tmp_path / "state"), folder=tmp_path):
-        assert re.search(r"StateError: .* not those of all ranks at one moment: .* at steps \[3, 6\], .*", told)
+    calls = [functools.partial(job, tmp_path / job.__name__) for job in (jobs.torn, jobs.attempts)]
+    for torn, attempts in run_ranks(3, jobs.several, calls, folder=tmp_path):
+        assert re.search(r"StateError: .* not those of all ranks at one moment: .* at steps \[3, 6\], .*", torn)
+        # Before the first anchor, where nothing else than the gradients tells them apart.
+        assert re.search(r"StateError: .* several attempts at step 3: energy of domain 'math' is \[", attempts)
 
 
 def test_files_of_ranks_beyond_the_latest_save_are_passed_over(tmp_path):

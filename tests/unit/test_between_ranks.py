@@ -8,38 +8,7 @@ import torch
 from interference_guard import Guard, StateError
 from interference_guard.checkpoint import load_own, look_own
 from tests.unit.helpers import CONFIG, Toy, rollout, step_by_hand, two_ranks
-
-
-def folder_of(root):
-    return lambda rank: root / f"rank{rank}"
-
-
-def trained(number, reduce, model, plan=("math", "math", "code")):
-    guard = Guard(model, CONFIG, reduce=reduce)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step, domain in enumerate(plan):
-        step_by_hand(model, guard, optimizer, domain, step, rollout(model, domain, 8, seed=10 * step + number))
-    return guard
-
-
-def begun(tmp_path, places=((0, 2), (1, 2)), **options):
-    """Two ranks that trained and saved; `options` are for `alter`."""
-    models = [Toy(), Toy()]
-
-    def rank(number, reduce):
-        guard = trained(number, reduce, models[number])
-        alter(guard, number, **options)
-        guard.save(folder_of(tmp_path)(number), folders=2, place=places[number])
-        return guard.domains["math"].retained
-
-    return two_ranks(rank)
-
-
-def alter(guard, number, rare=None, forgets=None):
-    if number == rare:
-        guard.retain("rare", rollout(guard.model, "qa", 4))
-    if number == forgets:
-        guard.domains["code"].own_steps = 0
+from tests.unit.states import begun, folder_of, trained
 
 
 def test_means_are_of_all_ranks_rows():

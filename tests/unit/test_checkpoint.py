@@ -69,6 +69,25 @@ def edit_domain(**values):
         (edit(settings=[]), StateError, "names no settings"),
         (edit(shards=None), StateError, "its rank and their number are None"),
         (edit(shards=[0]), StateError, r"its rank and their number are \[0\]"),
+        (edit(steps=[]), StateError, "incomplete: TypeError"),
+        (edit(steps={}), StateError, "incomplete: TypeError"),
+        (edit(save_id={}, steps=[[]]), StateError, "incomplete: TypeError"),
+        (
+            edit(announced=[[]]),
+            StateError,
+            r"incomplete: ValueError: announced is \[\[\]\] where a list of domains",
+        ),
+        (edit(announced=["math", {}]), StateError, "incomplete: ValueError: announced is"),
+        (edit(announced="math"), StateError, "incomplete: ValueError: announced is 'math'"),
+        (edit(trained=[[]]), StateError, "incomplete: ValueError: trained is"),
+        (edit(fruitless={"math": "x"}), StateError, "incomplete: ValueError: fruitless is 'x'"),
+        (edit(weights=[1]), StateError, "its weights are no checksums"),
+        (edit(recovery={"failed": []}), StateError, r"incomplete: ValueError: failed is \[\] where"),
+        (edit(recovery={"domain": []}), StateError, r"its recovery is of \[\], and its domains"),
+        (edit_domain(recent=[[1]]), StateError, r"incomplete: ValueError: recent is \[\[1\]\] where"),
+        (edit_domain(low=None), StateError, "incomplete: ValueError: low is None where"),
+        (edit_domain(model=None), StateError, "incomplete: ValueError: 'math' has an anchor and no local model"),
+        (edit_domain(measurement={"loss": "x"}), StateError, "incomplete: ValueError: loss is 'x' where"),
         (edit(steps=math.inf), StateError, "incomplete: OverflowError"),
         (edit(kept=["a", 1]), StateError, "incomplete: ValueError: kept is 'a'"),
         (edit_domain(own_steps="a"), StateError, "incomplete: ValueError: own_steps is 'a' where"),
@@ -90,6 +109,7 @@ def test_damaged_files_are_refused_and_change_nothing(trained, harm, error, mess
     with pytest.raises(error, match=message):
         guard.load(folder)
     assert fingerprint(guard) == before
+    assert guard.announced == {"math", "code"}
 
 
 def test_other_models_and_settings_are_refused(trained):

@@ -25,6 +25,7 @@ OTHERWISE = {
     "radius",
     "subspace",
     "moved",
+    "energy",
     "protected_set",
     "half_set",
     "start",

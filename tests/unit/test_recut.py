@@ -9,6 +9,7 @@ from torch import nn
 
 from interference_guard import Guard, GuardedOptimizer, StateError
 from interference_guard.checkpoint import DETAILS
+from interference_guard.recut import recut
 from tests.unit.helpers import CONFIG
 
 
@@ -44,6 +45,8 @@ def changed(folder, name, change):
             r"ranks \[\(1, 2\)\] at steps \[6\], rank \[0\] is missing",
         ),
         (lambda details: details["domains"]["math"].pop("recent"), "incomplete: KeyError: 'recent'"),
+        (lambda details: details.update(blocks=[]), "incomplete: ValueError: its blocks are not those of its"),
+        (lambda details: details.update(cuts=[]), "incomplete: AttributeError"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_and_change_nothing(trained, change, message):
@@ -52,6 +55,40 @@ def test_parts_that_do_not_fit_are_refused_and_change_nothing(trained, change, m
     with pytest.raises(StateError, match=message):
         guard.load(folder, [changed(folder, "other", change)])
     assert guard.raw("math") == before
+
+
+def test_parts_whose_tensors_do_not_fit_are_refused_and_change_nothing(trained):
+    """Each says that it is half of the model, and holds all of it."""
+    _, guard, folder = trained
+    before, cuts = guard.raw("math"), {"embed.weight": 0, "lm_head.weight": 0}
+    halves = [
+        changed(folder, f"half{rank}", lambda details, rank=rank: details.update(shards=[rank, 2], cuts=cuts))
+        for rank in range(2)
+    ]
+    with pytest.raises(StateError, match=r"incomplete: RuntimeError: .*size"):
+        guard.load(folder, halves)
+    assert guard.raw("math") == before
+
+
+def test_a_part_without_an_anchor_is_refused(trained):
+    _, guard, _ = trained
+    packed = guard.state_dict()
+    packed["tensors"] = {key: value for key, value in packed["tensors"].items() if not key.endswith("/z0")}
+    with pytest.raises(StateError, match="incomplete: KeyError: 'model/0/z0'"):
+        recut(guard, [(packed["details"], packed["tensors"])], (0, 1))
+
+
+def test_parts_that_stack_parameters_in_other_ways_are_refused(trained):
+    _, guard, folder = trained
+    halves = [changed(folder, f"half{rank}", lambda details, rank=rank: half(details, rank)) for rank in range(2)]
+    with pytest.raises(StateError, match="incomplete: ValueError: its ranks stack parameters in different ways"):
+        guard.load(folder, halves)
+
+
+def half(details, rank):
+    details["shards"] = [rank, 2]
+    if rank:
+        details["blocks"].reverse()
 
 
 def test_parts_of_two_moments_are_refused(trained):
