@@ -350,7 +350,7 @@ class Guard(GuardState):
 
     def state_dict(self) -> dict[str, object]:
         """Everything needed to go on exactly: see `packing.pack`. Not copied; empty where nothing is enabled."""
-        return dict(packing.pack(self)) if self.enabled else {}
+        return {**packing.pack(self), **packing.REFUSAL} if self.enabled else {}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, object]) -> None:

@@ -63,6 +63,12 @@ NOTHING = asdict(Measurement("", 0.0, 0.0, 0.0, "sequence"))
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
+# torch.distributed.checkpoint keeps one rank's of what ranks call alike, and reads what a new guard has, which is
+# no domain. It refuses two paths that come to one name, when it saves and before it reads, and shows that name.
+_ADVICE = {"checkpoint holds no guard, call its save() and load() instead": ""}
+REFUSAL: dict[str, object] = {"torch.distributed": _ADVICE, "torch": {"distributed": _ADVICE}}
+
+
 class Packed(TypedDict):
     """A guard's state: what JSON can hold, and tensors by name."""
 

@@ -3,7 +3,9 @@
 import json
 from dataclasses import fields
 
+import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from interference_guard import Guard
 from interference_guard.domain import MEANS, DomainState
@@ -65,3 +67,47 @@ def test_every_plain_field_comes_back():
     assert {name: getattr(found, name) for name in PLAIN} == given
     assert {name: getattr(found, name).sums() for name in MEANS} == means
     assert torch.equal(found.radius, state.radius)
+
+
+def test_a_state_can_be_saved_by_torch(tmp_path):
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 2 + ["code"])
+    torch.save(guard.state_dict(), tmp_path / "state")
+    read = Guard(model, CONFIG)
+    read.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert read.steps == 3
+    assert read.raw("math") == guard.raw("math")
+
+
+ALONE = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@ALONE
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_distributed_checkpoint_refuses_a_guard(tmp_path, whole):
+    """It would read what a new guard has alone, which is no domain, and one rank's rows for all."""
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 2 + ["code"])
+    with pytest.raises(
+        dcp.api.CheckpointException, match=r"guard\.torch\.distributed\.checkpoint holds no guard, call"
+    ):
+        dcp.save({"guard": guard if whole else guard.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    assert not list(tmp_path.glob("*.distcp"))
+
+
+@ALONE
+def test_a_distributed_checkpoint_changes_no_guard(tmp_path):
+    """Of an earlier release, which let it save one."""
+    model, guard, optimizer = guarded()
+    train(model, guard, optimizer, ["math"] * 2 + ["code"])
+    packed = guard.state_dict()
+    dcp.save(
+        {"guard": {key: packed[key] for key in ("details", "tensors")}}, checkpoint_id=tmp_path, no_dist=True
+    )
+    train(model, guard, optimizer, ["code"] * 2, start=3)
+    before = {name: tensor.clone() for name, tensor in guard.state_dict()["tensors"].items()}
+    with pytest.raises(dcp.api.CheckpointException, match="holds no guard, call its save"):
+        dcp.load({"guard": guard}, checkpoint_id=tmp_path, no_dist=True)
+    after = guard.state_dict()["tensors"]
+    assert guard.steps == 5
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
