@@ -29,7 +29,7 @@ from .live import LiveDisplay
 from .plan import look_ahead
 from .recovery import RecoveryRows
 from .reference import read
-from .rows import DomainTable, check_dataset
+from .rows import DomainTable, check_dataset, packs
 from .seams import Seams
 
 
@@ -158,7 +158,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             )
         check_engine(trainer.accelerator)
         self.domains.reserved = frozenset(self.reference or {})
-        check_dataset(trainer.train_dataset, self.domains)
+        check_dataset(trainer.train_dataset, self.domains, packs(trainer))
         recovery = (
             RecoveryRows(trainer, self.config.domain_column, self.recovery_datasets)
             if self.config.recovery

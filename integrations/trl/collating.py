@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ class NamingCollator:
         if self.strip:
             rows = [{key: value for key, value in row.items() if key != self.column} for row in rows]
         batch = self.collator(rows, *args, **kwargs)
-        batch[DOMAIN_ID] = names
+        # In anything else nothing could be added: the trainer is told so at its first step.
+        if isinstance(batch, MutableMapping):
+            batch[DOMAIN_ID] = names
         return batch
 
 

@@ -25,7 +25,7 @@ def prompts_per_generation(args: Any) -> int:
     Raises:
         ConfigError: For settings of a trainer that generates nothing.
     """
-    if not hasattr(args, "generation_batch_size"):
+    if not has_generations(args):
         raise ConfigError(
             f"{type(args).__name__} has no generation batches. For an SFTTrainer give order_by_domain() the rows "
             "of one optimizer step, and set train_sampling_strategy='sequential'."
@@ -34,6 +34,11 @@ def prompts_per_generation(args: Any) -> int:
     # Both in micro-batches: how long a generation batch is trained, and how many make a step.
     lasts = int(args.steps_per_generation) * int(args.num_iterations)
     return prompts * (math.lcm(lasts, int(args.gradient_accumulation_steps)) // lasts)
+
+
+def has_generations(args: Any) -> bool:
+    """Whether the settings are of a trainer that generates."""
+    return hasattr(args, "generation_batch_size")
 
 
 def order_by_domain(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,16 @@ from interference_guard.names import named
 from interference_guard.telling import warn
 
 from .collating import DOMAIN_ID, WIDTH, NamingCollator, unnamed, unpack
+from .columns import DomainColumn
 from .completions import generated, labelled, sampling_temperature
 from .engines import reduce
 from .evaluation import EvaluationRounds
-from .rewards import without
-from .rows import DomainTable, check_dataset, missing, numbered_ahead
+from .pairing import NO_DOMAIN, Paired, Pairing
+from .rows import DomainTable, check_dataset, missing, numbered_ahead, packs
 from .seams import Seams
+
+# In place of a domain's name, which is never empty: of rows of which nothing tells the domain.
+UNKNOWN = ""
 
 
 class PassingRows:
@@ -38,13 +42,16 @@ class PassingRows:
         self.guard, self.domains, self.rounds = guard, domains, rounds
         # What the domains were numbered by.
         self._dataset = self.trainer.train_dataset
-        self._rewards: Tensor | None = None
         self._counts: dict[str, float] = {}
-        self._added = self._told = False
+        self._told: set[str] = set()
+        self.column = DomainColumn(seams, domains.column)
         seams.wrap("_prepare_inputs", self._prepare_inputs)
-        seams.wrap("_set_signature_columns_if_needed", self._keep_column)
-        seams.afterwards(self._drop_column)
         if self.generates:
+            words = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+            self._pairing = Pairing(words.pad_token_id)
+            self._generating = False
+            if hasattr(self.trainer, "_generate"):
+                seams.wrap("_generate", self._sample)
             seams.wrap("_generate_and_score_completions", self._generate)
             seams.wrap("_calculate_rewards", self._calculate)
         else:
@@ -65,7 +72,7 @@ class PassingRows:
         """
         if self.trainer.train_dataset is not self._dataset:
             # All ranks number new names in one order.
-            check_dataset(self.trainer.train_dataset, self.domains)
+            check_dataset(self.trainer.train_dataset, self.domains, packs(self.trainer))
             self._dataset = self.trainer.train_dataset
         self._counts = {}
         self.rounds.begin()
@@ -86,42 +93,43 @@ class PassingRows:
         """What `take_counts` returns, of all ranks; every rank calls it once a step.
 
         Raises:
-            HostError: If the trainer's batches pass by all methods that are followed.
+            HostError: If the trainer's batches pass by all methods that are followed, or nothing tells the domain
+                of some of their rows.
         """
         counts, accelerator = self.take_counts(), self.trainer.accelerator
         if accelerator.num_processes > 1:
-            names = self.domains.names
+            names = [UNKNOWN, *self.domains.names]
             table = torch.tensor([float(counts.get(name, 0)) for name in names], device=accelerator.device)
             summed = reduce(table, "sum").tolist()
             counts = {name: count for name, count in zip(names, summed, strict=True) if count}
+        if UNKNOWN in counts:
+            raise HostError(
+                f"{type(self.trainer).__name__} trains rows of which nothing tells the domain: no completion of "
+                "their prompts was scored in this run. Have _generate_and_score_completions return rows whose "
+                "prompts were (begin a resumed run with an empty replay buffer), or train without the guard."
+            )
         if not counts:
             raise HostError(
                 f"{type(self.trainer).__name__} trains batches that pass neither its data_collator nor its "
-                "generation, so the guard sees no domain. Use GRPOTrainer, RLOOTrainer or SFTTrainer as they are."
+                "generation, or of which the data_collator makes no mapping, so the guard sees no domain. Use "
+                "GRPOTrainer, RLOOTrainer or SFTTrainer as they are."
             )
         return counts
 
-    def _keep_column(self, method: Any) -> Any:
-        def keep() -> None:
-            method()
-            columns = self.trainer._signature_columns
-            if self.domains.column not in columns:
-                self.trainer._signature_columns = [*columns, self.domains.column]
-                self._added = True
+    def _sample(self, method: Any) -> Any:
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            made = method(*args, **kwargs)
+            if isinstance(made, tuple):
+                # Whatever else there is, the ids of prompts and completions come first.
+                self._pairing.made(*made[:2])
+            return made
 
-        return keep
-
-    def _drop_column(self) -> None:
-        if self._added:
-            columns = self.trainer._signature_columns or ()
-            self.trainer._signature_columns = [name for name in columns if name != self.domains.column]
+        return sample
 
     def _calculate(self, method: Any) -> Any:
-        def calculate(inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Tensor:
-            if self._added:
-                # It would not be there without the guard, and every column is handed over by name.
-                inputs = without(self.trainer.reward_funcs, self.domains.column, inputs)
-            every: Tensor = method(inputs, prompts, *args, **kwargs)
+        def calculate(inputs: Any, prompts: Any, completions: Any, ids: Any, *args: Any, **kwargs: Any) -> Tensor:
+            handed = self.column.for_rewards(inputs)
+            every: Tensor = method(handed, prompts, completions, ids, *args, **kwargs)
             weights = self.trainer.reward_weights.to(every.device).unsqueeze(0)
             total = (every * weights).nansum(dim=1)
             total[every.isnan().all(dim=1)] = torch.nan
@@ -130,25 +138,46 @@ class PassingRows:
                 total = total.clamp(limits[0], limits[1])
             # The trainer gathers rewards over ranks; the first axis is ordered by rank.
             start = self.trainer.accelerator.process_index * len(prompts)
-            self._rewards = total[start : start + len(prompts)]
+            names = [self.column.domain(row) for row in inputs]
+            self._pairing.add(ids, self._known(names), total[start : start + len(prompts)])
             return every
 
         return calculate
 
+    def _known(self, names: Sequence[object]) -> list[int]:
+        """Numbers of the domains of rows that are scored, which an override may have drawn itself."""
+        if self.trainer.accelerator.num_processes == 1:
+            # New names of a stream. Several ranks would not number them alike.
+            self.domains.add(sorted(set(filter(named, names))))
+        places = {name: number for number, name in enumerate(self.domains.names)}
+        return [places.get(name, NO_DOMAIN) if named(name) else NO_DOMAIN for name in names]
+
     def _generate(self, method: Any) -> Any:
         def generate(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            if self._generating:
+                # An override that generates again: what counts is what it returns in the end.
+                again: dict[str, Any] = method(inputs)
+                return again
             training = self.trainer.model.training
             numbers = self._number(inputs, needed=training)
-            output: dict[str, Any] = method(inputs)
-            rewards, self._rewards = self._rewards, None
-            if training:
-                self._retain(output, rewards, numbers)
-            elif rewards is not None and self.rounds.open:
-                self._note_evaluation(rewards, numbers)
+            self._pairing.begin()
+            self._generating = True
+            try:
+                output: dict[str, Any] = method(self.column.for_generation(inputs))
+                paired = self._pairing.pair(output) if training or self.rounds.open else None
+            finally:
+                self._generating = False
+                self._pairing.begin()
             if not training:
+                if self.rounds.open:
+                    self._note_evaluation(paired)
                 return output
-            whole = torch.bincount(numbers, minlength=len(self.domains.names)).double() / len(numbers)
-            return {**output, DOMAIN_ID: whole.expand(len(numbers), -1)}
+            self._retain(output, paired)
+            if paired is not None:
+                numbers = paired.numbers
+            # The first is the share of rows that are of no known domain.
+            found = torch.bincount(numbers + 1, minlength=len(self.domains.names) + 1).double() / len(numbers)
+            return {**output, DOMAIN_ID: found.expand(len(output["completion_ids"]), -1)}
 
         return generate
 
@@ -169,7 +198,7 @@ class PassingRows:
     def _count(self, inputs: Mapping[str, Any], found: Tensor) -> None:
         if self.generates:
             # A stream may have shown further domains since this generation.
-            rows = dict(zip(self.domains.names, found.sum(0).tolist(), strict=False))
+            rows = dict(zip((UNKNOWN, *self.domains.names), found.sum(0).tolist(), strict=False))
         else:
             numbers = self._arrived(inputs, found)
             rows = dict(self.domains.counts(numbers))
@@ -202,13 +231,36 @@ class PassingRows:
             self.domains.check(names)
         return self.domains.numbers(rows, needed)
 
-    def _retain(self, output: Mapping[str, Any], rewards: Tensor | None, numbers: Tensor) -> None:
-        rows = generated(output, rewards, sampling_temperature(self.trainer))
-        for name in self.domains.counts(numbers):
-            chosen = numbers == self.domains.names.index(name)
-            if rewards is not None:
-                chosen = chosen & rewards.isfinite().cpu()
-            self.guard.retain(name, rows.rows(chosen.to(rows.input_ids.device)))
+    def _retain(self, output: Mapping[str, Any], paired: Paired | None) -> None:
+        override = f"{type(self.trainer).__name__}._generate_and_score_completions"
+        rows = generated(output, None if paired is None else paired.rewards, sampling_temperature(self.trainer))
+        if paired is None:
+            self._tell(
+                "passed by",
+                f"{override} computed no rewards by self._calculate_rewards(), from which the guard takes them. "
+                "What it generates is trained and not retained, so its domains are not measured. Have it call "
+                "that method of the trainer itself.",
+            )
+            return
+        if not paired.scored.all():
+            count = len(paired.scored) - int(paired.scored.sum())
+            self._tell(
+                "not scored",
+                f"{override} returned {len(paired.scored)} rows, of which {count} are not among those that were "
+                "scored by self._calculate_rewards() while it ran, so nothing tells their rewards. They are "
+                "trained and not retained, and a domain that has no others is not measured. That is right for "
+                "rows of a replay buffer; others must keep the ids of their prompts and completions.",
+            )
+        usable = paired.scored & paired.rewards.isfinite().cpu()
+        for number in sorted(set(paired.numbers.tolist())):
+            if number != NO_DOMAIN:
+                chosen = usable & (paired.numbers == number)
+                self.guard.retain(self.domains.names[number], rows.rows(chosen.to(rows.input_ids.device)))
+
+    def _tell(self, trouble: str, message: str) -> None:
+        if trouble not in self._told:
+            self._told.add(trouble)
+            warn(message)
 
     def _retain_labelled(self, batch: Mapping[str, Any], numbers: Tensor) -> None:
         rows = labelled(batch, len(numbers))
@@ -222,20 +274,22 @@ class PassingRows:
             self.guard.retain(name, rows.rows(chosen.to(rows.input_ids.device)))
 
     def _tell_of_joined_rows(self, found: int, rows: int) -> None:
-        if self._told:
-            return
-        self._told = True
-        warn(
+        self._tell(
+            "joined",
             f"The data_collator made {found} sequences of {rows} rows, so nothing tells which domain each is of. "
             "They are trained and not retained, and a domain that has no others is not measured. Use a collator "
-            "that makes one sequence of each row."
+            "that makes one sequence of each row.",
         )
 
-    def _note_evaluation(self, rewards: Tensor, numbers: Tensor) -> None:
-        accelerator = self.trainer.accelerator
-        values, names = rewards, numbers.to(rewards.device)
-        if accelerator.num_processes > 1:
-            values, names = accelerator.gather(values), accelerator.gather(names)
-        for number, value in zip(names.tolist(), values.tolist(), strict=True):
-            if number >= 0 and math.isfinite(value):
+    def _note_evaluation(self, paired: Paired | None) -> None:
+        found: list[tuple[int, float]] = []
+        if paired is not None:
+            values = zip(paired.numbers.tolist(), paired.rewards.tolist(), paired.scored.tolist(), strict=True)
+            found = [(number, value) for number, value, scored in values if scored and number != NO_DOMAIN]
+        if self.trainer.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
+        for number, value in found:
+            if math.isfinite(value):
                 self.rounds.note(self.domains.names[number], value)

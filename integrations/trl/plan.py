@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from interference_guard.telling import warn
 
-from .order import prompts_per_generation
+from .order import has_generations, prompts_per_generation
 from .rows import DomainTable, check_dataset
 
 
@@ -30,7 +30,7 @@ class Pace(NamedTuple):
     @classmethod
     def of(cls, args: Any, size: int | None = None) -> Pace:
         """The pace of a trainer with these settings, where it does not generate with batches of `size` rows."""
-        if _generates(args):
+        if has_generations(args):
             lasts, each = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
             prompts = args.generation_batch_size // args.num_generations
             return cls(prompts_per_generation(args), math.lcm(lasts, each) // each, prompts)
@@ -72,7 +72,7 @@ def look_ahead(
 
 def _lowered(args: Any, size: int | None) -> str:
     """What there is to say of batches that are not as large as was asked for."""
-    if _generates(args) or size is None or size >= args.train_batch_size or not args.auto_find_batch_size:
+    if has_generations(args) or size is None or size >= args.train_batch_size or not args.auto_find_batch_size:
         return ""
     return (
         f" auto_find_batch_size=True has lowered the batches of a process from {args.train_batch_size} rows to "
@@ -85,7 +85,7 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float, taken
     pace = Pace.of(args, taken)
     size = pace.batch
     if not in_order(args):
-        setting = "shuffle_dataset=False" if _generates(args) else "train_sampling_strategy='sequential'"
+        setting = "shuffle_dataset=False" if has_generations(args) else "train_sampling_strategy='sequential'"
         if size > 1:
             yield (
                 f"The trainer draws rows of the domains {sorted(set(rows))} at random, so that its steps may mix "
@@ -112,7 +112,7 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float, taken
         count = f"Of the {len(rows)} rows the run trains {len(trained)}"
         yield f"{count}, of which none is of the domains {missed}: {why}{lowered}"
     # An epoch of which nothing is dropped, of single rows.
-    filled = not _generates(args) and args.world_size > 1 and not args.dataloader_drop_last
+    filled = not has_generations(args) and args.world_size > 1 and not args.dataloader_drop_last
     rest = len(rows) % (size // args.gradient_accumulation_steps) if filled and len(trained) == len(rows) else 0
     if rest and rows[0] != rows[-1]:
         yield (
@@ -146,10 +146,6 @@ def _troubles(rows: list[str], args: Any, state: Any, active_share: float, taken
 
 def in_order(args: Any) -> bool:
     """Whether a trainer with these settings takes the rows in their order."""
-    if _generates(args):
+    if has_generations(args):
         return not args.shuffle_dataset
     return str(getattr(args, "train_sampling_strategy", "random")) == "sequential"
-
-
-def _generates(args: Any) -> bool:
-    return hasattr(args, "generation_batch_size")

@@ -10,6 +10,7 @@ from interference_guard.errors import ConfigError, HostError, UnsupportedError
 from interference_guard.telling import warn
 
 from .rows import read_column
+from .seams import generates
 
 
 class RecoveryRows:
@@ -27,7 +28,7 @@ class RecoveryRows:
     """
 
     def __init__(self, trainer: Any, column: str, given: Mapping[str, Any] | None = None) -> None:
-        if not hasattr(trainer, "_generate_and_score_completions"):
+        if not generates(trainer):
             raise UnsupportedError(
                 f"{type(trainer).__name__} does not generate completions, so a recovery phase has no rewards to "
                 "end by. Use recovery=False with it, or a GRPOTrainer or RLOOTrainer."
@@ -38,6 +39,8 @@ class RecoveryRows:
         searchable = hasattr(training, "select") and column in (training.column_names or ())
         needed = set(training.column_names or ()) - {column}
         self.rows: dict[str, Any] = {}
+        # Without the columns that the trainer removes, of domains that have recovered.
+        self._used: dict[str, Any] = {}
         if given is None and not searchable:
             raise HostError(
                 "The training dataset is a stream, which cannot be searched for the rows of one domain. Give "
@@ -95,7 +98,10 @@ class RecoveryRows:
         Which rows they are depends on the seed and the number of the generation alone, so all ranks, and a
         resumed run, choose the same.
         """
-        trainer, rows = self.trainer, self.rows[domain]
+        trainer = self.trainer
+        if domain not in self._used:
+            self._used[domain] = trainer._remove_unused_columns(self.rows[domain], "recovery")
+        rows = self._used[domain]
         args = trainer.args
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         generations = trainer.num_generations

@@ -86,10 +86,22 @@ def read_column(dataset: Any, column: str) -> list[Any]:
     return list(plain[column][:])
 
 
-def check_dataset(dataset: Any, table: DomainTable) -> list[str]:
+def packs(trainer: Any) -> bool:
+    """Whether a trainer has joined the rows of its dataset, and left none of their other columns."""
+    args = trainer.args
+    skipped = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False)
+    return bool(getattr(args, "packing", False)) and not skipped
+
+
+def check_dataset(dataset: Any, table: DomainTable, packed: bool = False) -> list[str]:
     """Check a training dataset before anything is wired, and number its domains in sorted order.
 
     A streaming dataset cannot be read ahead: its rows are checked as they come.
+
+    Args:
+        dataset: The rows.
+        table: Numbers the domains.
+        packed: Whether the trainer `packs` its rows.
 
     Returns:
         The domain of each row; nothing of a stream.
@@ -102,15 +114,18 @@ def check_dataset(dataset: Any, table: DomainTable) -> list[str]:
     if dataset is None:
         raise HostError("The trainer has no train_dataset. Build the trainer with one, then attach the guard.")
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and table.column not in columns:
-        if "seq_lengths" in columns:
+    # The columns of a stream may not be known.
+    if (packed or columns is not None) and table.column not in (columns or ()):
+        if packed or "seq_lengths" in columns:
+            has = "" if columns is None else f": it has {sorted(columns)}"
             raise HostError(
-                f"packing=True joins rows, so the training dataset has no column {table.column!r} left: it has "
-                f"{sorted(columns)}. Set packing=False."
+                f"packing=True joins rows, so the training dataset has no column {table.column!r} left{has}. Set "
+                "packing=False."
             )
         raise HostError(
             f"The training dataset has no column {table.column!r}; it has {sorted(columns)}. Add it (one domain "
             "name a row), or name another one with GuardConfig(domain_column=...)."
+            + (" If packing=True has removed it, set packing=False." if "input_ids" in columns else "")
         )
     if not numbered_ahead(dataset):
         return []

@@ -22,7 +22,13 @@ ALWAYS = (
 )
 GENERATING = ("_generate_and_score_completions", "_calculate_rewards")
 # Needed only by recovery phases.
-RECOVERING = ("get_batch_samples",)
+RECOVERING = ("get_batch_samples", "_remove_unused_columns")
+TESTED = ("GRPOTrainer", "RLOOTrainer", "SFTTrainer")
+
+
+def generates(trainer: Any) -> bool:
+    """Whether a trainer makes its completions itself, as far as the guard can tell."""
+    return any(hasattr(trainer, name) for name in GENERATING)
 
 
 class Seams:
@@ -43,15 +49,21 @@ class Seams:
                 "InterferenceGuardCallback(trainer, config)."
             )
         self.trainer = trainer
-        self.generates = any(hasattr(trainer, name) for name in GENERATING)
+        self.generates = generates(trainer)
         needed = ALWAYS + (GENERATING if self.generates else ()) + (RECOVERING if recovery else ())
         absent = [name for name in needed if not callable(getattr(trainer, name, None))]
         if recovery and self.generates and not hasattr(trainer, "_buffered_inputs"):
             absent.append("_buffered_inputs")
         if absent:
+            kind = type(trainer).__name__
+            if any(base.__name__ in TESTED for base in type(trainer).__mro__):
+                raise HostError(
+                    f"{kind} has no {absent[0]!r}, which the guard needs. Tested are GRPOTrainer, RLOOTrainer "
+                    "and SFTTrainer of trl 1.14 to 1.16; install one of these versions."
+                )
             raise HostError(
-                f"{type(trainer).__name__} has no {absent[0]!r}, which the guard needs. Tested are "
-                "GRPOTrainer, RLOOTrainer and SFTTrainer of trl 1.14 to 1.16; install one of these versions."
+                f"{kind} is not supported: it has no {absent[0]!r}, by which the guard follows the rows of "
+                "such a trainer. Guard a GRPOTrainer, RLOOTrainer or SFTTrainer, or train without the guard."
             )
         self._wrapped: dict[str, tuple[bool, Any, Any]] = {}
         self._afterwards: list[Callable[[], None]] = []
