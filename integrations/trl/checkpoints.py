@@ -19,9 +19,9 @@ from .seams import Seams
 
 RESUMED = (
     "transformers' Trainer does not read all that it saves: of models with experts, of some with pictures, and "
-    "of an adapter that has TRL's 'ref' beside it (beta above 0). Build the model from the checkpoint before you "
-    "resume from it, by from_pretrained(CHECKPOINT), or PeftModel.from_pretrained(base, CHECKPOINT, "
-    "is_trainable=True). Where this is not the reason, resume from another checkpoint."
+    "in some versions of an adapter that has TRL's 'ref' beside it (beta above 0). Build the model from the "
+    "checkpoint before you resume from it, by from_pretrained(CHECKPOINT), or PeftModel.from_pretrained(base, "
+    "CHECKPOINT, is_trainable=True). Where this is not the reason, resume from another checkpoint."
 )
 
 

@@ -122,6 +122,9 @@ GRANITE_MOE = {
     "router.layer.weight": ("row", E_, H, False),
     "input_linear.weight": ("row", E_ * 2 * INTER, H, True),
     "output_linear.weight": ("column", E_ * INTER, H, True),
+    # The names that later versions of transformers give them.
+    "router.weight": ("row", E_, H, False),
+    **stacks(INTER),
 }
 CASES = {
     "llama": (transformers.LlamaConfig(**COMMON), LLAMA),

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
 
 from interference_guard import (
     ConfigError,
@@ -14,6 +15,7 @@ from interference_guard import (
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from tests.reference import expand
 from tests.trl.host import (
+    COMMON,
     CONFIG,
     SHAPES,
     TWO_PHASES,
@@ -241,6 +243,19 @@ class TestRefusals:
         monkeypatch.setattr(type(trainer), "_calculate_rewards", None)
         with pytest.raises(HostError, match="has no '_calculate_rewards', which the guard needs"):
             InterferenceGuardCallback(trainer, CONFIG)
+
+    def test_trainers_that_generate_in_other_ways(self, tmp_path):
+        model, words = model_and_words(tmp_path / "model")
+        args = DistillationConfig(output_dir=str(tmp_path / "run"), max_completion_length=3, **COMMON)
+        trainer = DistillationTrainer(
+            model, teacher_model=model, args=args, train_dataset=rows(TWO_PHASES), processing_class=words
+        )
+        before = dict(vars(trainer))
+        with pytest.raises(
+            HostError, match="DistillationTrainer is not supported: it has no '_calculate_rewards'"
+        ):
+            InterferenceGuardCallback(trainer, CONFIG)
+        assert vars(trainer) == before
 
     def test_no_trainer(self, tmp_path):
         trainer = online("grpo", tmp_path, rows(TWO_PHASES))

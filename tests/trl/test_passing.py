@@ -60,6 +60,20 @@ def test_batches_that_pass_the_guard_by_are_an_error(tmp_path):
         trainer.train()
 
 
+def test_a_collator_that_makes_no_mapping_is_an_error(tmp_path):
+    # As that of SDFTTrainer, which makes its batches of the rows themselves.
+    trainer = in_order(tmp_path)
+    collate = trainer.data_collator
+    trainer.data_collator = list
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda model, batch, **options: compute(model, collate(batch), **options)
+    trainer.floating_point_ops = lambda inputs: 0
+    guarded(trainer)
+    with pytest.raises(HostError, match="SFTTrainer trains .* of which the data_collator makes no mapping"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_domains_of_rows_that_replace_others_are_numbered_before_the_first_step(tmp_path):
     trainer = in_order(tmp_path)
     callback = guarded(trainer)

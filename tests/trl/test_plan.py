@@ -72,11 +72,18 @@ def test_settings_of_another_kind_are_refused(tmp_path):
         InterferenceGuardCallback(config={"budget": 0.02})
 
 
-def test_packing_is_named_as_what_took_the_column(tmp_path):
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_packing_is_named_as_what_took_the_column(strategy, stream, tmp_path):
     data = rows(TWO_PHASES).rename_column("answer", "completion")
-    trainer = supervised(tmp_path, data, packing=True, max_length=16, padding_free=False)
+    data = data.to_iterable_dataset() if stream else data
+    options = {"packing_strategy": strategy, "max_length": 16, "padding_free": False}
+    trainer = supervised(tmp_path, data, packing=True, **options)
     with pytest.raises(HostError, match=r"packing=True joins rows.* Set packing=False"):
         InterferenceGuardCallback(trainer)
+    if not stream:
+        with pytest.raises(HostError, match=r"packing=True.* [Ss]et packing=False"):
+            order_by_domain(trainer.train_dataset, 2)
 
 
 def test_rows_that_were_replaced_by_others_without_a_domain_are_refused(tmp_path):

@@ -76,6 +76,19 @@ def test_recovery_begins_with_the_next_step(shape, tmp_path):
     assert callback.guard.schedule.total == len(back)
 
 
+def test_rows_of_a_phase_have_the_columns_that_the_trainer_leaves(tmp_path):
+    def strict(prompts, completions, completion_ids, trainer_state, log_extra, log_metric):
+        return [float(len(text)) for text in completions]
+
+    data = rows([("math", 4), ("code", 6)])
+    trainer = online("grpo", tmp_path, data, rewards=strict, max_steps=5, remove_unused_columns=True)
+    callback = guarded(trainer, dataclasses.replace(never(EAGER), recovery_share=1.0, recovery_steps=1))
+    watch = Watch(callback, at=3)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.trained[3] == {"math": None}
+
+
 def test_planned_rows_go_on_where_they_would_have_been(tmp_path):
     seen = {}
     for name in ("plain", "recovering"):

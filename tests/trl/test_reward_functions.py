@@ -66,6 +66,22 @@ def test_routed_functions_are_handed_it(tmp_path):
     assert callback.guard.domains["math"].retained.rewards.isfinite().all()
 
 
+def test_environments_are_handed_no_column_that_the_guard_alone_has_kept(tmp_path):
+    class Environment:
+        def reset(self, prompt):
+            return None
+
+    functions = route({"math": [length], "code": [length]})
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), rewards=functions, remove_unused_columns=True)
+    # As `environment_factory` sets them, for which TRL asks for more packages.
+    trainer.environment_factories, trainer._environment_pool = {None: Environment}, {None: []}
+    trainer._multi_environment = False
+    callback = guarded(trainer)
+    trainer.train()
+    assert trainer.environments
+    assert callback.guard.domains["math"].retained.rewards.isfinite().all()
+
+
 def test_functions_of_which_one_needs_it_and_another_cannot_be_given_it_are_refused(tmp_path):
     functions = [*route({"math": [length], "code": [length]}), strict]
     trainer = online("grpo", tmp_path, rows(TWO_PHASES), rewards=functions, remove_unused_columns=True)
