@@ -113,11 +113,12 @@ def check_dataset(dataset: Any, table: DomainTable, packed: bool = False) -> lis
     """
     if dataset is None:
         raise HostError("The trainer has no train_dataset. Build the trainer with one, then attach the guard.")
-    columns = getattr(dataset, "column_names", None)
+    known = getattr(dataset, "column_names", None)
+    columns = known or ()
     # The columns of a stream may not be known.
-    if (packed or columns is not None) and table.column not in (columns or ()):
+    if (packed or known is not None) and table.column not in columns:
         if packed or "seq_lengths" in columns:
-            has = "" if columns is None else f": it has {sorted(columns)}"
+            has = f": it has {sorted(columns)}" if columns else ""
             raise HostError(
                 f"packing=True joins rows, so the training dataset has no column {table.column!r} left{has}. Set "
                 "packing=False."
