@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import chain, groupby
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,8 +65,9 @@ class Pairing:
     def begin(self) -> None:
         """A generation begins: nothing is scored yet."""
         self._made: list[tuple[Any, Any]] = []
-        # Ids of each row that was scored: of its prompt, where that is known, and its completion.
-        self._scored: list[tuple[list[int] | None, list[int]]] = []
+        # Ids of each row that was scored: of its prompt, where that is known, and of its completion.
+        self._before: list[list[int] | None] = []
+        self._after: list[list[int]] = []
         self._numbers: list[int] = []
         self._rewards: list[Tensor] = []
 
@@ -85,13 +87,15 @@ class Pairing:
             return
         # The trainer hands on the very list that it was given.
         prompts = next((prompts for prompts, made in self._made if made is completions), None)
-        before = None
-        for place, (completion, number) in enumerate(zip(completions, numbers, strict=True)):
-            prompt = None if prompts is None else _ids(prompts[place])
-            self._scored.append((prompt, _ids(completion)))
-            if prompt is not None and prompt != before:
+        if prompts is None:
+            self._before += [None] * len(numbers)
+        else:
+            known = list(map(_ids, prompts))
+            self._before += known
+            # Completions of one prompt follow each other.
+            for (prompt, number), _ in groupby(zip(known, numbers, strict=True)):
                 self._remember(prompt, number)
-            before = prompt
+        self._after += map(_ids, completions)
         self._numbers += numbers
         self._rewards.append(rewards)
 
@@ -104,9 +108,9 @@ class Pairing:
         if not self._rewards:
             return None
         rewards = torch.cat(self._rewards)
-        rows = list(_rows(output))
-        if self._unchanged(rows):
-            found, numbers = list(range(len(rows))), self._numbers
+        rows = None if self._as_scored(output) else list(_rows(output))
+        if rows is None or self._unchanged(rows):
+            found, numbers = list(range(len(self._after))), self._numbers
         else:
             found = self._find(rows, rewards)
             numbers = [
@@ -120,15 +124,23 @@ class Pairing:
             places >= 0,
         )
 
+    def _as_scored(self, output: Mapping[str, Any]) -> bool:
+        """Whether they are those that were scored, each whole and in their order, as of trainers as they are."""
+        return (
+            len(output["completion_ids"]) == len(self._after)
+            and None not in self._before
+            and _shows(output["completion_ids"], output["completion_mask"], self._after)
+            and _shows(output["prompt_ids"], output["prompt_mask"], cast("list[list[int]]", self._before))
+        )
+
     def _unchanged(self, rows: Sequence[Row]) -> bool:
-        """Whether they are those that were scored, in their order: what all trainers do that override nothing."""
-        if len(rows) != len(self._scored):
+        """The same where a mask leaves something out: `mask_truncated_completions` leaves out all of a row."""
+        if len(rows) != len(self._after):
             return False
-        for row, (prompt, completion) in zip(rows, self._scored, strict=True):
+        for row, prompt, completion in zip(rows, self._before, self._after, strict=True):
             length = len(completion)
             if row.prompt != prompt or row.completion[:length] != completion:
                 return False
-            # A mask may leave out what was sampled: `mask_truncated_completions` leaves out all of it.
             if row.length != length and (row.length or set(row.completion[length:]) - {self.pad}):
                 return False
         return True
@@ -136,7 +148,7 @@ class Pairing:
     def _find(self, rows: Sequence[Row], rewards: Tensor) -> list[int]:
         """The place of each among those that were scored; -1 where it is none of them."""
         index: dict[tuple[Ids | None, Ids], list[int]] = {}
-        for place, (prompt, completion) in enumerate(self._scored):
+        for place, (prompt, completion) in enumerate(zip(self._before, self._after, strict=True)):
             key = None if prompt is None else tuple(prompt), self._bare(completion)
             index.setdefault(key, []).append(place)
         told = list(zip(self._numbers, rewards.tolist(), strict=True))
@@ -160,8 +172,8 @@ class Pairing:
         if known is not None:
             return known
         answers = self._answers(row)
-        alike = zip(self._scored, self._numbers, strict=True)
-        told = {number for (_, completion), number in alike if self._bare(completion) in answers}
+        alike = zip(self._after, self._numbers, strict=True)
+        told = {number for completion, number in alike if self._bare(completion) in answers}
         return told.pop() if len(told) == 1 else NO_DOMAIN
 
     def _remember(self, prompt: list[int], number: int) -> None:
@@ -191,6 +203,14 @@ def _rows(output: Mapping[str, Any]) -> Iterator[Row]:
     starts, ends = _reach(output["prompt_mask"]), _reach(output["completion_mask"].flip(1))
     for prompt, start, completion, end in zip(prompts, starts, completions, ends, strict=True):
         yield Row(prompt[len(prompt) - start :], completion, end)
+
+
+def _shows(ids: Tensor, mask: Tensor, rows: Sequence[list[int]]) -> bool:
+    """Whether a mask shows these rows; without a loop over them, since a trainer's step may be short."""
+    shown = mask != 0
+    return shown.sum(1).tolist() == list(map(len, rows)) and ids[shown].tolist() == list(
+        chain.from_iterable(rows)
+    )
 
 
 def _ids(row: Any) -> list[int]:
