@@ -73,7 +73,8 @@ class Pairing:
 
     def made(self, prompts: Any, completions: Any) -> None:
         """Note completions that were sampled and their prompts, each a row of ids."""
-        self._made.append((prompts, completions))
+        if len(prompts) == len(completions):
+            self._made.append((prompts, completions))
 
     def add(self, completions: Any, numbers: Sequence[int], rewards: Tensor) -> None:
         """Note completions that were scored.

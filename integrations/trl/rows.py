@@ -113,20 +113,20 @@ def check_dataset(dataset: Any, table: DomainTable, packed: bool = False) -> lis
     """
     if dataset is None:
         raise HostError("The trainer has no train_dataset. Build the trainer with one, then attach the guard.")
-    known = getattr(dataset, "column_names", None)
-    columns = known or ()
-    # The columns of a stream may not be known.
-    if (packed or known is not None) and table.column not in columns:
-        if packed or "seq_lengths" in columns:
-            has = f": it has {sorted(columns)}" if columns else ""
+    columns = getattr(dataset, "column_names", None)
+    # Those of a stream may not be known; where it is packed, this one is not among them.
+    found = sorted(columns or ())
+    if (packed or columns is not None) and table.column not in found:
+        if packed or "seq_lengths" in found:
+            has = f": it has {found}" if found else ""
             raise HostError(
                 f"packing=True joins rows, so the training dataset has no column {table.column!r} left{has}. Set "
                 "packing=False."
             )
+        hint = " If packing=True has removed it, set packing=False." if "input_ids" in found else ""
         raise HostError(
-            f"The training dataset has no column {table.column!r}; it has {sorted(columns)}. Add it (one domain "
-            "name a row), or name another one with GuardConfig(domain_column=...)."
-            + (" If packing=True has removed it, set packing=False." if "input_ids" in columns else "")
+            f"The training dataset has no column {table.column!r}; it has {found}. Add it (one domain name a "
+            f"row), or name another one with GuardConfig(domain_column=...).{hint}"
         )
     if not numbered_ahead(dataset):
         return []
