@@ -109,10 +109,10 @@ class Pairing:
         if not self._rewards:
             return None
         rewards = torch.cat(self._rewards)
-        rows = None if self._as_scored(output) else list(_rows(output))
-        if rows is None or self._unchanged(rows):
+        if self._as_scored(output):
             found, numbers = list(range(len(self._after))), self._numbers
         else:
+            rows = list(_rows(output))
             found = self._find(rows, rewards)
             numbers = [
                 self._numbers[place] if place >= 0 else self._domain(row)
@@ -133,18 +133,6 @@ class Pairing:
             and _shows(output["completion_ids"], output["completion_mask"], self._after)
             and _shows(output["prompt_ids"], output["prompt_mask"], cast("list[list[int]]", self._before))
         )
-
-    def _unchanged(self, rows: Sequence[Row]) -> bool:
-        """The same where a mask leaves something out: `mask_truncated_completions` leaves out all of a row."""
-        if len(rows) != len(self._after):
-            return False
-        for row, prompt, completion in zip(rows, self._before, self._after, strict=True):
-            length = len(completion)
-            if row.prompt != prompt or row.completion[:length] != completion:
-                return False
-            if row.length != length and (row.length or set(row.completion[length:]) - {self.pad}):
-                return False
-        return True
 
     def _find(self, rows: Sequence[Row], rewards: Tensor) -> list[int]:
         """The place of each among those that were scored; -1 where it is none of them."""
@@ -187,9 +175,9 @@ class Pairing:
             del self._prompts[next(iter(self._prompts))]
 
     def _answers(self, row: Row) -> list[Ids]:
-        """What the completion may have been: what its mask shows, or all of it."""
+        """What the completion may have been: all of it, whatever its mask leaves out, or what the mask shows."""
         shown = [row.completion[: row.length]] if row.length else []
-        return [self._bare(ids) for ids in (*shown, row.completion)]
+        return [self._bare(ids) for ids in (row.completion, *shown)]
 
     def _bare(self, ids: list[int]) -> Ids:
         """Without what fills it up, which an end may look like."""
@@ -209,9 +197,8 @@ def _rows(output: Mapping[str, Any]) -> Iterator[Row]:
 def _shows(ids: Tensor, mask: Tensor, rows: Sequence[list[int]]) -> bool:
     """Whether a mask shows these rows; without a loop over them, since a trainer's step may be short."""
     shown = mask != 0
-    return shown.sum(1).tolist() == list(map(len, rows)) and ids[shown].tolist() == list(
-        chain.from_iterable(rows)
-    )
+    lengths = shown.sum(1).tolist()
+    return lengths == list(map(len, rows)) and ids[shown].tolist() == list(chain.from_iterable(rows))
 
 
 def _ids(row: Any) -> list[int]:

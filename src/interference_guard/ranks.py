@@ -25,9 +25,12 @@ class Ranks:
         """Sum of a 1-d tensor."""
         return table if self.reduce is None else self.reduce(table, "sum")
 
-    def largest(self, table: Tensor) -> Tensor:
-        """Largest values of a 1-d tensor."""
-        return table if self.reduce is None else self.reduce(table, "max")
+    def largest(self, values: list[float], device: torch.device) -> list[float]:
+        """Largest of each of several plain numbers."""
+        if self.reduce is None:
+            return values
+        found = self.reduce(torch.tensor(values, dtype=torch.float64, device=device), "max")
+        return [float(value) for value in found.tolist()]
 
     def totals(self, values: list[float], device: torch.device) -> list[float]:
         """Sums of plain numbers."""
@@ -42,8 +45,5 @@ class Ranks:
 
     def limits(self, low: float, high: float, device: torch.device) -> tuple[float, float]:
         """Smallest low and largest high; a rank that has none gives ``inf, -inf``."""
-        if self.reduce is None:
-            return low, high
-        table = torch.tensor([-low, high], dtype=torch.float64, device=device)
-        negative, highest = self.reduce(table, "max").tolist()
+        negative, highest = self.largest([-low, high], device)
         return -negative, highest

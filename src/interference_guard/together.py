@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .errors import StateError
 from .moment import COUNTS, NUMBERS, differ, trained
 
@@ -52,17 +50,11 @@ def take_together(guard: Guard, read: Callable[[], Ready]) -> Ready:
         StateError: On all ranks, if they read states of different moments, or any could not read its own.
     """
     ready: Ready | None = None
-    failed: Exception | None = None
     try:
         ready = read()
-    except Exception as error:
-        # Raised below, when the others know of it.
-        failed = error
-    if guard.ranks.reduce is not None:
+    finally:
+        # Also where it raised: the others wait to hear of it.
         _compare(guard, ready)
-    if failed is not None:
-        raise failed
-    assert ready is not None
     ready.take()
     return ready
 
@@ -110,9 +102,10 @@ def _structure(details: Mapping[str, Any]) -> float:
 
 def _extremes(guard: Guard, values: Sequence[float]) -> list[tuple[float, float]]:
     """Smallest and largest of each number over ranks, of those that are finite."""
-    limits = [[-value, value] if math.isfinite(value) else [-math.inf] * 2 for value in values]
-    if not limits:
-        return []
-    table = torch.tensor(limits, dtype=torch.float64, device=guard.device)
-    found = guard.ranks.largest(table.flatten()).view_as(table).tolist()
-    return [(-low, high) for low, high in found]
+    limits = [limit for value in values for limit in _limits(value)]
+    found = guard.ranks.largest(limits, guard.device) if limits else []
+    return [(-negative, highest) for negative, highest in zip(found[::2], found[1::2], strict=True)]
+
+
+def _limits(value: float) -> tuple[float, float]:
+    return (-value, value) if math.isfinite(value) else (-math.inf, -math.inf)

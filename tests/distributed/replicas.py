@@ -25,24 +25,30 @@ def reduce(values, kind):
     return both
 
 
-def trained(order, kept, **changes):
-    """A guarded run of DDP with a buffer, which its forward passes send to all ranks; `kept` are rows by rank."""
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+def follow(order, kept, model, policy, guard, optimizer, average=lambda: None):
+    """Train on rows of this rank's own; `kept` of them by rank are retained, and `average` makes one gradient."""
     rank = dist.get_rank()
-    model = Toy()
-    model.register_buffer("frequencies", torch.ones(3))
-    replica = DistributedDataParallel(model)
-    guard = Guard(replica, dataclasses.replace(CONFIG, **changes), reduce=reduce)
-    optimizer = GuardedOptimizer(torch.optim.AdamW(replica.parameters(), lr=0.02), guard)
     for step, domain in enumerate(order):
         rows = rollout(model, domain, seed=1000 + 2 * step + rank)
         with guard.domain(domain):
             if kept[rank]:
                 guard.retain(domain, rows.rows(slice(0, kept[rank])))
-            policy_gradient(replica, rows).backward()
+            policy_gradient(policy, rows).backward()
+            average()
             optimizer.step()
             optimizer.zero_grad()
             guard.probe()
+
+
+def trained(order, kept, **changes):
+    """A guarded run of DDP with a buffer, which its forward passes send to all ranks; `kept` are rows by rank."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    model = Toy()
+    model.register_buffer("frequencies", torch.ones(3))
+    replica = DistributedDataParallel(model)
+    guard = Guard(replica, dataclasses.replace(CONFIG, **changes), reduce=reduce)
+    optimizer = GuardedOptimizer(torch.optim.AdamW(replica.parameters(), lr=0.02), guard)
+    follow(order, kept, model, replica, guard, optimizer)
     faulthandler.cancel_dump_traceback_later()
     return model, guard
 
@@ -101,23 +107,18 @@ class Adapted(Toy):
 def adapted(kept):
     """A run whose frozen weights alone are sharded: every forward pass gathers them."""
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = dist.get_world_size()
     model = Adapted()
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)), ignored_params=set(adapters))
     guard = Guard(model, dataclasses.replace(CONFIG, rank=1, sketch=2), reduce=reduce)
     optimizer = GuardedOptimizer(torch.optim.AdamW(adapters, lr=0.02), guard)
-    for step, domain in enumerate(ORDER):
-        rows = rollout(model, domain, seed=1000 + 2 * step + rank)
-        with guard.domain(domain):
-            if kept[rank]:
-                guard.retain(domain, rows.rows(slice(0, kept[rank])))
-            policy_gradient(model, rows).backward()
-            for adapter in adapters:
-                adapter.grad = reduce(adapter.grad, "sum") / ranks
-            optimizer.step()
-            optimizer.zero_grad()
-            guard.probe()
+
+    def average():
+        for adapter in adapters:
+            adapter.grad = reduce(adapter.grad, "sum") / ranks
+
+    follow(ORDER, kept, model, model, guard, optimizer, average)
     state = guard.domains["math"]
     assert state.radius is not None
     radius = state.radius.item()
