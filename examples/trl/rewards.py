@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 CODE_SECONDS = 4
@@ -96,21 +98,28 @@ def _passes(program: str, cases: list[tuple[str, str]]) -> bool:
     # Without a test nothing is known of a program.
     if not program or not cases:
         return False
-    for given, wanted in cases:
-        try:
-            run = subprocess.run(
-                [sys.executable, "-I", "-c", program],
-                input=given,
-                capture_output=True,
-                text=True,
-                timeout=CODE_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return False
-        if run.returncode or run.stdout.split() != wanted.split():
-            return False
-    return True
+    with tempfile.TemporaryDirectory() as folder:
+        # A file: an argument has a length limit. What cannot be encoded, half a surrogate pair, is no program.
+        path = Path(folder) / "program.py"
+        path.write_bytes(program.encode("utf-8", "replace"))
+        return all(_answers(path, given) == wanted.split() for given, wanted in cases)
+
+
+def _answers(path: Path, given: str) -> list[str] | None:
+    """The words that a program writes for an input; None where it fails or takes too long."""
+    try:
+        run = subprocess.run(
+            [sys.executable, "-I", "-X", "utf8", path],
+            input=given,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=CODE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return None if run.returncode else run.stdout.split()
 
 
 def prose(completions: Sequence[Any], **columns: Any) -> list[float]:

@@ -27,12 +27,14 @@ def convert(source: Path, target: Path, validation: int) -> None:
     target.mkdir(parents=True, exist_ok=True)
     held: list[dict[str, Any]] = []
     for path in sorted(source.glob("*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [row(path.stem, index, json.loads(line)) for index, line in enumerate(lines)]
-        if len(rows) <= validation:
+        # Not str.splitlines, which ends a line at characters that JSON strings may hold as they are.
+        with path.open(encoding="utf-8") as lines:
+            rows = [row(path.stem, index, json.loads(line)) for index, line in enumerate(lines)]
+        trained = len(rows) - validation
+        if trained < 1:
             raise SystemExit(f"{path} has {len(rows)} rows; more than --validation {validation} are needed.")
-        pandas.DataFrame(rows[:-validation]).to_parquet(target / f"{path.stem}.parquet")
-        held += rows[-validation:]
+        pandas.DataFrame(rows[:trained]).to_parquet(target / f"{path.stem}.parquet")
+        held += rows[trained:]
     if not held:
         raise SystemExit(f"{source} holds no .jsonl file; make them with examples/trl/prepare.py first.")
     pandas.DataFrame(held).to_parquet(target / "validation.parquet")
@@ -44,4 +46,6 @@ if __name__ == "__main__":
     parser.add_argument("target", type=Path, help="folder for .parquet files")
     parser.add_argument("--validation", type=int, default=128, help="rows of each domain held back (default 128)")
     chosen = parser.parse_args()
+    if chosen.validation < 1:
+        parser.error(f"--validation is {chosen.validation}; veRL validates on a file of at least 1 row a domain.")
     convert(chosen.source, chosen.target, chosen.validation)

@@ -106,6 +106,7 @@ def test_public_rows_are_converted(prepare, tmp_path):
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
 
 
+BYTES = "```python\nimport sys\nsys.stdout.buffer.write(bytes([255]))\n```"
 WRITES_TWO = "```python\nimport sys\nsys.stdout.write('2')\n```"
 
 
@@ -134,6 +135,11 @@ WRITES_TWO = "```python\nimport sys\nsys.stdout.write('2')\n```"
         ("tests_pass", WRITES_TWO, "[]", 0.0),
         ("tests_pass", WRITES_TWO, '{"inputs": [], "outputs": []}', 0.0),
         ("tests_pass", "no program", '{"inputs": [], "outputs": []}', 0.0),
+        ("tests_pass", f"```python\n# {'x' * 200_000}\nprint(2)\n```", '[{"input": "1", "output": "2"}]', 1.0),
+        ("tests_pass", "```python\nprint('\ud800')\n```", '[{"input": "1", "output": "2"}]', 0.0),
+        ("tests_pass", "```python\nprint(2, '\0')\n```", '[{"input": "1", "output": "2"}]', 0.0),
+        ("tests_pass", BYTES, '[{"input": "1", "output": "2"}]', 0.0),
+        ("tests_pass", "```python\nprint(input())\n```", '[{"input": "\u00e9", "output": "\u00e9"}]', 1.0),
         ("tests_pass", "```python\n1/0\n```", '{"inputs": ["1"], "outputs": ["2"]}', 0.0),
     ],
 )
