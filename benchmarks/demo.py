@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import tempfile
 import time
 from dataclasses import asdict
@@ -71,7 +72,13 @@ def follow(options: dict[str, Any], start: str, console: Any) -> dict[str, dict[
                 while waiting and len(running) - len(results) < min(2, os.cpu_count() or 1):
                     running.append(waiting.pop(0))
                     running[-1].start()
-                method, kind, step, payload = news.get()
+                try:
+                    method, kind, step, payload = news.get(timeout=1.0)
+                except queue.Empty:
+                    # One that is killed, for want of memory for instance, says nothing.
+                    if killed := [process.exitcode for process in running if (process.exitcode or 0) < 0]:
+                        raise SystemExit(f"A run was killed by signal {-(killed[0] or 0)}.") from None
+                    continue
                 if kind == "failed":
                     raise SystemExit(f"The {method} run failed: {payload}")
                 if kind == "done":

@@ -89,5 +89,8 @@ def write(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write a result with its provenance into `benchmarks/results/`, or another folder; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"made_with": describe(), **payload}, indent=1) + "\n", encoding="utf-8")
+    # Whole or not at all: a benchmark that was stopped goes on from what is there.
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps({"made_with": describe(), **payload}, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
     return path
