@@ -13,8 +13,8 @@ from . import output
 
 DISTRIBUTION = "interference-guard"
 # The packages of each way to use the guard; the versions allowed are the distribution's own.
-HOSTS = {"core": ("torch", "safetensors"), "trl": ("trl", "transformers", "accelerate"), "verl": ("verl",),
-         "report": ("jinja2", "matplotlib", "rich", "typer")}  # fmt: skip
+HOSTS = {"core": ("torch", "safetensors", "numpy"), "trl": ("trl", "transformers", "accelerate"),
+         "verl": ("verl",), "report": ("jinja2", "matplotlib", "rich", "typer")}  # fmt: skip
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
