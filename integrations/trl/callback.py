@@ -182,15 +182,21 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         self.guard.ranks.reduce = reduce if processes > 1 else None
         compare(self._left, self.guard.view, "the run before ended with")
         self._left = None
-        self._made = Attached(seams, self.guard, self.domains, self._heard, recovery)
-        if recovery is not None:
-            seams.wrap("get_batch_samples", self._batches)
-        seams.wrap("log", self._log)
+        try:
+            self._made = Attached(seams, self.guard, self.domains, self._heard, recovery)
+            if recovery is not None:
+                seams.wrap("get_batch_samples", self._batches)
+            seams.wrap("log", self._log)
+            seams.wrap("train", self._train)
+            if hasattr(trainer, "create_model_card"):
+                seams.wrap("create_model_card", self._card)
+        except BaseException:
+            # Of a trainer that turns out to lack something nothing stays wrapped.
+            seams.restore()
+            self._made = None
+            raise
         if self.live is not None:
             self.live.bars = not trainer.args.disable_tqdm
-        seams.wrap("train", self._train)
-        if hasattr(trainer, "create_model_card"):
-            seams.wrap("create_model_card", self._card)
 
     @property
     def _attached(self) -> Attached:

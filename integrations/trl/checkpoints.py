@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from interference_guard.checkpoint import check_weights, load_own
-from interference_guard.errors import StateError
+from interference_guard.errors import GuardError, StateError
 from interference_guard.files import DETAILS
 from interference_guard.guard import Guard
 from interference_guard.telling import warn
@@ -36,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, seams: Seams, guard: Guard, bind: Callable[[], None]) -> None:
         self.trainer, self.guard, self._bind = seams.trainer, guard, bind
-        self._failed: StateError | None = None
+        self._failed: Exception | None = None
         self._read_before = False
         args = self.trainer.args
         if args.save_only_model and getattr(args.save_strategy, "value", args.save_strategy) != "no":
@@ -91,8 +91,9 @@ class Checkpoints:
             result = method(directory, *args, **kwargs)
             try:
                 self.save(directory)
-            except StateError as error:
-                # Raised in on_save, when the trainer's own checkpoint is complete.
+            except (GuardError, RuntimeError, MemoryError) as error:
+                # Raised in on_save, when the trainer's own checkpoint is complete. It may be of a probe, or of
+                # memory that is used up.
                 self._failed = error
             return result
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl.data_utils import apply_chat_template, is_conversational
 
-from interference_guard.errors import HostError, MissingDomainError
+from interference_guard.errors import HostError, ShapeError
 from interference_guard.probe import Completions, join
 
 from .completions import sampling_temperature
@@ -30,7 +30,7 @@ def read(trainer: Any, name: str, dataset: Any) -> Completions:
 
     Raises:
         HostError: If a column is missing or there are no rows.
-        MissingDomainError: If a row has no completion tokens; the message names the row.
+        ShapeError: If a row has no completion tokens; the message names the row.
     """
     absent = [column for column in COLUMNS if column not in (dataset.column_names or COLUMNS)]
     if absent:
@@ -59,7 +59,7 @@ def _row(words: Any, template: dict[str, Any], name: str, index: int, row: dict[
     prompt = words(text["prompt"], add_special_tokens=not conversational).input_ids
     completion = words(text["completion"] or "", add_special_tokens=False).input_ids
     if not completion:
-        raise MissingDomainError(
+        raise ShapeError(
             f"Row {index} of reference[{name!r}] has completion={row['completion']!r}, which holds no token. "
             "Every row needs one; fill it or leave the row out."
         )

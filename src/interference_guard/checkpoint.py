@@ -69,16 +69,16 @@ def write(
     """
     if folders == 1 and place is None:
         _check_writers(guard)
-    packed = pack(guard, folders, place)
-    tensors = {
-        # Shared and strided memory cannot be stored as it is.
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in packed["tensors"].items()
-    }
     names = file_names(guard)
     files = [beside(directory / name) for name in names]
     written = Written(directory, files, names)
     try:
+        packed = pack(guard, folders, place)
+        tensors = {
+            # Shared and strided memory cannot be stored as it is.
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in packed["tensors"].items()
+        }
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, files[0])
         details = dict(packed["details"])
@@ -93,7 +93,8 @@ def write(
         for path in files:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        # torch reports memory of the host that is used up, which copies of a large state need, by a RuntimeError.
         written.drop()
         raise unwritten(directory, error) from error
     except BaseException:

@@ -71,7 +71,7 @@ def unwritten(directory: Path, error: Exception) -> StateError:
     """What to raise where a state cannot be written."""
     return StateError(
         f"The guard's state could not be written to {directory}: {error}. The checkpoint of the host is "
-        "not touched. Free space or choose another folder, then save again."
+        "not touched. Free space (or memory, where that was short) or choose another folder, then save again."
     )
 
 

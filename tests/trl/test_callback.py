@@ -244,6 +244,19 @@ class TestRefusals:
         with pytest.raises(HostError, match="has no '_calculate_rewards', which the guard needs"):
             InterferenceGuardCallback(trainer, CONFIG)
 
+    def test_a_seam_that_fails_while_it_is_wrapped(self, tmp_path, monkeypatch):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        before = dict(vars(trainer))
+        callback = InterferenceGuardCallback(config=CONFIG)
+
+        def fails(*args):
+            raise AttributeError("no pad_token_id")
+
+        monkeypatch.setattr("interference_guard.integrations.trl.attached.PassingRows", fails)
+        with pytest.raises(AttributeError, match="no pad_token_id"):
+            callback.attach(trainer)
+        assert vars(trainer) == before
+
     def test_trainers_that_generate_in_other_ways(self, tmp_path):
         model, words = model_and_words(tmp_path / "model")
         args = DistillationConfig(output_dir=str(tmp_path / "run"), max_completion_length=3, **COMMON)

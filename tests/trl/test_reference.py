@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from interference_guard import ConfigError, HostError, MissingDomainError
+from interference_guard import ConfigError, HostError, ShapeError
 from interference_guard.integrations.trl import InterferenceGuardCallback, route
 from tests.trl.host import CONFIG, StopAt, online, reward, rows, same, supervised, weights
 
@@ -83,7 +83,7 @@ def test_a_resumed_run_takes_it_from_its_checkpoint(tmp_path):
     [
         (
             lambda: general(completion=""),
-            MissingDomainError,
+            ShapeError,
             r"Row 2 of reference\['general'\] has completion=''",
         ),
         (lambda: general().remove_columns("completion"), HostError, r"has no column 'completion'"),

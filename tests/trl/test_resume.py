@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -111,6 +113,18 @@ class TestSaving:
         theirs = {path.name for path in (tmp_path / "plain" / "run" / "checkpoint-4").iterdir()}
         mine = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
         assert mine == theirs
+
+    def test_memory_that_a_probe_lacks_leaves_the_hosts_checkpoint_whole(self, tmp_path, monkeypatch):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES), save_strategy="steps", save_steps=2)
+        callback = guarded(trainer)
+
+        def full(*args, **kwargs):
+            raise torch.OutOfMemoryError("nothing left")
+
+        monkeypatch.setattr(callback.guard, "save", full)
+        with pytest.raises(torch.OutOfMemoryError, match="nothing left"):
+            trainer.train()
+        assert {"trainer_state.json", "rng_state.pth"} <= set(os.listdir(tmp_path / "run/checkpoint-2"))
 
     def test_a_full_disk_leaves_no_state_of_an_earlier_attempt(self, tmp_path, monkeypatch):
         _, folder = self.saved(tmp_path)

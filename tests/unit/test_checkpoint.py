@@ -62,7 +62,7 @@ def edit_domain(**values):
         (damage(DETAILS, lambda data: data[: len(data) // 2]), StateError, "is damaged.*Resume from another"),
         (damage(DETAILS, lambda data: b"[]"), StateError, "holds no table"),
         (damage(DETAILS, lambda data: b"\xff\xfe"), StateError, "is damaged"),
-        (edit(version=99), StateVersionError, "format version 99; this version reads 7"),
+        (edit(version=99), StateVersionError, "format version 99; this version reads 8"),
         (edit(format="other"), StateError, "was not written by interference_guard"),
         (edit(domains={"math": {}}), StateError, "incomplete"),
         (edit(domains=[1]), StateError, "incomplete"),
@@ -181,6 +181,19 @@ def test_a_torn_pair_is_found(trained, monkeypatch):
         guard.save(folder)
     with pytest.raises(StateError, match="is damaged"):
         guard.load(folder)
+
+
+def test_memory_that_is_used_up_is_reported(trained, monkeypatch):
+    _, guard, folder = trained
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("interference_guard.checkpoint.pack", full)
+    with pytest.raises(StateError, match="could not be written .*can't allocate memory.*not touched"):
+        guard.save(folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 
 
 def test_threads_may_save_at_the_same_time(trained):
