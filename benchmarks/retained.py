@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from interference_guard import Completions
-from interference_guard.probe import estimate, join, spread
+from interference_guard.probe import estimate, evenly, join
 
 from .bed.beds import BEDS
 from .bed.method import Guarded
@@ -68,7 +68,7 @@ class Measuring(Compare):
                 now, span = self.guard.policy(rows), self.guard.domains[name].span
                 found = {"step": state.global_step, "domain": name, "true": rate - rates[name]}
                 for choice, (count, latest) in CHOICES.items():
-                    these = len(rows) - latest + spread(latest, count)
+                    these = len(rows) - latest + evenly(latest, count)
                     mask, rewards = rows.completion_mask[these], rows.rewards
                     assert rewards is not None
                     seen = estimate(name, now[these], before[these], mask, rewards[these], span)

@@ -20,7 +20,7 @@ from interference_guard.files import HISTORY
 from interference_guard.guard import Guard
 from interference_guard.history import History
 from interference_guard.optimizer import attach
-from interference_guard.probe import Completions, spread
+from interference_guard.probe import Completions, evenly
 from interference_guard.recovering import abandon_unserved
 
 from . import batch
@@ -101,7 +101,7 @@ class Session:
         limit = self.guard.retain_here
         kept = {
             name: batch.completions(
-                data, [rows[place] for place in spread(len(rows), limit)], self.temperature
+                data, [rows[place] for place in evenly(len(rows), limit)], self.temperature
             ).to(self.guard.device)
             for name, rows in new.items()
         }

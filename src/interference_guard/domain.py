@@ -11,6 +11,7 @@ from torch import Tensor
 from .curvature import DomainCurvature
 from .first_order import GradientMean
 from .local_model import LocalModel
+from .means import RunningMean
 from .probe import Completions, Measurement, join
 from .protected import ProtectedSet
 from .trust_region import TrustRegion
@@ -26,29 +27,6 @@ SETTLED, OUTLYING = 128, 3.0
 
 # Fields that are running means, which are saved by their sums.
 MEANS = ("rollouts", "rewards", "lengths")
-
-
-@dataclass
-class RunningMean:
-    """Mean since the last `take`."""
-
-    total: float = 0.0
-    count: float = 0.0
-
-    def add(self, total: float, count: float) -> None:
-        """Add a sum of `count` values."""
-        self.total += total
-        self.count += count
-
-    def sums(self) -> tuple[float, float]:
-        """Total and count so far."""
-        return self.total, self.count
-
-    def take(self) -> float | None:
-        """The mean, or None without values; starts anew."""
-        value = self.total / self.count if self.count else None
-        self.total = self.count = 0.0
-        return value
 
 
 @dataclass
@@ -231,10 +209,10 @@ class DomainState:
             limit: Most of them that a probe is made of.
             step: The guard's steps so far: rows of one step belong together.
         """
-        rows = completions.spread(limit).detached()
+        rows = completions.evenly(limit).detached()
         if self.kept_at == step and self.pending:
             # Of one step, whose batch comes in parts.
-            rows = join([self.pending[-1], rows]).spread(limit)
+            rows = join([self.pending[-1], rows]).evenly(limit)
             self.pending.pop()
         self.pending.append(rows)
         self.kept_at = step
@@ -247,7 +225,7 @@ class DomainState:
         count = sum(map(len, parts))
         if not limit <= count < POOL * limit:
             return count >= limit
-        return sum(int(part.scorable.sum()) for part in parts) >= limit
+        return sum(part.scorables for part in parts) >= limit
 
     def discard(self, step: int) -> None:
         """Let go of the rows of a step that proved to be none of the domain's own."""
@@ -260,14 +238,14 @@ class DomainState:
 
         Rows without a token to score are left out where there are others.
         """
-        rows = join(self.pending).preferred().spread(limit) if self.pending else None
+        rows = join(self.pending).preferred().evenly(limit) if self.pending else None
         if self.retained is None or (rows is not None and len(rows) >= limit):
             return rows
-        return self.retained if rows is None else join([self.retained.spread(limit - len(rows)), rows])
+        return self.retained if rows is None else join([self.retained.evenly(limit - len(rows)), rows])
 
     def unscorable(self) -> int:
         """How many of the rows that wait for the next anchor have no token to score; reads the device."""
-        return sum(int((~part.scorable).sum()) for part in self.pending)
+        return sum(len(part) - part.scorables for part in self.pending)
 
     def forget_pending(self) -> None:
         """Begin a new list of retained rows."""

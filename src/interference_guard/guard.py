@@ -98,7 +98,7 @@ class Guard(GuardState):
         if not len(rows):
             return
         state = self.state_of(domain)
-        state.keep(rows.spread(self.retain_here).to(self.device), self.retain_here, self.steps)
+        state.keep(rows.evenly(self.retain_here).to(self.device), self.retain_here, self.steps)
         state.lengths.add(float(rows.completion_mask.sum().item()), len(rows))
         if rows.rewards is not None:
             rewards = rows.rewards.detach().float()
@@ -376,6 +376,7 @@ class Guard(GuardState):
     def load(
         self,
         directory: str | Path,
+        *,
         ranks: Sequence[str | Path] | None = None,
         place: tuple[int, int] | None = None,
     ) -> None:

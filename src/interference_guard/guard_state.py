@@ -18,7 +18,8 @@ from .curvature import DomainCurvature
 from .domain import DomainState
 from .errors import ConfigError, MissingDomainError, UnknownDomainError
 from .evaluating import bare
-from .metering import Clock, TensorMean
+from .means import RunningMean
+from .metering import Clock
 from .model_view import ModelView
 from .names import named
 from .observation import Observation
@@ -77,7 +78,7 @@ class GuardState:
         self.clock = Clock()
         self.steps = 0
         """Optimizer steps so far."""
-        self.kept = TensorMean()
+        self.kept = RunningMean()
         # Keeps its local models alive: cleared whenever one is replaced.
         self.grams: Grams = {}
         # Jaccard indices of protected sets by sorted names; sets change at anchors alone.
@@ -99,8 +100,10 @@ class GuardState:
         self.grad_scale: Tensor | None = None
         # Whether backward passes of the guard's own work here; False once one has failed.
         self.differentiates = True
-        # What was warned about: the domains of a mixed step, or one domain whose gradients were of no use.
-        self.warned: set[tuple[str, ...]] = set()
+        # Domains that a step trained together with others, and those whose gradients proved to be of no use: what
+        # was warned about.
+        self.mixed: set[str] = set()
+        self.useless: set[str] = set()
         # Steps of a domain that ended without an anchor, since none of its gradients had been of use so far.
         self.fruitless: Counter[str] = Counter()
         # Steps that the recovery schedule has seen, and what was measured since.
@@ -136,11 +139,12 @@ class GuardState:
         """Say what the coming step trains; replaces what was said before.
 
         Args:
-            shares: One domain's name, or the part of the step's rows by domain. Domains under `active_share` stay
-                protected.
+            shares: One domain's name, or the part or number of the step's rows by domain. Domains under
+                `active_share` stay protected.
 
         Raises:
             MissingDomainError: If no domain has a positive share, or a name is not a non-empty string.
+            ConfigError: If a share is negative or not a finite number.
         """
         if isinstance(shares, str):
             shares = {shares: 1.0}
@@ -152,7 +156,10 @@ class GuardState:
         for name, share in shares.items():
             check_name(name)
             if not isinstance(share, SupportsFloat) or not (math.isfinite(share) and share >= 0):
-                raise MissingDomainError(f"Domain {name!r} has share {share!r}; shares are numbers from 0 to 1.")
+                raise ConfigError(
+                    f"Domain {name!r} has share {share!r}. Give a finite number of at least 0, for instance "
+                    "how many of the step's rows are the domain's: shares are divided by their sum."
+                )
         total = sum(shares.values())
         if total <= 0:
             raise MissingDomainError(
@@ -271,8 +278,8 @@ class GuardState:
 
     def warn_mixed(self, names: tuple[str, ...]) -> None:
         """Say once that a step of several domains adds to no domain's curvature; shuffled rows mix all ways."""
-        first = not any(len(others) > 1 for others in self.warned)
-        self.warned.add(names)
+        first = not self.mixed
+        self.mixed.update(names)
         if first:
             warn(
                 f"A step trained the domains {sorted(names)} together: each has at least "
@@ -293,8 +300,8 @@ class GuardState:
         """
         self.fruitless[name] += steps
         # Of a domain that was only trained in mixed steps nothing was observed, which was said already.
-        if self.fruitless[name] >= FRUITLESS and not any(name in names for names in self.warned):
-            self.warned.add((name,))
+        if self.fruitless[name] >= FRUITLESS and name not in self.mixed | self.useless:
+            self.useless.add(name)
             warn(
                 f"All gradients of domain {name!r} were zero or not finite so far, as they are where the rewards "
                 "of each group are alike, or gone when the guard looked, as where an optimizer steps inside of "

@@ -53,9 +53,7 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
     Their rows are then of one width too: how many of them a policy takes at a time may depend on it.
     """
     if not (guard.view.gathered or guard.scores_together):
-        found = None if rows is None else _scored(guard, rows, policy)
-        guard.view.reshard()
-        return found
+        return None if rows is None else _scored(guard, rows, policy)
     count, length = (0, 0) if rows is None else rows.input_ids.shape
     least, most = guard.ranks.limits(-float(length), float(count), guard.device)
     widest, most = -int(least), int(most)
@@ -68,14 +66,16 @@ def _score(guard: Guard, rows: Completions | None, policy: Policy, temperature: 
     # A policy may take rows of another temperature in another way, so ranks must agree on that too.
     rows = replace(rows.rows(repeated).widened(widest), temperature=temperature)
     scores = _scored(guard, rows, getattr(policy, "together", policy))
-    guard.view.reshard()
     return scores[:count, :length] if count else None
 
 
 def _scored(guard: Guard, rows: Completions, policy: Policy) -> Tensor:
     # A model may draw in evaluation mode too, and a host's policy may do anything.
-    with generators_kept(guard.device):
-        scores = policy(rows)
+    try:
+        with generators_kept(guard.device):
+            scores = policy(rows)
+    finally:
+        guard.view.reshard()
     wanted = tuple(rows.input_ids.shape)
     if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
         found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

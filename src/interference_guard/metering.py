@@ -6,8 +6,6 @@ import math
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from .trust_region import Raw
 
 if TYPE_CHECKING:
@@ -35,34 +33,6 @@ class Clock:
         total = sum(self.seconds.values())
         (before, seconds), self._reported = self._reported, (steps, total)
         return (total - seconds) / (steps - before) if steps > before else None
-
-
-class TensorMean:
-    """Mean of 0-d tensors since the last `take`; adding does not read the device.
-
-    Args:
-        total: Sum of values that were added before, None without any.
-        count: Their number.
-    """
-
-    def __init__(self, total: Tensor | float | None = None, count: int = 0) -> None:
-        self._total = total
-        self._count = count
-
-    def add(self, value: Tensor) -> None:
-        """Add a value."""
-        self._total = value if self._total is None else self._total + value
-        self._count += 1
-
-    def take(self) -> float | None:
-        """The mean, or None without values; reads the device and starts anew."""
-        total, count = self.sums()
-        self._total, self._count = None, 0
-        return None if total is None else total / count
-
-    def sums(self) -> tuple[float | None, int]:
-        """Total and count so far; reads the device."""
-        return None if self._total is None else float(self._total), self._count
 
 
 def collect(guard: Guard) -> dict[str, float]:

@@ -18,7 +18,7 @@ from .errors import StateError
 from .first_order import GradientMean
 from .local_block import LocalBlock
 from .local_model import LocalModel
-from .metering import TensorMean
+from .means import RunningMean
 from .origin import BINDING, VERSION, blocks_of, parameters_of, shards_of
 from .probe import Completions, Measurement
 from .protected import ProtectedSet
@@ -145,7 +145,7 @@ def unpacked(guard: Guard, details: Mapping[str, Any], tensors: Mapping[str, Ten
         trained, announced = (tuple(_words(key, details[key])) for key in ("trained", "announced"))
         asked, differentiates = int(details["asked"]), bool(details["differentiates"])
         total, count = details["kept"]
-        kept = TensorMean(_plain("kept", total, None), _plain("kept", count, 0))
+        kept = RunningMean(_plain("kept", total, 0.0), _plain("kept", count, 0.0))
         fruitless: Counter[str] = Counter(
             {name: int(_plain("fruitless", count, 0)) for name, count in details["fruitless"].items()}
         )

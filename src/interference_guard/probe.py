@@ -37,7 +37,7 @@ Ratio = Literal["sequence", "token", "nats"]
 Reduce = Callable[[Tensor], Tensor]
 
 
-def spread(count: int, limit: int) -> Tensor:
+def evenly(count: int, limit: int) -> Tensor:
     """Places of at most `limit` out of `count` rows, evenly from first to last, ``(rows,)`` int64 on the CPU.
 
     Neighbours are often answers to one prompt. What a domain loses differs from prompt to prompt far more than
@@ -94,32 +94,16 @@ class Completions:
 
     def rows(self, chosen: slice | Tensor) -> Completions:
         """The chosen rows."""
-        return Completions(
-            self.input_ids[chosen],
-            self.attention_mask[chosen],
-            self.completion_mask[chosen],
-            None if self.rewards is None else self.rewards[chosen],
-            self.temperature,
-        )
+        return self._each(lambda part: part[chosen], lambda rewards: rewards[chosen])
 
     def columns(self, chosen: slice) -> Completions:
         """The chosen columns of all rows."""
-        return Completions(
-            self.input_ids[:, chosen],
-            self.attention_mask[:, chosen],
-            self.completion_mask[:, chosen],
-            self.rewards,
-            self.temperature,
-        )
+        return self._each(lambda part: part[:, chosen])
 
     def widened(self, length: int) -> Completions:
         """These rows padded on the right to a length; both masks are 0 there."""
         missing = length - self.input_ids.shape[1]
-        ids, attention, scored = (
-            torch.nn.functional.pad(part, (0, missing))
-            for part in (self.input_ids, self.attention_mask, self.completion_mask)
-        )
-        return Completions(ids, attention, scored, self.rewards, self.temperature)
+        return self._each(lambda part: torch.nn.functional.pad(part, (0, missing)))
 
     def finite(self) -> Completions:
         """The rows whose reward is a finite number; the same object where all are, or where there are no rewards.
@@ -135,6 +119,11 @@ class Completions:
         """Whether a row has a token to score, ``(rows,)`` bool."""
         return (self.completion_mask != 0).any(1)
 
+    @cached_property
+    def scorables(self) -> int:
+        """How many rows have a token to score; read from the device once, so rows must not change."""
+        return int(self.scorable.sum())
+
     def preferred(self) -> Completions:
         """The rows with a token to score; the same object where all are such, or none.
 
@@ -143,9 +132,9 @@ class Completions:
         chosen = self.scorable.nonzero().flatten()
         return self.rows(chosen) if 0 < len(chosen) < len(self) else self
 
-    def spread(self, limit: int) -> Completions:
-        """At most `limit` rows, chosen by `spread`; the same object where there are no more."""
-        return self if len(self) <= limit else self.rows(spread(len(self), limit))
+    def evenly(self, limit: int) -> Completions:
+        """At most `limit` rows, chosen by `evenly`; the same object where there are no more."""
+        return self if len(self) <= limit else self.rows(evenly(len(self), limit))
 
     @cached_property
     def distinct(self) -> tuple[slice | Tensor, Tensor]:
@@ -169,23 +158,25 @@ class Completions:
 
     def to(self, device: torch.device) -> Completions:
         """These rows with all tensors on `device`."""
-        return Completions(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.completion_mask.to(device),
-            None if self.rewards is None else self.rewards.to(device),
-            self.temperature,
-        )
+        return self._each(lambda part: part.to(device), lambda rewards: rewards.to(device))
 
     def detached(self) -> Completions:
         """A copy that shares no memory with the host's tensors."""
-        rewards = None if self.rewards is None else self.rewards.detach().float().clone()
-        return Completions(
-            self.input_ids.detach().to(torch.int64, copy=True),
-            self.attention_mask.detach().to(torch.int64, copy=True),
-            self.completion_mask.detach().to(torch.int64, copy=True),
-            rewards,
-            self.temperature,
+        return self._each(
+            lambda part: part.detach().to(torch.int64, copy=True),
+            lambda rewards: rewards.detach().to(torch.float32, copy=True),
+        )
+
+    def _each(
+        self, change: Callable[[Tensor], Tensor], rewarded: Callable[[Tensor], Tensor] = lambda rewards: rewards
+    ) -> Completions:
+        """What `change` makes of ids and masks, and `rewarded` of the rewards, where there are any."""
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            attention_mask=change(self.attention_mask),
+            completion_mask=change(self.completion_mask),
+            rewards=None if self.rewards is None else rewarded(self.rewards),
         )
 
 

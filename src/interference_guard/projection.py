@@ -1,4 +1,4 @@
-"""Nearest point of a trust region: one secular equation, and cyclic passes over several regions.
+"""Nearest point of a trust region: one secular equation.
 
 The region of a domain is { z : sum_i w_i z_i^2 / 2 <= radius }, z the displacement seen through the
 domain's directions. Its nearest point to z is z / (1 + mu w) with mu >= 0 the root of

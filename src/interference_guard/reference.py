@@ -94,20 +94,16 @@ def observe_softened(
             memory of every rank, one at a time makes as many more passes.
 
     Raises:
-        UnsupportedError: If a single row does not fit.
+        UnsupportedError: If a single row does not fit, or the model cannot be differentiated.
     """
 
     def add(size: int) -> str | None:
-        try:
-            add_softened(guard, curvature, rows, passes * batch_size // size, size)
-        except torch.OutOfMemoryError:
-            return "a backward pass over one row of a reference domain does not fit into the memory."
-        return None
+        return attempt(guard, curvature, rows, passes * batch_size // size, size)
 
     if (failure := add_what_fits(guard, curvature, (batch_size, 1), add)) is not None:
         raise UnsupportedError(
-            f"No curvature of a reference domain can be had: {failure} Give shorter rows, or turn on gradient "
-            "checkpointing."
+            f"No curvature of a reference domain can be had: {failure} Where memory is short, give shorter rows "
+            "or turn on gradient checkpointing."
         )
     merge_ranks(guard, curvature)
 
@@ -134,6 +130,21 @@ def add_what_fits(
             return None
         curvature.clear()
     return failure or "another rank has no room for them."
+
+
+def attempt(
+    guard: Guard, curvature: DomainCurvature, rows: Completions, passes: int, batch_size: int
+) -> str | None:
+    """What `add_softened` does, or why it cannot: a rank that raised would leave the others waiting."""
+    try:
+        add_softened(guard, curvature, rows, passes, batch_size)
+    except torch.OutOfMemoryError:
+        return f"a backward pass over {batch_size} of its completions does not fit into the memory."
+    except UnsupportedError as error:
+        return str(error)
+    except RuntimeError as error:
+        return f"a backward pass over its completions ended with {type(error).__name__}: {error}."
+    return None
 
 
 def add_softened(

@@ -19,7 +19,7 @@ from .exact import exact_products
 from .first_order import slopes_of
 from .local_model import LocalModel, anchor_domain
 from .protection import protected_rows
-from .reference import add_softened, add_what_fits, merge_ranks
+from .reference import add_what_fits, attempt, merge_ranks
 from .telling import warn
 
 if TYPE_CHECKING:
@@ -142,10 +142,4 @@ def _add(guard: Guard, state: DomainState, curvature: DomainCurvature, size: int
     if state.retained is None:
         return None
     rows = state.retained.to(guard.device)
-    try:
-        add_softened(guard, curvature, rows, -(-len(rows) // size), size)
-    except torch.OutOfMemoryError:
-        return "a backward pass over its retained completions does not fit into the memory."
-    except RuntimeError as error:
-        return f"a backward pass over its retained completions ended with {type(error).__name__}: {error}."
-    return None
+    return attempt(guard, curvature, rows, -(-len(rows) // size), size)

@@ -56,7 +56,6 @@ class TrustRegion:
             the truth.
         astray: Whether the part outside of the directions led at the last measurement.
         rate: Largest learning rate so far of a step that the radius knows of; 0 where rates are not known.
-        at_floor: The last measurement was over budget while the floor held the radius.
         xy, xx: Running sums of raw x loss and raw^2 (quadratic parts), whose quotient is the calibration.
         ly, ll, lx: Running sums of linear x loss, linear^2 and linear x raw: with a first-order term the
             calibration is a least-squares fit of both.
@@ -74,7 +73,6 @@ class TrustRegion:
     centre_loss: float = 0.0
     astray: bool = False
     rate: float = 0.0
-    at_floor: bool = False
     xy: float = 0.0
     xx: float = 0.0
     ly: float = 0.0
@@ -257,7 +255,6 @@ class TrustRegion:
         self.xy = self.xx = self.ly = self.ll = self.lx = 0.0
 
     def _adapt(self, loss: float, subspace: float, residual: float) -> None:
-        self.at_floor = False
         if self.radius <= 0 or not math.isfinite(loss) or not math.isfinite(subspace):
             return
         budget = self.allowed
@@ -278,7 +275,6 @@ class TrustRegion:
         elif residual > subspace and radius < self.largest * FLOOR:
             # What is lost lies outside the directions: a smaller radius would only freeze learning.
             self.radius = min(self.radius, self.largest * FLOOR)
-            self.at_floor = True
         else:
             self.radius = max(min(radius, self.ceiling), self.largest * LEAST)
 

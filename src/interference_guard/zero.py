@@ -88,11 +88,11 @@ class Zero:
         self._held: dict[int, tuple[Tensor | None, int]] = {}
         groups = {id(group): group for group in map(self._group, range(len(self.buffers)))}
         self.group = next(iter(groups.values()))
-        if any(_ranks(group) != _ranks(self.group) for group in groups.values()):
+        ranks = [dist.get_process_group_ranks(group) for group in groups.values()]
+        if any(found != ranks[0] for found in ranks):
             raise UnsupportedError(
-                f"DeepSpeed shares the parameters out over groups of other ranks, "
-                f"{list(map(_ranks, groups.values()))}, as it does for experts. The guard sums over one group: "
-                "train without expert parallelism."
+                f"DeepSpeed shares the parameters out over groups of other ranks, {ranks}, as it "
+                "does for experts. The guard sums over one group: train without expert parallelism."
             )
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._places = {id(parameter): place for parameter, place in self._lay_out()}
@@ -345,7 +345,3 @@ def check_settings(settings: Mapping[str, Any]) -> None:
                 f"DeepSpeed runs with {name}={zero[name]!r}: {kind}, which the guard does not follow. Take it "
                 "out of zero_optimization."
             )
-
-
-def _ranks(group: Any) -> list[int]:
-    return dist.get_process_group_ranks(group)

@@ -64,5 +64,5 @@ def test_replicas_save_into_folders_of_their_own(how, ranks, parts, tmp_path):
         rows += before
     # One process takes all of them.
     guard = Guard(Toy(), CONFIG)
-    guard.load(tmp_path / "state/0", [tmp_path / f"state/{rank}" for rank in range(ranks)])
+    guard.load(tmp_path / "state/0", ranks=[tmp_path / f"state/{rank}" for rank in range(ranks)])
     assert sorted(replicas.kept_rows(guard)) == sorted(rows)

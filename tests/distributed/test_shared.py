@@ -56,7 +56,7 @@ def test_a_sharded_state_is_saved_whole(found):
     first = folder / "fsdp2_6"
     model, _ = model_and_words(folder / "model")
     guard = Guard(model, engines.CONFIG)
-    guard.load(first, [first, first / "interference_guard_rank1"])
+    guard.load(first, ranks=[first, first / "interference_guard_rank1"])
     assert guard.domains["math"].radius.item() == pytest.approx(sharded[0]["radius"])
     assert guard.protected == ("math",)
 

@@ -32,7 +32,7 @@ def run(rows, config, folder):
         guard.save(folder)
         other = Guard(model, config)
         other.load(folder)
-        other.load(folder, [folder])
+        other.load(folder, ranks=[folder])
     return list(model.parameters()), guard.state_dict()["tensors"]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from interference_guard import GuardConfig, stepping
 from interference_guard.domain import POOL
-from interference_guard.probe import Completions, join, spread
+from interference_guard.probe import Completions, evenly, join
 from tests.unit.helpers import guarded, train
 
 PROMPTS, ANSWERS = 2, 8
@@ -37,10 +37,10 @@ def kept(domain):
 
 
 def test_rows_are_spread_evenly_up_to_the_last():
-    assert spread(12, 4).tolist() == [2, 5, 8, 11]
-    assert spread(13, 10).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12]
-    assert spread(3, 10).tolist() == [0, 1, 2]
-    assert spread(0, 10).tolist() == []
+    assert evenly(12, 4).tolist() == [2, 5, 8, 11]
+    assert evenly(13, 10).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12]
+    assert evenly(3, 10).tolist() == [0, 1, 2]
+    assert evenly(0, 10).tolist() == []
 
 
 def test_the_probe_is_of_as_many_prompts_as_the_latest_steps_had():
@@ -215,4 +215,4 @@ def test_rows_are_chosen_before_they_are_moved(monkeypatch):
     # All of them count for the rewards.
     assert guard.domains["math"].span == (0.0, 7.0)
     assert guard.domains["math"].rewarded == 4 * LIMIT
-    assert kept(guard.domains["math"]) == rows.spread(LIMIT).rewards.tolist()
+    assert kept(guard.domains["math"]) == rows.evenly(LIMIT).rewards.tolist()

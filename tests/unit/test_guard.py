@@ -6,6 +6,7 @@ import torch
 
 from interference_guard import (
     Completions,
+    ConfigError,
     Guard,
     GuardConfig,
     MissingDomainError,
@@ -220,15 +221,15 @@ def test_domains_must_be_named():
     policy_gradient(model, rollout(model, "math")).backward()
     with pytest.raises(MissingDomainError, match=r"no domain is set.*guard\.domain"):
         optimizer.step()
-    for shares, message in (
-        ({}, "names one"),
-        ({"math": 0.0}, "names one"),
-        ({"": 1.0}, "non-empty string"),
-        ({3: 1.0}, "non-empty string"),
-        ({"math": -1.0}, "has share -1.0"),
-        ({"math": math.nan}, "has share nan"),
+    for shares, error, message in (
+        ({}, MissingDomainError, "names one"),
+        ({"math": 0.0}, MissingDomainError, "names one"),
+        ({"": 1.0}, MissingDomainError, "non-empty string"),
+        ({3: 1.0}, MissingDomainError, "non-empty string"),
+        ({"math": -1.0}, ConfigError, "has share -1.0"),
+        ({"math": math.nan}, ConfigError, "has share nan"),
     ):
-        with pytest.raises(MissingDomainError, match=message):
+        with pytest.raises(error, match=message):
             guard.begin(shares)
     with pytest.raises(MissingDomainError, match=r"was given \['math'\]"):
         guard.begin(["math"])

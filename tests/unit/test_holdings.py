@@ -42,7 +42,7 @@ def test_a_process_of_its_own_is_told_to_name_all_folders(tmp_path):
     guard, folders = Guard(Toy(), CONFIG), [tmp_path / "rank0", tmp_path / "rank1"]
     with pytest.raises(StateError, match=ADVICE):
         guard.load(folders[0])
-    guard.load(folders[0], folders)
+    guard.load(folders[0], ranks=folders)
     assert len(guard.domains["math"].retained) == len(first) + len(second)
 
 
@@ -61,14 +61,14 @@ def test_by_the_number_of_folders_where_no_place_was_given(tmp_path):
     guard.load(tmp_path / "rank1", place=(1, 2))
     assert guard.steps == 3
     with pytest.raises(StateError, match=r"holds the completions of 1 states of 2"):
-        guard.load(tmp_path / "rank1", [tmp_path / "rank1"], place=(0, 1))
+        guard.load(tmp_path / "rank1", ranks=[tmp_path / "rank1"], place=(0, 1))
 
 
 def test_all_folders_must_be_named(tmp_path):
     begun(tmp_path)
     guard = Guard(Toy(), CONFIG)
     with pytest.raises(StateError, match=rf"rank1 holds the completions of ranks \[1\] of 2. {ADVICE}"):
-        guard.load(tmp_path / "rank1", [tmp_path / "rank1"])
+        guard.load(tmp_path / "rank1", ranks=[tmp_path / "rank1"])
     (tmp_path / "rank1" / DETAILS).unlink()
     # A host that names them finds the files of one gone.
     for read in (load_own, look_own):

@@ -50,3 +50,16 @@ def test_nothing_is_scored_where_no_rank_has_rows():
     passes = []
     assert rank(0, passes)(None) is None
     assert passes == []
+
+
+def test_weights_that_lie_sharded_do_so_again_where_a_policy_fails():
+    resharded = []
+    view = SimpleNamespace(gathered=False, reshard=lambda: resharded.append(True))
+    guard = SimpleNamespace(view=view, device=torch.device("cpu"), scores_together=False)
+
+    def policy(rows):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        score(guard, SimpleNamespace(retained=APART, temperature=1.0), policy)
+    assert resharded == [True]

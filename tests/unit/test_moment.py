@@ -165,4 +165,4 @@ def test_numbers_are_read_where_a_step_was_of_no_use(tmp_path):
     guard.after_step()
     guard.save(tmp_path)
     assert json.loads((tmp_path / DETAILS).read_text())["shared"] == {"math": {"energy": 0.0}}
-    Guard(model, CONFIG).load(tmp_path, [tmp_path])
+    Guard(model, CONFIG).load(tmp_path, ranks=[tmp_path])

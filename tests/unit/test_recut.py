@@ -10,13 +10,13 @@ from torch import nn
 from interference_guard import Guard, GuardedOptimizer, StateError
 from interference_guard.checkpoint import DETAILS
 from interference_guard.recut import recut
-from tests.unit.helpers import CONFIG
+from tests.unit.helpers import CONFIG, Toy, rollout
 
 
 def test_one_part_for_one_rank_is_itself(trained):
     model, guard, folder = trained
     other = Guard(model, CONFIG)
-    other.load(folder, [folder])
+    other.load(folder, ranks=[folder])
     expected, found = guard.state_dict(), other.state_dict()
     assert json.dumps(found["details"]) == json.dumps(expected["details"])
     # What one process shares with the sums is stored once more.
@@ -53,7 +53,7 @@ def test_parts_that_do_not_fit_are_refused_and_change_nothing(trained, change, m
     _, guard, folder = trained
     before = guard.raw("math")
     with pytest.raises(StateError, match=message):
-        guard.load(folder, [changed(folder, "other", change)])
+        guard.load(folder, ranks=[changed(folder, "other", change)])
     assert guard.raw("math") == before
 
 
@@ -66,7 +66,7 @@ def test_parts_whose_tensors_do_not_fit_are_refused_and_change_nothing(trained):
         for rank in range(2)
     ]
     with pytest.raises(StateError, match=r"incomplete: RuntimeError: .*size"):
-        guard.load(folder, halves)
+        guard.load(folder, ranks=halves)
     assert guard.raw("math") == before
 
 
@@ -82,7 +82,7 @@ def test_parts_that_stack_parameters_in_other_ways_are_refused(trained):
     _, guard, folder = trained
     halves = [changed(folder, f"half{rank}", lambda details, rank=rank: half(details, rank)) for rank in range(2)]
     with pytest.raises(StateError, match="incomplete: ValueError: its ranks stack parameters in different ways"):
-        guard.load(folder, halves)
+        guard.load(folder, ranks=halves)
 
 
 def half(details, rank):
@@ -95,7 +95,7 @@ def test_parts_of_two_moments_are_refused(trained):
     _, guard, folder = trained
     later = changed(folder, "later", lambda details: details.update(steps=7))
     with pytest.raises(StateError, match=r"at steps \[6, 7\]"):
-        guard.load(folder, [folder, later])
+        guard.load(folder, ranks=[folder, later])
 
 
 def test_parts_of_two_attempts_at_one_step_are_refused(trained):
@@ -103,17 +103,17 @@ def test_parts_of_two_attempts_at_one_step_are_refused(trained):
     first, second = (
         changed(folder, name, lambda details, name=name: details.update(save_id=name)) for name in ("a", "b")
     )
-    guard.load(first, [first])
+    guard.load(first, ranks=[first])
     # One of before there were such numbers is of another moment, too.
     for other in (second, folder):
         with pytest.raises(StateError, match=r"at steps \[6\] of 2 attempts"):
-            guard.load(first, [first, other])
+            guard.load(first, ranks=[first, other])
 
 
 def test_without_any_part_the_file_is_named(trained, tmp_path):
     _, guard, _ = trained
     with pytest.raises(StateError, match=r"interference_guard\.json does not exist"):
-        guard.load(tmp_path / "none", [])
+        guard.load(tmp_path / "none", ranks=[])
 
 
 def named(order, low=""):
@@ -195,3 +195,17 @@ def test_a_part_in_another_order_names_the_first_difference(trained, monkeypatch
         StateError, match=r"its block 0 is of \[.*\], this guard's of \['embed\.weight'.* Guard\.load"
     ):
         guard.load_state_dict(state)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_all_ranks_have_the_same_rows_of_a_reference_domain(tmp_path, ranks):
+    model, given = Toy(), rollout(Toy(), "qa")
+    for rank in range(2):
+        guard = Guard(model, CONFIG)
+        guard.protect("qa", given)
+        guard.save(tmp_path / str(rank), folders=2, place=(rank, 2))
+    read = Guard(model, CONFIG)
+    read.load(tmp_path / "0", ranks=[tmp_path / "0", tmp_path / "1"], place=(ranks - 1, ranks))
+    found, expected = read.domains["qa"], guard.domains["qa"]
+    assert torch.equal(found.retained.input_ids, expected.retained.input_ids)
+    assert torch.equal(found.anchor_scores, expected.anchor_scores)

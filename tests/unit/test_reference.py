@@ -139,6 +139,16 @@ class TestRefusals:
             guard.protect("qa", given())
         assert not guard.domains
 
+    def test_a_model_without_a_graph(self):
+        class Cut(Toy):
+            def forward(self, input_ids, attention_mask=None):
+                return super().forward(input_ids).detach()
+
+        guard = Guard(Cut(), CONFIG)
+        with pytest.raises(UnsupportedError, match="ended with RuntimeError: element 0 of tensors"):
+            guard.protect("qa", given())
+        assert not guard.domains
+
 
 def test_gradients_are_those_of_a_loss_on_all_logits_at_once(monkeypatch):
     monkeypatch.setattr("interference_guard.reference.POSITIONS", 5)
@@ -181,7 +191,7 @@ def test_rows_that_do_not_fit_together_are_passed_one_by_one(monkeypatch, fits):
     monkeypatch.setattr("interference_guard.reference._gradients", gradients)
     guard = Guard(Toy(), CONFIG)
     if not fits:
-        with pytest.raises(UnsupportedError, match="one row of a reference domain does not fit"):
+        with pytest.raises(UnsupportedError, match="over 1 of its completions does not fit"):
             guard.protect("qa", given(), passes=3, batch_size=4)
         assert not guard.domains
         return

@@ -132,7 +132,7 @@ def test_sums_keep_their_size_for_own_steps_that_follow():
 @pytest.mark.parametrize("allowed", [1, 0])
 def test_rows_that_do_not_fit_are_taken_one_by_one_or_not_at_all(monkeypatch, allowed):
     _, guard, _, state = astray()
-    made, real = [], renewing.add_softened
+    made, real = [], reference.add_softened
 
     def add(guard, curvature, rows, passes, size):
         made.append((passes, size))
@@ -140,7 +140,7 @@ def test_rows_that_do_not_fit_are_taken_one_by_one_or_not_at_all(monkeypatch, al
         if size > allowed:
             raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(renewing, "add_softened", add)
+    monkeypatch.setattr(reference, "add_softened", add)
     U = [block.U for block in state.model.blocks]
     rows = len(state.retained)
     with warnings.catch_warnings(record=True) as caught:

@@ -46,9 +46,7 @@ def test_radius_stops_at_the_floor_where_the_residual_leads():
     for _ in range(20):
         measured(control, found(0.5), Raw(0.01, 0.5))
     assert control.radius == FLOOR
-    assert control.at_floor
     measured(control, found(0.005), Raw(FLOOR, 0.5))
-    assert not control.at_floor
     assert control.radius == 2 * FLOOR
 
 

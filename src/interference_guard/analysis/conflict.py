@@ -81,7 +81,7 @@ def conflict_subspace(
         if part.view.kind != "vector":
             cosines[name] = values
             chance[name] = _chance(U, V, generator)
-        seen = part.see(displacement(name, end, start))
+        seen = part.see(displacement(name, end, before=start))
         energy = float(seen.lengths.sum())
         total += energy
         flat += energy * min(U.shape[2] / part.view.width, 1.0)

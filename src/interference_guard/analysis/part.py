@@ -18,7 +18,7 @@ from .pieces import matrix_shape, unit_pieces
 Read = Callable[[int, int], Tensor]
 
 
-def displacement(name: str, after: Weights, before: Weights | None = None) -> Read:
+def displacement(name: str, after: Weights, *, before: Weights | None = None) -> Read:
     """Read what a tensor moved by, or the tensor itself where nothing says from where.
 
     Args:

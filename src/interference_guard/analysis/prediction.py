@@ -67,6 +67,7 @@ class Prediction:
 def predict_interference(
     record: DomainRecord,
     after: Weights,
+    *,
     before: Weights | None = None,
     advance: Advance = lambda name: None,
 ) -> Prediction:
@@ -92,7 +93,7 @@ def predict_interference(
     """
     there = record.state.running(after)
     start = None if before is None else record.state.running(before)
-    return _predicted(record, lambda name: displacement(name, there, start), before is None, advance)
+    return _predicted(record, lambda name: displacement(name, there, before=start), before is None, advance)
 
 
 def before_move(record: DomainRecord, weights: Weights) -> bool:

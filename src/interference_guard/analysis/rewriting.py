@@ -135,7 +135,7 @@ class _Change:
         # Rows that hold a part of every unit need all of a unit's coordinates first.
         self.z: Tensor | None = None
         if plan.mode == "directions":
-            self.z = part.see(displacement(part.view.name, after, before)).z
+            self.z = part.see(displacement(part.view.name, after, before=before)).z
 
     def write(self, folder: Path, mask: Tensor, generator: torch.Generator) -> None:
         """Overwrite the chosen units ``(matrices, units)`` in the copy, piece by piece."""

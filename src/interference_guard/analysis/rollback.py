@@ -148,7 +148,7 @@ def see_edit(record: DomainRecord, before: Weights, after: Weights) -> Iterator[
     """An edit parameter by parameter, as the domain's local model sees it."""
     end, start = record.state.running(after), record.state.running(before)
     for part in record.parts():
-        yield part, part.see(displacement(part.view.name, end, start))
+        yield part, part.see(displacement(part.view.name, end, before=start))
 
 
 def _check(**values: float) -> None:

@@ -178,7 +178,7 @@ def _products(first: tuple[Weights, Weights], second: tuple[Weights, Weights]) -
         sums = {key: torch.zeros(shape, dtype=torch.float64, device="cpu") for key in units}
         for piece in unit_pieces(view):
             a, b = (
-                piece.view(displacement(name, after, before)(piece.first, piece.last)).double()
+                piece.view(displacement(name, after, before=before)(piece.first, piece.last)).double()
                 for before, after in (first, second)
             )
             piece.part(sums["product"]).add_((a * b).sum(-1))

@@ -53,8 +53,8 @@ def dash(index: int) -> Any:
 
 
 @contextmanager
-def drawing(salt: str) -> Iterator[Any]:
-    """`matplotlib.pyplot` with the report's settings, without a screen; `salt` keeps SVG ids apart."""
+def drawing(salt: str) -> Iterator[None]:
+    """The report's settings of matplotlib inside of the block, without a screen; `salt` keeps SVG ids apart."""
     import matplotlib
 
     settings: Any = {
@@ -83,7 +83,7 @@ def drawing(salt: str) -> Iterator[Any]:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # The page's own fonts have the letters: in an SVG text is text.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
-        yield matplotlib
+        yield
 
 
 def freeze(figure: Any) -> Any:

@@ -125,7 +125,7 @@ def test_predictions_are_the_guard_s(run, capsys):
     state, before, after = opened(folder)
     live = guard.raw_parts(["math"])["math"].quadratic
     assert predict_interference(state.domain("math"), after).raw == pytest.approx(live, rel=1e-3)
-    assert predict_interference(state.domain("math"), after, before).raw == pytest.approx(live, rel=1e-3)
+    assert predict_interference(state.domain("math"), after, before=before).raw == pytest.approx(live, rel=1e-3)
     assert 0 < conflict_subspace(state.domain("math"), state.domain("code"), before, after).share < 1
     words = [str(folder / "before"), str(folder / "after"), "--state", str(folder / "after"), "--json"]
     assert main(["compare", *words]) == 0

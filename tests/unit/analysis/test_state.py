@@ -196,7 +196,7 @@ def test_damaged_states(toy_run, tmp_path):
     with pytest.raises(StateError, match="does not exist"):
         StateFile(folder)
     path.write_text(json.dumps({**json.loads(text), "version": 99}))
-    with pytest.raises(StateVersionError, match="format version 99; this version reads 7"):
+    with pytest.raises(StateVersionError, match="format version 99; this version reads 8"):
         StateFile(folder)
     for wrong in ("{", "[]", json.dumps({**json.loads(text), "format": "x"})):
         path.write_text(wrong)
