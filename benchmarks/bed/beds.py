@@ -1,9 +1,9 @@
-"""The two beds that methods are compared on."""
+"""The two beds that methods are compared on, and one of them with wider policies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import digits, domains
 
@@ -22,6 +22,7 @@ class Bed:
         longest: Most tokens of a completion.
         warm_steps: Supervised steps of the warm start.
         rate: Learning rate of runs that do not tune it, one at which plain training forgets.
+        hidden: Width of the policy's residual stream.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Bed:
     longest: int
     warm_steps: int
     rate: float
+    hidden: int = 64
 
 
 def _other(order: tuple[str, ...]) -> tuple[str, ...]:
@@ -63,3 +65,9 @@ DIGITS = Bed(
     rate=5e-4,
 )
 BEDS = {bed.name: bed for bed in (GYM, DIGITS)}
+WIDER = {bed.name: bed for bed in (replace(GYM, name=f"gym-{hidden}", hidden=hidden) for hidden in (128, 256))}
+
+
+def named(name: str) -> Bed:
+    """A bed by its name."""
+    return {**BEDS, **WIDER}[name]

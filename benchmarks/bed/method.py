@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from interference_guard.integrations.trl import InterferenceGuardCallback, order_by_domain
 
-from .beds import BEDS
+from .beds import named
 from .run import Result, Run
 
 Rows = Mapping[str, Sequence[dict[str, str]]]
@@ -24,7 +24,7 @@ class Method:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.bed = run, BEDS[run.bed]
+        self.run, self.bed = run, named(run.bed)
         self.seconds = 0.0
         self.callback: InterferenceGuardCallback | None = None
 

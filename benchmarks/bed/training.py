@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from . import domains
 from . import model as policy
-from .beds import BEDS, GYM, Bed
+from .beds import GYM, Bed, named
 from .method import METHODS, Method, Mixed
 from .quiet import QUIET
 from .run import Result, Run, Watch
@@ -36,8 +36,8 @@ def prepare(
     """The warm-started model and its tokenizer; made once per set of domains and seed."""
     names = sorted(order)
     words = policy.tokenizer(names, bed)
-    student = policy.build(words, seed)
-    key = (*names, seed, *clean)
+    student = policy.build(words, seed, bed.hidden)
+    key = (bed.name, *names, seed, *clean)
     if key not in _STARTS:
         policy.warm_start(student, words, names, seed, clean=clean, bed=bed)
         _STARTS[key] = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -48,7 +48,7 @@ def prepare(
 
 def share_start(order: Sequence[str], seed: int, path: Path, save: bool, bed: Bed = GYM) -> None:
     """Write the warm start to a file, or take it from there instead of making it again."""
-    key = (*sorted(order), seed)
+    key = (bed.name, *sorted(order), seed)
     if save:
         prepare(order, seed, bed=bed)
         torch.save(_STARTS[key], path)
@@ -73,7 +73,7 @@ def train(
             (`phase-0` is the warm start); nothing is kept by default.
         method: How; by default what `run.method` names.
     """
-    bed = BEDS[run.bed]
+    bed = named(run.bed)
     method = METHODS[run.method](run) if method is None else method
     student, words = prepare(run.names, run.seed, () if run.reference is None else (run.reference,), bed)
     tests = {name: bed.rows(name, run.tests, 10_000, test=True) for name in run.names}

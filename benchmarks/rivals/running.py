@@ -30,10 +30,10 @@ def result_of(run: Run, method: Method, starts: str, pairs: bool = False) -> dic
     import torch
 
     torch.set_num_threads(1)
-    from ..bed.beds import BEDS
+    from ..bed.beds import named
     from ..bed.training import share_start, train
 
-    bed = BEDS[run.bed]
+    bed = named(run.bed)
     path = Path(starts) / f"{run.bed}-{run.seed}.pt"
     if not path.is_file():
         own = path.with_suffix(f".{os.getpid()}")

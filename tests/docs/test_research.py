@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import ablations, prediction, retained, tables
+from benchmarks import ablations, prediction, retained, tables, width
 from benchmarks.bed.beds import BEDS
 from benchmarks.rivals import cost
 from benchmarks.rivals.registry import RIVALS
@@ -103,12 +103,50 @@ def test_measuring_less_often_forgets_less_on_the_other_bed_too():
     found = json.loads((ROOT / "benchmarks/results/ablations_gym_amd.json").read_text())
     assert json.loads(json.dumps(ablations.summarise(found["runs"]))) == found["rows"]
     assert ablations.markdown(found["rows"]) in PAGE
-    default, seldom = found["rows"]
-    assert default["runs"] == seldom["runs"] == 6
+    default, seldom, less, more = found["rows"]
+    assert {row["runs"] for row in found["rows"]} == {6}
     assert f"end at {default['average']:.3f} there and forget {default['forgetting']:.3f}" in PAGE
     assert max(seldom["more_forgotten"]) < 0
     # Level: within a third of what changes from run to run.
     assert abs(fmean(seldom["differences"])) < 0.01
+    averages = [row["average"] for row in (less, default, more)]
+    assert f"range of the budget the average changes by {max(averages) - min(averages):.3f}" in PAGE
+    lost = "{:.3f}, {:.3f} and {:.3f}".format(*(row["forgetting"] for row in (less, default, more)))
+    assert f"what is forgotten follows it: {lost}" in PAGE
+    rates = {7e-4: default}
+    for rate in (4e-4, 1.2e-3):
+        found = json.loads((ROOT / f"benchmarks/results/ablations_gym_{rate:g}.json").read_text())
+        assert json.loads(json.dumps(ablations.summarise(found["runs"]))) == found["rows"]
+        (rates[rate],) = found["rows"]
+    low, usual, high = (rates[rate]["average"] for rate in sorted(rates))
+    assert f"range of the learning rate it changes by {usual - low:.3f}" in PAGE
+    assert f"at 4e-4 it is {low:.3f}, at 7e-4 {usual:.3f} and at 1.2e-3 {high:.3f}" in PAGE
+    lost = [row["forgetting"] for row in rates.values()]
+    assert f"Forgetting stays between {min(lost):.3f} and {max(lost):.3f}" in PAGE
+    assert low < high < usual
+    assert rates[4e-4]["own"] < default["own"]
+
+
+def test_a_wider_policy_is_the_result():
+    found = json.loads((ROOT / "benchmarks/results/width.json").read_text())
+    rows = width.summarise(found["runs"], (0, 1, 2))
+    assert json.loads(json.dumps(rows)) == found["rows"]
+    assert width.table(rows) in PAGE
+    plain, guard, mixed = (next(row for row in rows if row["method"] == name) for name in width.RATES)
+    beyond = [row["guard_beyond"] for row in (plain, mixed)]
+    errors = " and ".join(f"{row['guard_beyond_error']:.3f}" for row in (plain, mixed))
+    assert f"ends {beyond[0]:.3f} above plain training and {-beyond[1]:.3f} below mixed**" in PAGE
+    assert f"standard errors of the paired differences of {errors}" in PAGE
+    assert f"{guard['own']:.3f}; the rest is forgotten afterwards, {guard['forgetting']:.3f}" in PAGE
+    assert f"{guard['own']:.3f}" == f"{mixed['own']:.3f}"
+    gym, narrow = tuned("gym"), best_plain("gym")
+    assert f"it is [{narrow['guard_beyond']:.3f} and {-gym['mixed']['guard_beyond']:.3f}](#gym)" in PAGE
+    assert f"the first two are {beyond[0]:.3f} and {-beyond[1]:.3f}." in (ROOT / "README.md").read_text()
+    for row in rows:
+        rates = width.RATES[row["method"]]
+        assert min(rates) < row["rate"] < max(rates), "both neighbours were tried"
+    for name, row in (("plain", plain), ("guard", guard), ("mixed", mixed)):
+        assert row["rate"] < (narrow if name == "plain" else gym[name])["rate"]
 
 
 def test_the_table_of_ablations_is_the_result():
