@@ -104,6 +104,7 @@ bench-rivals: env  ## the guard against other methods, its ablations, what is pr
 	$(BIN)/python -m benchmarks.rivals.figure
 	$(BIN)/python -m benchmarks.ablations --bed digits
 	$(BIN)/python -m benchmarks.prediction --bed digits
+	$(BIN)/python -m benchmarks.width
 
 docs: env  ## build the site into site/
 	$(BIN)/mkdocs build --strict
