@@ -57,6 +57,7 @@ def run_all(
     jobs: Sequence[tuple[Any, ...]],
     workers: int,
     summarise: Callable[[Sequence[dict[str, Any]]], Any],
+    before: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Run all, and write the results after each, as they take minutes; says on the terminal how far it is.
 
@@ -66,12 +67,16 @@ def run_all(
         jobs: Its other arguments, by run.
         workers: Processes.
         summarise: What the file holds beside the runs.
+        before: Runs that the file holds already, and keeps.
+
+    Returns:
+        All runs.
     """
-    runs: list[dict[str, Any]] = []
+    runs = list(before)
     with tempfile.TemporaryDirectory() as starts:
         for found in finished(one, [(*job, starts) for job in jobs], workers, 1):
             runs.append(found)
             runs.sort(key=lambda run: json.dumps(run["run"], sort_keys=True))
             path = write(name, {"summary": summarise(runs), "runs": runs})
-            print(f"{len(runs)} of {len(jobs)} runs, in {path}", flush=True)
+            print(f"{len(runs)} of {len(before) + len(jobs)} runs, in {path}", flush=True)
     return runs

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from interference_guard.files import replacing
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
     "torch",
@@ -89,8 +91,7 @@ def write(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write a result with its provenance into `benchmarks/results/`, or another folder; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    # Whole or not at all: a benchmark that was stopped goes on from what is there.
-    new = path.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps({"made_with": describe(), **payload}, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    # A benchmark that was stopped goes on from what is there.
+    with replacing(path) as new:
+        new.write_text(json.dumps({"made_with": describe(), **payload}, indent=1) + "\n", encoding="utf-8")
     return path

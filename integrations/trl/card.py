@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from interference_guard.files import SECTION_BEGIN, SECTION_END, beside, without_section
+from interference_guard.files import SECTION_BEGIN, SECTION_END, replacing, without_section
 from interference_guard.guard import Guard
 from interference_guard.telling import warn
 
@@ -34,18 +33,14 @@ def add_section(path: Path, guard: Guard) -> None:
 
     A fault is a warning: the card is the trainer's, and so is its run.
     """
-    new = beside(path)
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
         card.text = without_section(card.text).rstrip() + "\n\n" + section(guard) + "\n"
         card.data.tags = sorted({*(card.data.tags or ()), TAG})
-        # Whole or not at all: the card is the trainer's.
-        card.save(new)
-        os.replace(new, path)
+        with replacing(path) as new:
+            card.save(new)
     except Exception as error:
         warn(f"The guard's section could not be added to the model card {path}: {error}.")
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _plain(name: str) -> str:

@@ -87,7 +87,7 @@ def _score(guard: Guard, state: DomainState, recovered: bool) -> None:
     """Log-probabilities and mean reward of the retained completions, and the reward range over ranks."""
     rows = scored = 0.0
     if state.retained is not None:
-        rows, scored = float(len(state.retained)), float(state.retained.scorable.sum())
+        rows, scored = float(len(state.retained)), float(state.retained.scorable_rows)
     rewarded = state.retained is not None and state.retained.rewards is not None
     every, with_rewards = guard.ranks.totals([scored, rows if rewarded else 0.0], guard.device)
     state.measurable = every > 0

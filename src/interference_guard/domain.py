@@ -225,7 +225,7 @@ class DomainState:
         count = sum(map(len, parts))
         if not limit <= count < POOL * limit:
             return count >= limit
-        return sum(part.scorables for part in parts) >= limit
+        return sum(part.scorable_rows for part in parts) >= limit
 
     def discard(self, step: int) -> None:
         """Let go of the rows of a step that proved to be none of the domain's own."""
@@ -245,7 +245,7 @@ class DomainState:
 
     def unscorable(self) -> int:
         """How many of the rows that wait for the next anchor have no token to score; reads the device."""
-        return sum(len(part) - part.scorables for part in self.pending)
+        return sum(len(part) - part.scorable_rows for part in self.pending)
 
     def forget_pending(self) -> None:
         """Begin a new list of retained rows."""

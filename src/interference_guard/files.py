@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ SECTION_BEGIN, SECTION_END = "<!-- interference_guard -->", "<!-- /interference_
 def beside(path: Path) -> Path:
     """Where to write what then takes a path's place; other processes and threads may do the same."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to inside of the block, which then takes the place of `path`: whole, or not at all."""
+    new = beside(path)
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

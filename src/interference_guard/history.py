@@ -17,12 +17,11 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, StateError
-from .files import HISTORY, beside
+from .files import HISTORY, replacing
 from .recorded import VERSION, RecordedRun, find_history, outline, read_history
 from .telling import warn
 from .thinning import Key, Line, active_of, halved, has_phases, key_of
@@ -238,19 +237,13 @@ class History:
     def _rewrite(self, lines: Sequence[Line]) -> None:
         """Put a file with these lines of the present one, as `outline` gives them, in its place."""
         head = {"kind": "run", "version": VERSION, "stride": self.stride, "settings": self._settings}
-        temporary = beside(self.path)
-        try:
-            with temporary.open("wb") as file:
-                written = file.write(_dumped(head).encode())
-                if lines:
-                    with self.path.open("rb") as source:
-                        for line in lines:
-                            source.seek(line["at"])
-                            written += file.write(source.read(line["size"]) + b"\n")
-            os.replace(temporary, self.path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            written = file.write(_dumped(head).encode())
+            if lines:
+                with self.path.open("rb") as source:
+                    for line in lines:
+                        source.seek(line["at"])
+                        written += file.write(source.read(line["size"]) + b"\n")
         self._lines, self._bytes = 1 + len(lines), written
 
     def _fail(self, error: Exception) -> None:

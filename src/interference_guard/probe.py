@@ -120,7 +120,7 @@ class Completions:
         return (self.completion_mask != 0).any(1)
 
     @cached_property
-    def scorables(self) -> int:
+    def scorable_rows(self) -> int:
         """How many rows have a token to score; read from the device once, so rows must not change."""
         return int(self.scorable.sum())
 

@@ -7,7 +7,7 @@ has mastered its data its output is near certain, drawn labels agree with it, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -96,11 +96,8 @@ def observe_softened(
     Raises:
         UnsupportedError: If a single row does not fit, or the model cannot be differentiated.
     """
-
-    def add(size: int) -> str | None:
-        return attempt(guard, curvature, rows, passes * batch_size // size, size)
-
-    if (failure := add_what_fits(guard, curvature, (batch_size, 1), add)) is not None:
+    failure = add_what_fits(guard, curvature, rows, passes * batch_size, (batch_size, 1))
+    if failure is not None:
         raise UnsupportedError(
             f"No curvature of a reference domain can be had: {failure} Where memory is short, give shorter rows "
             "or turn on gradient checkpointing."
@@ -109,22 +106,23 @@ def observe_softened(
 
 
 def add_what_fits(
-    guard: Guard, curvature: DomainCurvature, sizes: Iterable[int], add: Callable[[int], str | None]
+    guard: Guard, curvature: DomainCurvature, rows: Completions | None, total: int, sizes: Iterable[int]
 ) -> str | None:
     """Add backward passes over as many rows at a time as all ranks can make; all of them call it.
 
     Args:
         guard: The guard.
-        curvature: What `add` adds to; empty before, and again where no size will do.
+        curvature: Takes the sums, of this rank alone; empty before, and again where no size will do.
+        rows: On the guard's device; None where this rank has none.
+        total: Rows that all passes are made of; rows are used again when they run out.
         sizes: Rows of a pass, the most first.
-        add: Makes the passes with so many rows, or says why it cannot.
 
     Returns:
         Why not even the last size will do, or None.
     """
     failure = None
     for size in sizes:
-        failure = add(size)
+        failure = None if rows is None else _attempt(guard, curvature, rows, -(-total // size), size)
         # Ranks must go the same way: a step of one weighs as much as that of another.
         if not guard.ranks.any(failure is not None, guard.device):
             return None
@@ -132,7 +130,7 @@ def add_what_fits(
     return failure or "another rank has no room for them."
 
 
-def attempt(
+def _attempt(
     guard: Guard, curvature: DomainCurvature, rows: Completions, passes: int, batch_size: int
 ) -> str | None:
     """What `add_softened` does, or why it cannot: a rank that raised would leave the others waiting."""

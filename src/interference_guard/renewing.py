@@ -19,7 +19,7 @@ from .exact import exact_products
 from .first_order import slopes_of
 from .local_model import LocalModel, anchor_domain
 from .protection import protected_rows
-from .reference import add_what_fits, attempt, merge_ranks
+from .reference import add_what_fits, merge_ranks
 from .telling import warn
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def _curvature(guard: Guard, state: DomainState) -> DomainCurvature | None:
         # Engines keep the gradients, and ranks make as many passes as they have rows.
         return None
     curvature = guard.new_state(state.name).curvature
-    failure = add_what_fits(guard, curvature, BATCHES, lambda size: _add(guard, state, curvature, size))
+    rows = None if state.retained is None else state.retained.to(guard.device)
+    failure = add_what_fits(guard, curvature, rows, 0 if rows is None else len(rows), BATCHES)
     if failure is not None:
         _give_up(guard, state, failure)
         return None
@@ -135,11 +136,3 @@ def _curvature(guard: Guard, state: DomainState) -> DomainCurvature | None:
         return None
     curvature.match(state.curvature)
     return curvature
-
-
-def _add(guard: Guard, state: DomainState, curvature: DomainCurvature, size: int) -> str | None:
-    """Backward passes over this rank's rows, so many at a time, or why they cannot be made."""
-    if state.retained is None:
-        return None
-    rows = state.retained.to(guard.device)
-    return attempt(guard, curvature, rows, -(-len(rows) // size), size)

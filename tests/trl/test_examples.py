@@ -106,8 +106,13 @@ def test_public_rows_are_converted(prepare, tmp_path):
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
 
 
-BYTES = "```python\nimport sys\nsys.stdout.buffer.write(bytes([255]))\n```"
-WRITES_TWO = "```python\nimport sys\nsys.stdout.write('2')\n```"
+def writes(value):
+    """An answer whose program writes a value."""
+    return f"```python\nimport sys\nsys.stdout.write(\n{value}\n)\n```"
+
+
+WRITES_TWO = writes("'2'")
+ONE_TO_TWO = '[{"input": "1", "output": "2"}]'
 
 
 @pytest.mark.parametrize(
@@ -130,16 +135,21 @@ WRITES_TWO = "```python\nimport sys\nsys.stdout.write('2')\n```"
         ("choice", "Answer: C) because", "C", 1.0),
         ("choice", "Answer: nothing", "C", 0.0),
         ("tests_pass", "```python\nprint(int(input()) + 1)\n```", '{"inputs": ["1"], "outputs": ["2"]}', 1.0),
-        ("tests_pass", "```python\nprint(3)\n```", '[{"input": "1", "output": "2"}]', 0.0),
-        ("tests_pass", WRITES_TWO, '[{"input": "1", "output": "2"}]', 1.0),
+        ("tests_pass", "```python\nprint(3)\n```", ONE_TO_TWO, 0.0),
+        ("tests_pass", WRITES_TWO, ONE_TO_TWO, 1.0),
         ("tests_pass", WRITES_TWO, "[]", 0.0),
         ("tests_pass", WRITES_TWO, '{"inputs": [], "outputs": []}', 0.0),
         ("tests_pass", "no program", '{"inputs": [], "outputs": []}', 0.0),
-        ("tests_pass", f"```python\n# {'x' * 200_000}\nprint(2)\n```", '[{"input": "1", "output": "2"}]', 1.0),
-        ("tests_pass", "```python\nprint('\ud800')\n```", '[{"input": "1", "output": "2"}]', 0.0),
-        ("tests_pass", "```python\nprint(2, '\0')\n```", '[{"input": "1", "output": "2"}]', 0.0),
-        ("tests_pass", BYTES, '[{"input": "1", "output": "2"}]', 0.0),
-        ("tests_pass", "```python\nprint(input())\n```", '[{"input": "\u00e9", "output": "\u00e9"}]', 1.0),
+        ("tests_pass", writes("'2'  # " + "x" * 200_000), ONE_TO_TWO, 1.0),
+        ("tests_pass", writes("'\ud800'"), ONE_TO_TWO, 0.0),
+        ("tests_pass", writes("'2\0'"), ONE_TO_TWO, 0.0),
+        (
+            "tests_pass",
+            writes("'2' * sys.stdout.buffer.write(bytes([255]))"),
+            ONE_TO_TWO,
+            0.0,
+        ),
+        ("tests_pass", writes("input()"), '[{"input": "\u00e9", "output": "\u00e9"}]', 1.0),
         ("tests_pass", "```python\n1/0\n```", '{"inputs": ["1"], "outputs": ["2"]}', 0.0),
     ],
 )

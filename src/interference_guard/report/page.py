@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interference_guard.errors import ReportError
-from interference_guard.files import REPORT, beside
+from interference_guard.files import REPORT, replacing
 
 from . import figures, tables
 from .run import Run, read_places, read_run
@@ -268,10 +267,5 @@ def _clear(folder: Path, written: list[Path]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = beside(path)
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as new:
+        new.write_bytes(data)

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +7,7 @@ import torch
 from benchmarks.tooling import save_sharded
 from interference_guard.analysis import checkpoints, jaccard, measure_edits, open_checkpoint, top_neurons
 from interference_guard.analysis import edits as module
+from tests.unit.analysis.peaks import PEAK, told
 from tests.unit.helpers import Toy
 from tests.unit.runs import save_model
 
@@ -116,18 +116,16 @@ def test_stacks_of_experts(tmp_path):
     assert len(found.neurons()["experts"]) == 12
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells a process's own peak")
+@told
 def test_memory_does_not_grow_with_the_model(tmp_path):
     # 60 million parameters, 240 MB in fp32 each: whole models in memory would pass the bound.
     save_sharded(tmp_path / "a", 8e7, 1, 0.0)
     save_sharded(tmp_path / "b", 8e7, 2, 0.2)
     code = (
-        "import re, sys; from interference_guard.analysis import measure_edits, open_checkpoint\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024\n"
+        f"{PEAK}from interference_guard.analysis import measure_edits, open_checkpoint\n"
         "before = peak()\n"
         "found = measure_edits(open_checkpoint(sys.argv[1]), open_checkpoint(sys.argv[2]))\n"
-        "print(peak() - before, found.summary()['equal'])"
+        "sys.stdout.write(f\"{peak() - before} {found.summary()['equal']}\")"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a", tmp_path / "b"], capture_output=True, text=True, check=True

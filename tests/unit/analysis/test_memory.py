@@ -2,23 +2,20 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from interference_guard import Guard, GuardConfig, GuardedOptimizer
+from tests.unit.analysis.peaks import PEAK, told
 
-STATUS = Path("/proc/self/status")
 # 41 million elements, 164 MB in fp32.
 WORDS, WIDTH = 80_000, 512
-CODE = """
-import re, sys, torch
+CODE = (
+    PEAK
+    + """
 from interference_guard.analysis import *
-torch.set_num_threads(1)
-# Not getrusage: there a child process begins with its parent's peak.
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 folder, what = sys.argv[1:]
 a, b = open_checkpoint(folder + "/a"), open_checkpoint(folder + "/b")
 record = StateFile(folder + "/b").domain("own")
@@ -35,6 +32,7 @@ else:
     write_rollback(plan, 1.0, 1.0, folder + "/" + what)
 sys.stdout.write(str(peak() - before))
 """
+)
 
 
 class Wide(torch.nn.Module):
@@ -80,7 +78,7 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:No completions of domain:UserWarning")
-@pytest.mark.skipif(not STATUS.exists(), reason="Linux alone tells a process's own peak")
+@told
 @pytest.mark.parametrize(
     "what", ["predict_interference", "conflict_subspace", "compare_routes", "units", "directions"]
 )
