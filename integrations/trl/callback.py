@@ -16,6 +16,7 @@ from interference_guard.errors import ConfigError, HostError
 from interference_guard.guard import Guard
 from interference_guard.handover import checksums, compare
 from interference_guard.history import HISTORY, History
+from interference_guard.names import named
 from interference_guard.optimizer import StepHooks, attach
 from interference_guard.probe import Completions, model_policy
 from interference_guard.recovering import abandon_unserved
@@ -50,6 +51,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             panel under the progress bar, or a line where there is no terminal.
 
     Raises:
+        ConfigError: If an argument is not what it must be.
         HostError: If the trainer or its dataset lacks what the guard needs.
         MissingDomainError: If a row has no domain.
         UnsupportedError: If the model cannot be guarded. In each case nothing has been changed.
@@ -92,6 +94,17 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
                 raise ConfigError(
                     f"{name} is of type {type(value).__name__}; it must be a mapping, {{'math': dataset}}."
                 )
+            for key in value or ():
+                if not named(key):
+                    raise ConfigError(
+                        f"{name} has the key {key!r}; it must be a domain's name, a non-empty string: "
+                        "{'math': dataset}."
+                    )
+        if recovery_datasets and self.config.enabled and not self.config.recovery:
+            raise ConfigError(
+                f"recovery_datasets has rows for {sorted(recovery_datasets)}, and recovery=False trains none of "
+                "them. Set recovery=True in GuardConfig, or leave recovery_datasets out."
+            )
         if trainer is not None:
             self._wire(trainer)
 
@@ -139,6 +152,7 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
         when training begins, and the number of ranks may have changed.
 
         Raises:
+            ConfigError: If `directory` is no path.
             StateError: If a file is missing, damaged, or of another model or other settings.
         """
         if self.config.enabled:
@@ -290,6 +304,12 @@ class InterferenceGuardCallback(TrainerCallback):  # type: ignore[misc]
             return
         made, config = self._attached, self.config
         trainer, guard = made.trainer, made.guard
+        if state is not trainer.state:
+            raise HostError(
+                "The callback is attached to another trainer than the one that trains, and follows the rows of "
+                "that one. Call callback.attach(trainer) for each trainer before its train(); to be among its "
+                "callbacks is not enough."
+            )
         made.rows.begin()
         rows, size = trainer.train_dataset, batch_size(trainer)
         look_ahead(rows, config.domain_column, args, state, config.active_share, size)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from interference_guard.checkpoint import check_weights, load_own
-from interference_guard.errors import GuardError, StateError
+from interference_guard.errors import ConfigError, GuardError, StateError
 from interference_guard.files import DETAILS
 from interference_guard.guard import Guard
 from interference_guard.telling import warn
@@ -58,12 +59,13 @@ class Checkpoints:
         A step that is over for the trainer is over for the guard too: callbacks that save by themselves, as that
         of `enable_jit_checkpoint` does, may come before the guard's own, and a resumed run begins after it.
         """
+        accelerator = self.trainer.accelerator
+        place = accelerator.process_index, accelerator.num_processes
+        folder = _folder(directory, place[0])
         if self.guard.steps > max(self.guard.asked, 0):
             self.guard.end()
             self.guard.probe()
-        accelerator = self.trainer.accelerator
-        place = accelerator.process_index, accelerator.num_processes
-        self.guard.save(_folder(directory, place[0]), folders=place[1], place=place)
+        self.guard.save(folder, folders=place[1], place=place)
 
     def load(self, directory: str | Path) -> None:
         """Read what all ranks of a run saved there."""
@@ -156,15 +158,25 @@ class Checkpoints:
         try:
             self.load(checkpoint)
         except StateError as error:
-            stem, _, suffix = DETAILS.rpartition(".")
-            if self.trainer.args.save_only_model and not any(Path(checkpoint).rglob(f"{stem}*.{suffix}")):
+            if any(Path(checkpoint).rglob(f"{Path(DETAILS).stem}*")):
+                raise
+            if self.trainer.args.save_only_model:
                 raise StateError(
                     f"{checkpoint} holds no state of the guard: with save_only_model=True a checkpoint is the "
                     "model alone, and neither the optimizer nor the guard goes on from it. Set it to False and "
                     "train from the start, or resume without the guard."
                 ) from error
-            raise
+            raise StateError(
+                f"{checkpoint} holds no state of the guard ({DETAILS}). Resume from a checkpoint that was saved "
+                "with the guard attached, with all of its files. To guard a run that began without it, build the "
+                f"trainer with the weights of this one, and call callback.save({checkpoint!r}) before train()."
+            ) from error
 
 
 def _folder(directory: str | Path, rank: int) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise ConfigError(
+            f"The folder of the guard's state is {directory!r}; it must be a path, as text or as a Path. Give "
+            "that of a checkpoint, 'run/checkpoint-100'."
+        )
     return Path(directory) if rank == 0 else Path(directory) / f"interference_guard_rank{rank}"

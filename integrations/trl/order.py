@@ -95,7 +95,7 @@ def order_by_domain(
             f"rehearsal={rehearsal!r} goes with order='sequential' alone, where domains are finished one after "
             f"the other; order is {order!r}, which takes them up again by itself."
         )
-    names = check_dataset(dataset, DomainTable(column))
+    names = check_dataset(dataset, DomainTable(column, "order_by_domain(..., column=...)"))
     rows: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         rows.setdefault(name, []).append(index)

@@ -20,7 +20,7 @@ from .completions import generated, labelled, sampling_temperature
 from .engines import reduce
 from .evaluation import EvaluationRounds
 from .pairing import NO_DOMAIN, Paired, Pairing
-from .rows import DomainTable, check_dataset, missing, numbered_ahead, packs
+from .rows import DomainTable, check_dataset, numbered_ahead, packs
 from .seams import Seams
 
 # In place of a domain's name, which is never empty: of rows of which nothing tells the domain.
@@ -214,7 +214,7 @@ class PassingRows:
             text = ""
             if isinstance(ids, Tensor) and len(ids) == len(names):
                 text = self.trainer.processing_class.decode(ids[index], skip_special_tokens=True)
-            raise missing(column, index, unnamed(table[index]), {"text": text})
+            raise self.domains.missing(unnamed(table[index]), {"text": text})
         return self._number([{column: name} for name in names])
 
     def _number(self, rows: list[dict[str, Any]], needed: bool = True) -> Tensor:
@@ -229,7 +229,20 @@ class PassingRows:
         if needed:
             # Of all ranks' rows, so that none goes on alone.
             self.domains.check(names)
+        elif self.rounds.open:
+            self._tell_of_labels(names)
         return self.domains.numbers(rows, needed)
+
+    def _tell_of_labels(self, names: Sequence[object]) -> None:
+        """Say of rows of an evaluation that have a label and by it no domain, as numbers of a ClassLabel."""
+        odd = next((name for name in names if name is not None and not isinstance(name, str)), None)
+        if odd is not None:
+            self._tell(
+                "labels",
+                f"Rows of an evaluation have {self.domains.column}={odd!r}, which is no string and so no domain: "
+                "the guard ignores them, and their rewards correct no estimate. Write names there as in the "
+                "training rows (numbers of a ClassLabel become names by its int2str).",
+            )
 
     def _retain(self, output: Mapping[str, Any], paired: Paired | None) -> None:
         override = f"{type(self.trainer).__name__}._generate_and_score_completions"

@@ -24,7 +24,7 @@ class RecoveryRows:
     Raises:
         UnsupportedError: If the trainer does not generate.
         HostError: If the training set cannot be searched and no rows are given, or rows lack a column.
-        ConfigError: If a domain has no rows.
+        ConfigError: If a domain has no rows, or given rows are of another one.
     """
 
     def __init__(self, trainer: Any, column: str, given: Mapping[str, Any] | None = None) -> None:
@@ -51,6 +51,10 @@ class RecoveryRows:
             for index, name in enumerate(read_column(training, column)):
                 places.setdefault(name, []).append(index)
             self.rows = {name: training.select(indices) for name, indices in places.items()}
+        # Of a stream they are not known.
+        self._planned = frozenset(self.rows) if searchable else None
+        # Nothing but its key says which domain such rows are of.
+        self._unlabelled: set[str] = set()
         for name, rows in (given or {}).items():
             if not hasattr(rows, "column_names") or not hasattr(rows, "__len__"):
                 raise ConfigError(
@@ -67,6 +71,10 @@ class RecoveryRows:
                     f"recovery_datasets[{name!r}] lacks the columns {absent} of the training dataset, which "
                     f"reward functions may read; it has {sorted(rows.column_names)}. Add them."
                 )
+            if column in rows.column_names:
+                _check_domain(name, rows, column)
+            else:
+                self._unlabelled.add(name)
             self.rows[name] = rows
 
     def renewed(self) -> RecoveryRows:
@@ -85,11 +93,20 @@ class RecoveryRows:
         return frozenset(self.rows)
 
     def look_for(self, trained: Iterable[str]) -> None:
-        """Warn of domains that were trained before and have no rows here."""
-        if absent := sorted(set(trained) - self.domains):
+        """Warn of domains that were trained before and have no rows here, and of rows that no domain takes."""
+        known = set(trained)
+        if absent := sorted(known - self.domains):
             warn(
                 f"recovery=True, and the training dataset has no rows of {absent}, which were trained before: "
                 "what they lose cannot be recovered. Give recovery_datasets={domain: dataset}."
+            )
+        if self._planned is None:
+            return
+        if unknown := sorted(self._unlabelled - self._planned - known):
+            warn(
+                f"recovery_datasets has rows for {unknown}, and the domains of this run and of those before are "
+                f"{sorted(self._planned | known)}: no recovery takes those rows. Correct the name, unless it is "
+                "that of a domain that a later phase trains."
             )
 
     def batches(self, domain: str, planned: list[Any]) -> list[Any]:
@@ -116,3 +133,15 @@ class RecoveryRows:
             places = [picks[(rank * size + place) // generations] for place in range(size)]
             found.append([{**rows[place], self.column: domain} for place in places])
         return found
+
+
+def _check_domain(name: str, rows: Any, column: str) -> None:
+    """Raise `ConfigError` where rows that are given for a domain say that they are of another one."""
+    labels = read_column(rows, column)
+    others = [index for index, label in enumerate(labels) if label != name]
+    if others:
+        raise ConfigError(
+            f"{len(others)} of the {len(labels)} rows of recovery_datasets[{name!r}] are not of that domain: row "
+            f"{others[0]} has {column}={labels[others[0]]!r}. A recovery would train them as {name!r}. Leave "
+            "them out, or give them under their own domain."
+        )

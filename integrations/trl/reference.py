@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from trl.data_utils import apply_chat_template, is_conversational
 
-from interference_guard.errors import HostError, ShapeError
+from interference_guard.errors import ConfigError, HostError, ShapeError
 from interference_guard.probe import Completions, join
 
 from .completions import sampling_temperature
@@ -29,9 +30,17 @@ def read(trainer: Any, name: str, dataset: Any) -> Completions:
         Rows without rewards; the completion's tokens are scored.
 
     Raises:
+        ConfigError: If it is no data set, or a row holds neither text nor messages; the message names the row.
         HostError: If a column is missing or there are no rows.
         ShapeError: If a row has no completion tokens; the message names the row.
     """
+    # Of several splits they are a table by split.
+    if isinstance(getattr(dataset, "column_names", {}), Mapping):
+        raise ConfigError(
+            f"reference[{name!r}] is a {type(dataset).__name__}; it must be a datasets.Dataset with the columns "
+            "'prompt' and 'completion'. Make one by Dataset.from_list(rows) or load_dataset('json', "
+            "data_files=path, split='train'), and take one split of several."
+        )
     absent = [column for column in COLUMNS if column not in (dataset.column_names or COLUMNS)]
     if absent:
         raise HostError(
@@ -53,11 +62,18 @@ def read(trainer: Any, name: str, dataset: Any) -> Completions:
 
 
 def _row(words: Any, template: dict[str, Any], name: str, index: int, row: dict[str, Any]) -> Completions:
-    conversational = is_conversational(row)
+    # An empty list is no conversation, and not looked into.
+    conversational = [] not in row.values() and is_conversational(row)
+    if not all(isinstance(value, list if conversational else str) for value in row.values()):
+        shown = " and ".join(f"{column}={value!r:.60}" for column, value in row.items())
+        raise ConfigError(
+            f"Row {index} of reference[{name!r}] has {shown}; both must be text, or both lists of messages, "
+            "{'role': ..., 'content': ...}. Convert them, or leave the row out."
+        )
     text = apply_chat_template(row, words, **template) if conversational else row
     # Templates write their own special tokens.
     prompt = words(text["prompt"], add_special_tokens=not conversational).input_ids
-    completion = words(text["completion"] or "", add_special_tokens=False).input_ids
+    completion = words(text["completion"], add_special_tokens=False).input_ids
     if not completion:
         raise ShapeError(
             f"Row {index} of reference[{name!r}] has completion={row['completion']!r}, which holds no token. "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from interference_guard.errors import ConfigError
+from interference_guard.names import named
 
 RewardFunction = Callable[..., Any]
 """Takes a batch's columns and returns a number or None for each completion; may be ``async``."""
@@ -81,16 +82,24 @@ def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "doma
         column: The column that holds a row's domain.
 
     Raises:
-        ConfigError: If a domain has none: its rows would all be without a reward. Or a function without a list.
-            The functions raise it where one does not return a reward for each row.
+        ConfigError: If it is no such mapping, or a domain has none: its rows would all be without a reward. The
+            functions raise it where one does not return a reward for each row.
     """
-    single = sorted(name for name, chosen in functions.items() if callable(chosen))
-    if single:
-        raise ConfigError(f"Domain {single[0]!r} has a function, no list. Write {{{single[0]!r}: [function]}}.")
-    bare = sorted(name for name, chosen in functions.items() if not chosen)
-    if bare or not functions:
+    if not isinstance(functions, Mapping) or not functions:
+        found = "no domain" if isinstance(functions, Mapping) else f"a {type(functions).__name__}"
+        raise ConfigError(f"route() was given {found}; it must be a mapping, {{'math': [function]}}.")
+    for name, chosen in functions.items():
+        if callable(chosen):
+            raise ConfigError(f"Domain {name!r} has a function, no list. Write {{{name!r}: [function]}}.")
+        if chosen is not None and (isinstance(chosen, str) or not isinstance(chosen, Sequence)):
+            raise ConfigError(
+                f"Domain {name!r} has {str(chosen)[:60]!r} of type {type(chosen).__name__} as its rewards; it "
+                f"must be a list of functions, {{{name!r}: [function]}}."
+            )
+    bare = [name for name, chosen in functions.items() if not chosen]
+    if bare:
         raise ConfigError(
-            f"The domains {bare} have no reward function; there are {sorted(functions)}. Give each at least one."
+            f"The domains {bare} have no reward function; there are {list(functions)}. Give each at least one."
         )
     return [for_domain(function, name, column) for name, chosen in functions.items() for function in chosen]
 
@@ -107,8 +116,10 @@ def for_domain(function: RewardFunction, domain: str, column: str = "domain") ->
         column: The column that holds a row's domain.
 
     Raises:
-        ConfigError: If it is a reward model, or the name of one.
+        ConfigError: If it is a reward model, or the name of one, or the domain's name is no non-empty string.
     """
+    if not named(domain):
+        raise ConfigError(f"A reward function is of domain {domain!r}; it must be a name, a non-empty string.")
     if not callable(function) or isinstance(function, torch.nn.Module):
         raise ConfigError(
             f"Domain {domain!r} has {type(function).__name__} {str(function)[:40]!r} as a reward; it must be a "

@@ -17,10 +17,11 @@ class DomainTable:
 
     Args:
         column: The dataset column that holds a row's domain.
+        setting: What names another one, as errors say it.
     """
 
-    def __init__(self, column: str) -> None:
-        self.column = column
+    def __init__(self, column: str, setting: str = "GuardConfig(domain_column=...)") -> None:
+        self.column, self.setting = column, setting
         self.names: list[str] = []
         # Of reference domains, which no row that is trained may have.
         self.reserved: frozenset[str] = frozenset()
@@ -38,15 +39,15 @@ class DomainTable:
                 "of its own, or leave these rows out."
             )
 
-    def number(self, row: Mapping[str, Any], index: int) -> int:
+    def number(self, row: Mapping[str, Any]) -> int:
         """Number of a row's domain.
 
         Raises:
-            MissingDomainError: If the row has none; the message names the row.
+            MissingDomainError: If the row has none; the message shows the row.
         """
         name = row.get(self.column)
         if not named(name):
-            raise missing(self.column, index, repr(name), row)
+            raise self.missing(repr(name), row)
         if name not in self.names:
             self.names.append(name)
         return self.names.index(name)
@@ -56,10 +57,7 @@ class DomainTable:
 
         Where they are not `needed`, as in an evaluation, a row without one is -1.
         """
-        found = [
-            self.number(row, index) if needed or named(row.get(self.column)) else -1
-            for index, row in enumerate(rows)
-        ]
+        found = [self.number(row) if needed or named(row.get(self.column)) else -1 for row in rows]
         return torch.tensor(found, dtype=torch.int64, device="cpu")
 
     def counts(self, numbers: Tensor) -> dict[str, int]:
@@ -67,14 +65,22 @@ class DomainTable:
         found = torch.bincount(numbers, minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, found, strict=True) if count}
 
+    def missing(self, found: str, row: Mapping[str, Any], index: int | None = None) -> MissingDomainError:
+        """The error for a row whose domain is not a non-empty string.
 
-def missing(column: str, index: int, found: str, row: Mapping[str, Any]) -> MissingDomainError:
-    """The error for a row whose domain is not a non-empty string; `found` is its `repr`."""
-    shown = {key: str(value)[:60] for key, value in row.items() if key != column}
-    return MissingDomainError(
-        f"Row {index} has {column}={found}: every row needs a non-empty string there. The row: {shown}. "
-        f"Fill the {column!r} column, or name another one with GuardConfig(domain_column=...)."
-    )
+        Args:
+            found: What it has there, as `repr` writes it.
+            row: The row.
+            index: Its number in the dataset. Of a row that has come up it is not known: streams do not number
+                their rows, and a batch may hold each several times.
+        """
+        shown = {key: str(value)[:60] for key, value in row.items() if key != self.column}
+        which = "A row in training" if index is None else f"Row {index}"
+        return MissingDomainError(
+            f"{which} has {self.column}={found}: every row needs a non-empty string there. The row: {shown}. "
+            f"Fill the {self.column!r} column (numbers of a ClassLabel become names by its int2str), or name "
+            f"another one with {self.setting}."
+        )
 
 
 def read_column(dataset: Any, column: str) -> list[Any]:
@@ -126,14 +132,14 @@ def check_dataset(dataset: Any, table: DomainTable, packed: bool = False) -> lis
         hint = " If packing=True has removed it, set packing=False." if "input_ids" in found else ""
         raise HostError(
             f"The training dataset has no column {table.column!r}; it has {found}. Add it (one domain name a "
-            f"row), or name another one with GuardConfig(domain_column=...).{hint}"
+            f"row), or name another one with {table.setting}.{hint}"
         )
     if not numbered_ahead(dataset):
         return []
     names = read_column(dataset, table.column)
     unnamed = next((index for index, name in enumerate(names) if not named(name)), None)
     if unnamed is not None:
-        raise missing(table.column, unnamed, repr(names[unnamed]), dataset[unnamed])
+        raise table.missing(repr(names[unnamed]), dataset[unnamed], unnamed)
     table.check(names)
     table.add(sorted(set(names)))
     return names

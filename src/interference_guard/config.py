@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 
 from .errors import ConfigError
 
@@ -167,8 +168,9 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
+            value = _plain(getattr(self, item.name))
+            object.__setattr__(self, item.name, value)
             if isinstance(item.default, bool):
-                value = getattr(self, item.name)
                 self._check(item.name, isinstance(value, bool), "True or False")
         for name in ("budget_nats", "half_life"):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number above 0")
@@ -239,8 +241,11 @@ class GuardConfig:
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
+            kind = type(getattr(self, name))
+            # One of another package may look like what is allowed.
+            of = "" if kind.__module__ == "builtins" else f" (a {kind.__module__}.{kind.__name__})"
             raise ConfigError(
-                f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}. "
+                f"{name}={getattr(self, name)!r}{of} is not allowed: it must be {allowed}. "
                 f"Change {name} in GuardConfig; the default is {self._default(name)!r}."
             )
 
@@ -261,6 +266,13 @@ class GuardConfig:
             # The first one decides.
             table.setdefault(pattern, kind)
         return table
+
+
+def _plain(value: object) -> object:
+    """A number of NumPy's as Python's own, which JSON holds; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_number(value: object) -> bool:

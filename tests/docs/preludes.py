@@ -130,6 +130,31 @@ def second_run(folder: Path) -> dict[str, Any]:
     }
 
 
+def plain_run(folder: Path) -> dict[str, Any]:
+    """What `trl` gives, its rows as `ordered`, and checkpoints of a run that was not guarded."""
+    from trl import GRPOTrainer
+
+    from interference_guard import GuardConfig
+    from interference_guard.integrations.trl import (
+        InterferenceGuardCallback,
+        order_by_domain,
+        prompts_per_generation,
+    )
+
+    given = trl(folder)
+    args = given["args"]
+    ordered = order_by_domain(given["dataset"], prompts_per_generation(args))
+    args.save_strategy, args.save_steps = "steps", 2
+    GRPOTrainer(given["model"], given["reward_funcs"], args, train_dataset=ordered).train()
+    return {
+        **given,
+        "ordered": ordered,
+        "GRPOTrainer": GRPOTrainer,
+        "GuardConfig": GuardConfig,
+        "InterferenceGuardCallback": InterferenceGuardCallback,
+    }
+
+
 def checkpoints(folder: Path) -> dict[str, Any]:
     """The folders `run/after-math` and `run/final` of a guarded loop, each with weights and the guard's state."""
     from safetensors.torch import save_file
@@ -185,5 +210,6 @@ PRELUDES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "larger batches": larger_batches,
     "sft": sft,
     "second run": second_run,
+    "plain run": plain_run,
     "checkpoints": checkpoints,
 }

@@ -109,6 +109,13 @@ def the_second_run_protects_the_first(names, trainings):
     assert not same(second.before, second.after)
 
 
+def a_plain_run_goes_on_guarded(names, trainings):
+    guard = names["callback"].guard
+    assert guard.steps == names["args"].max_steps - 2
+    assert guard.protected == ("math",)
+    assert guard.domains["math"].foreign_steps == 4
+
+
 def rows_stay_in_order(names, trainings):
     """Were they drawn at random, batches would mix domains: a warning, which is an error here."""
     guard = names["trainer"].callback_handler.callbacks[-1].guard
@@ -145,6 +152,7 @@ CHECKS = {
     "docs/trl.md:trl": phases_go_on,
     "docs/trl.md:second run": the_second_run_protects_the_first,
     "docs/concepts/rehearsal.md:larger batches": what_is_rehearsed_is_held,
+    "docs/trl.md:plain run": a_plain_run_goes_on_guarded,
     "docs/trl.md:sft": rows_stay_in_order,
     "docs/cli.md:torch": the_history_names_what_was_trained,
     "docs/analysis.md:checkpoints": a_part_was_rolled_back,

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -218,7 +220,8 @@ class TestRefusals:
 
         trainer = online("grpo", tmp_path, Dataset.from_list(data).to_iterable_dataset())
         guarded(trainer)
-        with pytest.raises(MissingDomainError, match="has domain=None"):
+        # Its number in the stream is not known, and that in the batch is another.
+        with pytest.raises(MissingDomainError, match=r"A row in training has domain=None.*'prompt': '1 \+ 1 ='"):
             trainer.train()
 
     def test_dora(self, tmp_path):
@@ -301,6 +304,15 @@ class TestRefusals:
             InterferenceGuardCallback(CONFIG)
         with pytest.raises(ConfigError, match="reference is of type Dataset; it must be a mapping"):
             InterferenceGuardCallback(config=CONFIG, reference=rows(TWO_PHASES))
+        with pytest.raises(ConfigError, match="reference has the key 3; it must be a domain's name"):
+            InterferenceGuardCallback(config=CONFIG, reference={3: rows(TWO_PHASES)})
+
+    @pytest.mark.parametrize("folder", [None, 5, ["run"]])
+    def test_folders_that_are_no_paths(self, tmp_path, folder):
+        callback = guarded(online("grpo", tmp_path, rows(TWO_PHASES)))
+        for call in (callback.load, callback.save):
+            with pytest.raises(ConfigError, match=rf"state is {re.escape(repr(folder))}; it must be a path"):
+                call(folder)
 
 
 def test_detach_leaves_nothing(tmp_path):

@@ -1,7 +1,9 @@
 """Evaluations of the trainer: rows without a domain, several sets, and predictions in between."""
 
+import warnings
+
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from tests.trl.host import guarded, online, rows, supervised
 
@@ -31,6 +33,20 @@ def test_rows_of_an_evaluation_need_no_domain(some, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 4
     assert [name for name, _ in heard] == (["math"] * 2 if some else [])
+
+
+def test_rows_of_an_evaluation_whose_labels_are_no_names_are_told(tmp_path):
+    data = rows([("math", 8)])
+    coded = data.select(range(4)).cast_column("domain", ClassLabel(names=["math", "code"]))
+    trainer = online("grpo", tmp_path, data, evaluation=coded, max_steps=4, **EVALUATING)
+    heard = listening(guarded(trainer))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(item.message) for item in found if "Rows of an evaluation" in str(item.message)]
+    assert len(told) == 1
+    assert "have domain=0, which is no string and so no domain: the guard ignores them" in told[0]
+    assert heard == []
 
 
 @pytest.mark.parametrize("domain", [False, True])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from interference_guard import ConfigError, HostError, MissingDomainError
 from interference_guard.integrations.trl import order_by_domain, prompts_per_generation
@@ -111,6 +111,16 @@ def test_domains_of_a_kind_that_cannot_be_read_are_told_with_their_row(data, wra
         order_by_domain(rows, 4)
 
 
+def test_numbers_of_a_class_label_are_refused_and_its_names_are_not(data):
+    coded = data.cast_column("domain", ClassLabel(names=["math", "code", "qa"]))
+    with pytest.raises(MissingDomainError, match="Row 0 has domain=0.*become names by its int2str"):
+        order_by_domain(coded, 4)
+    # As docs/trl.md has it.
+    names = coded.features["domain"].int2str(coded["domain"][:])
+    named = coded.remove_columns("domain").add_column("domain", names)
+    assert order_by_domain(named, 4)["index"][:] == order_by_domain(data, 4)["index"][:]
+
+
 def test_the_domains_are_read_as_they_are_stored(data):
     made = []
 
@@ -124,11 +134,13 @@ def test_the_domains_are_read_as_they_are_stored(data):
 
 
 def test_bad_rows(data):
-    with pytest.raises(HostError, match="no column 'subject'"):
+    with pytest.raises(
+        HostError, match=r"no column 'subject'.*another one with order_by_domain\(\.\.\., column="
+    ):
         order_by_domain(data, 4, column="subject")
     rows = data.to_list()
     rows[5]["domain"] = None
-    with pytest.raises(MissingDomainError, match="Row 5"):
+    with pytest.raises(MissingDomainError, match=r"Row 5.*another one with order_by_domain\(\.\.\., column="):
         order_by_domain(Dataset.from_list(rows), 4)
 
 

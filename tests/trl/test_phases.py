@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from peft import LoraConfig, PeftModel
 
+from interference_guard import HostError
 from interference_guard.integrations.trl import InterferenceGuardCallback
 from tests.trl.host import CONFIG, guarded, model_and_words, online, rows
 
@@ -59,6 +60,24 @@ def test_a_trainer_that_is_left_can_be_freed(detach, tmp_path):
         del trainer
     assert former() == detach
     assert callback.guard.steps == 6
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_next_trainer_that_it_is_only_added_to(trained, tmp_path):
+    first = online("grpo", tmp_path, rows([("math", 2)]), max_steps=1)
+    callback = guarded(first)
+    if trained:
+        first.train()
+    second = online("grpo", tmp_path, rows([("code", 2)]), model=first.model, max_steps=1)
+    second.add_callback(callback)
+    with pytest.raises(
+        HostError, match=r"attached to another trainer than the one that trains.*attach\(trainer\)"
+    ):
+        second.train()
+    assert callback.guard.steps == trained
+    callback.attach(second)
+    second.train()
+    assert callback.guard.steps == trained + 1
 
 
 def test_one_trainer_a_phase_with_saved_state(tmp_path):

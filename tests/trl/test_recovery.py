@@ -1,4 +1,5 @@
 import dataclasses
+import warnings
 
 import pytest
 from datasets import Dataset
@@ -177,6 +178,26 @@ def test_rows_of_an_earlier_trainer_can_be_given(tmp_path):
     assert [next(iter(step)) for step in watch.trained][:3] == ["code", "code", "math"]
 
 
+KEYS = [("maths", False), ("words", True), ("math", False), ("qa", False)]
+
+
+@pytest.mark.parametrize(("name", "labelled"), KEYS)
+def test_rows_that_no_domain_takes_are_told_when_training_begins(name, labelled, tmp_path):
+    given = rows([(name, 2)]).remove_columns([] if labelled else ["domain"])
+    trainer = online("grpo", tmp_path, rows(TWO_PHASES), max_steps=1)
+    callback = guarded(trainer, never(EAGER), recovery_datasets={name: given})
+    # As a state does that is loaded.
+    callback.guard.state_of("qa")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(item.message) for item in found if "recovery_datasets has rows for" in str(item.message)]
+    # Rows that say so themselves are of that domain, which a later phase may train.
+    assert len(told) == (name == "maths")
+    if told:
+        assert "the domains of this run and of those before are ['code', 'math', 'qa']" in told[0]
+
+
 def test_a_phase_without_rows_in_the_next_trainer_is_given_up(tmp_path):
     data = rows(TWO_PHASES)
     code = data.filter(lambda row: row["domain"] == "code")
@@ -245,6 +266,26 @@ class TestRefusals:
         trainer = online("grpo", tmp_path, rows(TWO_PHASES))
         bare = rows([("math", 2)]).remove_columns("answer")
         self.refused(trainer, HostError, r"lacks the columns \['answer'\]", recovery_datasets={"math": bare})
+
+    def test_rows_of_another_domain(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        mixed = rows([("math", 2), ("code", 2)])
+        message = (
+            r"2 of the 4 rows of recovery_datasets\['math'\] are not of that domain: row 2 has domain='code'"
+        )
+        self.refused(trainer, ConfigError, message, recovery_datasets={"math": mixed})
+
+    def test_a_key_that_is_no_name(self, tmp_path):
+        trainer = online("grpo", tmp_path, rows(TWO_PHASES))
+        message = r"recovery_datasets has the key 3; it must be a domain's name"
+        self.refused(trainer, ConfigError, message, recovery_datasets={3: rows([("math", 2)])})
+
+    def test_rows_without_recovery(self, tmp_path):
+        given = {"recovery_datasets": {"math": rows([("math", 2)])}}
+        with pytest.raises(ConfigError, match=r"rows for \['math'\], and recovery=False trains none of them"):
+            InterferenceGuardCallback(config=CONFIG, **given)
+        # Where the whole guard is off, nothing has to be taken back.
+        InterferenceGuardCallback(config=dataclasses.replace(CONFIG, enabled=False), **given)
 
     def test_rows_that_cannot_be_drawn(self, tmp_path):
         trainer = online("grpo", tmp_path, rows(TWO_PHASES))

@@ -1,5 +1,5 @@
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback
 
 from interference_guard import ConfigError, HostError, ShapeError
@@ -88,6 +88,25 @@ def test_a_resumed_run_takes_it_from_its_checkpoint(tmp_path):
         ),
         (lambda: general().remove_columns("completion"), HostError, r"has no column 'completion'"),
         (lambda: general().select([]), HostError, r"reference\['general'\] has no rows"),
+        (lambda: general().to_list(), ConfigError, r"\['general'\] is a list; it must be a datasets\.Dataset"),
+        (lambda: "general.jsonl", ConfigError, r"is a str; .* load_dataset"),
+        (lambda: None, ConfigError, "is a NoneType; it must be"),
+        (lambda: DatasetDict(train=general()), ConfigError, "is a DatasetDict; .* one split of several"),
+        (
+            lambda: general(prompt=None),
+            ConfigError,
+            r"Row 2 of reference\['general'\] has prompt=None and .*' 3'",
+        ),
+        (
+            lambda: general().map(lambda row: {"completion": 1}),
+            ConfigError,
+            "Row 0 .* completion=1; both must be",
+        ),
+        (
+            lambda: general().map(lambda row: {name: [] for name in ("prompt", "completion")}),
+            ConfigError,
+            "both must be text, or both lists of messages",
+        ),
     ],
 )
 def test_bad_rows_are_refused_when_attaching(data, error, message, tmp_path):
@@ -147,5 +166,25 @@ def test_rewards_reach_their_own_domain(tmp_path):
     assert functions[0](prompts=prompts, completions=texts, **columns) == [1.01, None, 0.01]
     assert functions[1](prompts=prompts, completions=texts, **columns) == [None, 2.0, None]
     assert [function.__name__ for function in functions] == ["math_reward", "code_length"]
-    with pytest.raises(ConfigError, match=r"domains \['code'\] have no reward function"):
-        route({"math": [reward], "code": []})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"math": [reward], "code": []}, r"domains \['code'\] have no reward function"),
+        ({3: [reward], "code": None}, r"domains \['code'\] have no reward function; there are \[3, 'code'\]"),
+        ({"math": reward}, r"'math' has a function, no list\. Write {'math': \[function\]}"),
+        (
+            {"math": "module.reward"},
+            r"'math' has 'module\.reward' of type str as its rewards; .*a list of functions",
+        ),
+        ({"math": 5}, "'math' has '5' of type int as its rewards"),
+        ({3: [reward]}, "is of domain 3; it must be a name"),
+        ({}, "was given no domain; it must be a mapping"),
+        ([reward], r"was given a list; it must be a mapping, {'math': \[function\]}"),
+        (None, "was given a NoneType"),
+    ],
+)
+def test_what_is_no_mapping_of_functions_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        route(given)

@@ -174,6 +174,32 @@ class TestSaving:
         with pytest.raises(StateError, match=r"with save_only_model=True a checkpoint is the model alone.*False"):
             again.train(resume_from_checkpoint=True)
 
+    def test_a_run_that_began_without_the_guard_goes_on_with_it(self, tmp_path):
+        data = rows([("math", 4), ("code", 8)])
+        plain = online("grpo", tmp_path, data, **(SAVING | {"save_steps": 1}))
+        plain.train()
+        start = tmp_path / "run" / "checkpoint-1"
+        refused = online("grpo", tmp_path / "b", data)
+        guarded(refused)
+        with pytest.raises(StateError, match=r"holds no state of the guard.*began without it.*callback\.save\("):
+            refused.train(resume_from_checkpoint=str(start))
+        again = online("grpo", tmp_path / "b", data, model=str(start))
+        callback = guarded(again)
+        callback.save(start)
+        seen = {}
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                seen[state.global_step] = weights(again)
+
+        again.add_callback(Watch())
+        again.train(resume_from_checkpoint=str(start))
+        # The second step is as it would have been, of a domain that its own step under the guard then protects.
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2", dtype=torch.float32)
+        assert same(seen[2], dict(expected.named_parameters()))
+        assert callback.guard.steps == 5
+        assert callback.guard.protected == ("math",)
+
     @pytest.mark.filterwarnings("error:save_only_model")
     def test_nothing_is_told_where_nothing_is_saved(self, tmp_path):
         guarded(online("grpo", tmp_path, rows(TWO_PHASES), save_only_model=True))

@@ -39,7 +39,9 @@ def test_a_streamed_row_without_a_domain(value, workers, tmp_path):
 
     trainer = supervised(tmp_path, IterableDataset.from_generator(stream), dataloader_num_workers=workers)
     guarded(trainer)
-    with pytest.raises(MissingDomainError, match=rf"Row 1 has domain={re.escape(repr(value))}:.*1 \+ 1 ="):
+    with pytest.raises(
+        MissingDomainError, match=rf"A row in training has domain={re.escape(repr(value))}:.*1 \+ 1 ="
+    ):
         trainer.train()
 
 

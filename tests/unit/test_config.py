@@ -1,6 +1,9 @@
 import dataclasses
+import json
 
+import numpy as np
 import pytest
+import torch
 
 from interference_guard.config import GuardConfig
 from interference_guard.errors import ConfigError
@@ -39,6 +42,34 @@ from interference_guard.errors import ConfigError
 )
 def test_values_outside_their_range_are_refused(field, value, allowed):
     with pytest.raises(ConfigError, match=rf"{field}=.* is not allowed: it must be .*{allowed}"):
+        GuardConfig(**{field: value})
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    given = {
+        "budget": np.float32(0.5),
+        "half_life": np.int32(9),
+        "rank": np.int64(4),
+        "recovery_budget": np.float64(1),
+    }
+    config = GuardConfig(**given)
+    assert config == GuardConfig(budget=0.5, half_life=9, rank=4, recovery_budget=1.0)
+    assert [type(getattr(config, name)) for name in given] == [float, int, int, float]
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("project", np.True_, r"numpy\.bool"),
+        ("rank", torch.tensor(4), r"torch\.Tensor"),
+        ("rank", np.float32(2.5), None),
+        ("budget", np.float32("nan"), None),
+    ],
+)
+def test_what_is_refused_is_named_with_a_type_that_its_value_may_not_show(field, value, kind):
+    kind = rf" \(a {kind}_?\)" if kind else ""
+    with pytest.raises(ConfigError, match=rf"{field}=\S+{kind} is not allowed: it must be"):
         GuardConfig(**{field: value})
 
 
