@@ -141,9 +141,9 @@ def _read(path: Path, keep: Callable[[dict[str, Any], int, int], dict[str, Any]]
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
     if not found.lines and not headed:
+        what = f"none of its {found.skipped} lines could be read" if found.skipped else "it is empty"
         raise StateError(
-            f"{path} is no guard history: none of its {found.skipped} lines could be read. Give a file named "
-            f"{HISTORY} that a guarded run wrote."
+            f"{path} is no guard history: {what}. Give a file named {HISTORY} that a guarded run wrote."
         )
     return found
 

@@ -105,6 +105,9 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path):
 def test_no_history_and_no_readable_line(tmp_path):
     with pytest.raises(StateError, match="has no guard history"):
         find_history(tmp_path)
+    (tmp_path / HISTORY).write_text("")
+    with pytest.raises(StateError, match="is no guard history: it is empty"):
+        read_history(tmp_path / HISTORY)
     (tmp_path / HISTORY).write_text("nonsense\n")
     with pytest.raises(StateError, match="none of its 1 lines could be read"):
         read_history(tmp_path / HISTORY)

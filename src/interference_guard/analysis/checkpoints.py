@@ -190,10 +190,10 @@ def _files(path: Path) -> dict[Path, set[str]]:
         return shards
     if (path / SINGLE[1]).is_file():
         return {path / SINGLE[1]: set()}
-    inner = sorted(file.parent.name for file in path.glob(f"*/{SINGLE[1]}"))
+    inner = sorted({file.parent.name for name in (*SINGLE, INDEX) for file in path.glob(f"*/{name}")})
     if inner:
         raise CheckpointError(
-            f"{path} holds no checkpoint itself, but adapters in the folders {inner}. Give one of these."
+            f"{path} holds no checkpoint itself, but some in the folders {inner}. Give one of these."
         )
     raise CheckpointError(
         f"{path} holds no checkpoint: expected one of {[*SINGLE, INDEX]}. Give the folder that save_pretrained "

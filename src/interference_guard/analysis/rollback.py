@@ -52,7 +52,7 @@ class RollbackPlan:
         Raises:
             ConfigError: If it is not above 0 and at most 1.
         """
-        _check(share=share)
+        check_amounts(share=share)
         interference, edit = torch.cat(list(self.interference.values())), torch.cat(list(self.edit.values()))
         score = torch.where(edit > 0, interference / edit.clamp(min=torch.finfo(edit.dtype).tiny), 0.0)
         count = min(round(share * int((edit > 0).sum())), int((score > 0).sum()))
@@ -88,7 +88,7 @@ class RollbackPlan:
             ``interference_left`` and ``edit_left``, parts of the edit's predicted interference and of its squared
             length that stay, and the number of ``units``.
         """
-        _check(share=share, strength=strength)
+        check_amounts(share=share, strength=strength)
         masks = self.chosen(share)
         removed = sum(float(self.interference[name][mask].sum()) for name, mask in masks.items())
         taken = sum(float(self.edit[name][mask].sum()) for name, mask in masks.items())
@@ -151,7 +151,12 @@ def see_edit(record: DomainRecord, before: Weights, after: Weights) -> Iterator[
         yield part, part.see(displacement(part.view.name, end, before=start))
 
 
-def _check(**values: float) -> None:
+def check_amounts(**values: float) -> None:
+    """Refuse a share, or a strength, of which there is none.
+
+    Raises:
+        ConfigError: If one is not above 0 and at most 1.
+    """
     for name, value in values.items():
         if not 0 < value <= 1:
             raise ConfigError(f"{name}={value!r} is not allowed: it must be a number above 0 and at most 1.")

@@ -189,11 +189,13 @@ class StateFile:
             shapes = {name: tuple(shape) for name, shape in details["parameters"].items()}
             transposed = [str(name) for name in details["transposed"]]
             domains = dict(details["domains"])
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StateError(
                 f"{self.folder} has no guard state ({DETAILS}). Give a checkpoint folder of a guarded run."
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise StateError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateError(f"{path} is damaged: {type(error).__name__}: {error}. Copy it again.") from error
         try:
             self.entries: dict[str, Entry] = read_header(self.folder / TENSORS)

@@ -76,7 +76,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name.
 
     Raises:
-        CheckpointError: If the file is missing, truncated or no safetensors file.
+        CheckpointError: If the file is missing, cannot be read, is truncated or no safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -89,7 +89,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         found = {name: _entry(path, 8 + length, size, item) for name, item in table.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist. Copy the missing file, or give another folder.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file: {error}. Copy it again, or save the checkpoint anew."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,10 @@ def check(
     """
     if max_forgetting is None and max_interference is None:
         raise ConfigError("No limit is given. Pass --max-forgetting or --max-interference.")
+    for name, limit in (("--max-forgetting", max_forgetting), ("--max-interference", max_interference)):
+        # With such a limit every run would pass, or none.
+        if limit is not None and not 0 <= limit < math.inf:
+            raise ConfigError(f"{name} {limit!r} is not allowed: it must be a number of at least 0, as 0.02.")
     found = read_run(run)
     results: list[dict[str, Any]] = []
     if max_forgetting is not None:

@@ -9,7 +9,7 @@ import typer
 
 from interference_guard.errors import GuardError, StateError
 from interference_guard.history import HISTORY
-from interference_guard.report.run import Run, find_state, read_run
+from interference_guard.report.run import Run, find_state, own_state, read_run
 from interference_guard.report.transfer import losses
 
 from . import output
@@ -35,14 +35,18 @@ def inspect(
 
     Example: interference-guard inspect outputs/run
     """
-    state, trouble = find_state(run), None
+    state = find_state(run)
+    trouble: list[str] = []
     try:
         history = read_run(run) if (run / HISTORY).is_file() or run.is_file() else None
     except GuardError as error:
         # The state is worth showing without it.
         if state is None:
             raise
-        history, trouble = None, f"No history: {error}"
+        history = None
+        trouble.append(
+            f"No history: {error} So nothing says whether the state is of this run or of a former one."
+        )
     if history is None and state is None:
         raise StateError(
             f"{run} holds neither a guard's history nor a guard's state. Give the folder a guarded run wrote to "
@@ -52,6 +56,8 @@ def inspect(
     if history is not None:
         steps = int(history.last)
         found |= {"steps": steps, "skipped_lines": history.recorded.skipped, "domains": _domains(history)}
+        state, former = own_state(history)
+        trouble += [former] if former is not None else []
     if state is not None:
         found["state"] = str(state)
         try:
@@ -60,17 +66,16 @@ def inspect(
             # The history is worth showing without it.
             if history is None:
                 raise
-            trouble = f"No anchors: {error}"
-    if trouble is not None:
-        found["trouble"] = trouble
+            trouble.append(f"No anchors: {error}")
+    if trouble:
+        found["trouble"] = " ".join(trouble)
     if json:
         output.as_json(found)
         return
     if history is not None:
         _show(found)
         output.notes(history.recorded.notes)
-    if trouble is not None:
-        output.line(trouble)
+    output.notes(trouble)
     if "anchors" in found:
         rows = [
             [name, str(item["anchored"]), str(item["steps_since"]), output.number(item["reward_at_anchor"])]

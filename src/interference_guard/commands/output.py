@@ -61,7 +61,7 @@ def line(text: str) -> None:
 
 
 def notes(sentences: Iterable[str]) -> None:
-    """Print what there is to know of a history, a line each."""
+    """Print what there is to know of a run's files, a line each."""
     for sentence in sentences:
         line(sentence)
 

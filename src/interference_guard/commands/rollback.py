@@ -63,8 +63,10 @@ def rollback(
         raise ConfigError("Nothing says where the result goes. Pass --out FOLDER, or --dry-run to see the curve.")
     from interference_guard.analysis import StateFile, open_checkpoint, plan_rollback, write_rollback
     from interference_guard.analysis.measured import nats_per_token, read_rows
+    from interference_guard.analysis.rollback import check_amounts
     from interference_guard.analysis.target import check_target
 
+    check_amounts(share=share, strength=strength)
     texts = {name: read_rows(path) for name, path in given.items()}
     record = StateFile(state if state is not None else checkpoint).domain(domain)
     before, after = open_checkpoint(base), open_checkpoint(checkpoint)
@@ -139,5 +141,7 @@ def _files(data: list[str]) -> dict[str, Path]:
         name, _, path = entry.partition("=")
         if not name or not path:
             raise ConfigError(f"--data {entry!r} is not NAME=FILE, for instance --data math=math.jsonl.")
+        if name in found:
+            raise ConfigError(f"--data names {name!r} twice. Give all rows of a domain in one file.")
         found[name] = Path(path)
     return found

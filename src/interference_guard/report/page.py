@@ -56,7 +56,7 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
         out: The HTML file; `report.html` in the run's folder by default. The figures go into a folder of
             the same name without `.html`.
         state: A folder with the guard's state, for the maps by layer and module; by default the history's own
-            from the end of the run, else the latest state under the run.
+            from the end of the run, else the latest state under the run that the history reaches.
         force: Replace an existing report, its figures included.
 
     Raises:
@@ -72,14 +72,21 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
         ) from error
     found = read_run(run)
     page = out if out is not None else found.path.parent / REPORT
+    if page.is_dir():
+        raise ReportError(
+            f"{page} is a folder, and a report is a page. Name the page, for instance {page / REPORT}."
+        )
+    # Without its ending a name of dots alone would be a folder above.
+    if page.suffix != ".html" or not page.stem.strip("."):
+        raise ReportError(
+            f"{page} is not a name for a page: it needs a name, and must end in .html, for instance report.html."
+        )
     folder = page.with_suffix("")
-    if page.suffix != ".html":
-        raise ReportError(f"{page} is not a name for a page: it must end in .html, for instance report.html.")
     for path in (page, folder):
         if path.exists() and not force:
             raise ReportError(f"{path} exists already. Choose another name with --out, or pass --force.")
-    made = Made(page, notes=found.recorded.notes)
     maps, trouble = read_places(found, state)
+    made = Made(page, notes=[*found.recorded.notes, *trouble])
     moved = transfer(found)
     try:
         with _made(folder):
@@ -96,7 +103,6 @@ def build_report(run: Path, out: Path | None = None, *, state: Path | None = Non
                 losses=[(plain(name), value) for name, value in losses(found).items()],
                 settings=found.settings,
                 notes=made.notes,
-                trouble=trouble,
                 colours=[(index, *pair) for index, pair in enumerate(DOMAINS)],
             )
             # A setting may hold half of a character.

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,6 +91,18 @@ class Run:
     def last(self) -> float:
         """The last step that was reported or evaluated."""
         return float(max(line["step"] for line in self.recorded.lines))
+
+    @cached_property
+    def reach(self) -> float:
+        """The last step that a state of this run can be of, by how far apart its lines are.
+
+        A run may save between two reports; by the time of the next one there would have been a line.
+        """
+        steps = sorted({line["step"] for line in self.recorded.lines})
+        if len(steps) > 1:
+            return self.last + float(max(later - step for step, later in pairwise(steps)))
+        # An evaluation before the first step says nothing of when a report is due.
+        return 2 * self.last or math.inf
 
     def metric(self, domain: str, name: str) -> Series:
         """A domain's metric over steps."""
@@ -174,10 +187,10 @@ def read_run(run: Path) -> Run:
     return Run(path, recorded)
 
 
-def find_state(run: Path) -> Path | None:
+def find_state(run: Path, reach: float = math.inf) -> Path | None:
     """The folder of the latest state at or under a run, the first rank's; None without any.
 
-    The latest is that of the most steps, and of several the newest file: copies are of any age.
+    The latest is that of the most steps, at most `reach`, and of several the newest file: copies are of any age.
     """
     if not run.exists():
         return None
@@ -185,9 +198,27 @@ def find_state(run: Path) -> Path | None:
     # TRL's checkpoints lie right in a run's folder, veRL's in folders by rank below one for each model.
     places = ("", "*/", "actor/*/", "global_step_*/actor/*/")
     found = [
-        path for place in places for path in folder.glob(place + DETAILS) if not LATER.search(path.parent.name)
+        (steps, path.stat().st_mtime, path.parent)
+        for place in places
+        for path in folder.glob(place + DETAILS)
+        if not LATER.search(path.parent.name) and (steps := _steps(path)) <= reach
     ]
-    return max(found, key=lambda path: (_steps(path), path.stat().st_mtime)).parent if found else None
+    return max(found)[-1] if found else None
+
+
+def own_state(run: Run) -> tuple[Path | None, str | None]:
+    """The folder of the latest state that a run's history reaches, and a sentence on a later one beside it.
+
+    A run that was begun anew in the folder of another one leaves the other's checkpoints there.
+    """
+    latest, own = find_state(run.path), find_state(run.path, run.reach)
+    if latest is None or latest == own:
+        return own, None
+    return own, (
+        f"The state in {latest} is left out: it is of step {_steps(latest / DETAILS)}, and the history ends at "
+        f"step {run.last:g}. Most likely a former run left it in the same folder, or the history could not be "
+        "written to its end. To see it, inspect that folder."
+    )
 
 
 def _steps(details: Path) -> int:
@@ -199,27 +230,30 @@ def _steps(details: Path) -> int:
     return steps if isinstance(steps, int) else -1
 
 
-def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Places]], str | None]:
+def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Places]], list[str]]:
     """Where curvature and projections sit: from a saved state, or as the run's history has it from its end.
 
     Args:
         run: The run.
         state: A folder with the guard's state, which goes first; None to look in the history, then for the
-            latest state under the run.
+            latest state under the run that the history reaches.
 
     Returns:
-        Tables by domain, ``"curvature"`` and ``"projected"``, and what was wrong with a state that was found and
-        could not be read.
+        Tables by domain, ``"curvature"`` and ``"projected"``, and sentences on states that were found and are
+        not used.
 
     Raises:
         GuardError: If a state that was given cannot be read.
     """
     given = state is not None
     if not given and run.recorded.places:
-        return run.recorded.places, None
-    state = state if state is not None else find_state(run.path)
+        return run.recorded.places, []
+    notes = []
     if state is None:
-        return {}, None
+        state, former = own_state(run)
+        notes = [former] if former is not None else []
+    if state is None:
+        return {}, notes
     # Here, because it imports torch.
     from interference_guard.analysis.state import StateFile
 
@@ -231,8 +265,8 @@ def read_places(run: Run, state: Path | None) -> tuple[dict[str, dict[str, Place
     except GuardError as error:
         if given:
             raise
-        return {}, str(error)
-    return tables, None
+        return {}, [*notes, f"No maps by layer and module: {error}"]
+    return tables, notes
 
 
 def domain_of(metric: str) -> str | None:

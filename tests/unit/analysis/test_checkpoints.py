@@ -89,6 +89,12 @@ def test_tensors_without_elements_are_passed_over(tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         open_checkpoint(tmp_path)
+    save_model(Toy(), tmp_path / "checkpoint-2", shards=2)
+    save_model(Toy(), tmp_path / "checkpoint-1")
+    with pytest.raises(
+        CheckpointError, match=r"itself, but some in the folders \['checkpoint-1', 'checkpoint-2'\]"
+    ):
+        open_checkpoint(tmp_path)
     save_file({"ids": torch.arange(3)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds no floating-point tensor"):
         open_checkpoint(tmp_path)
@@ -292,7 +298,7 @@ def test_several_adapters_in_one_folder(tmp_path):
     wrapped = get_peft_model(Toy(), LoraConfig(r=2, target_modules=["up_proj"]), adapter_name="first")
     wrapped.add_adapter("second", LoraConfig(r=3, target_modules=["down_proj"]))
     wrapped.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"adapters in the folders \['first', 'second'\]. Give one"):
+    with pytest.raises(CheckpointError, match=r"some in the folders \['first', 'second'\]. Give one"):
         open_checkpoint(tmp_path)
     base = open_checkpoint(save_model(Toy(), tmp_path / "base"))
     assert MergedCheckpoint(base, open_checkpoint(tmp_path / "second")).shapes == base.shapes

@@ -138,3 +138,12 @@ def test_damaged_lines_are_said(capsys, tmp_path):
     assert check(capsys, tmp_path, "--max-interference", "0.02")[2]["skipped_lines"] == 2
     assert main(["check", str(tmp_path), "--max-interference", "0.02"]) == 0
     assert "2 damaged lines of the history were skipped." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", ["nan", "-0.1", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["--max-forgetting", "--max-interference"])
+def test_a_limit_that_every_run_passes_or_none_is_refused(capsys, tmp_path, name, limit):
+    nats(tmp_path, 0.005)
+    code, _, found, err = check(capsys, tmp_path, *BOTH, f"{name}={limit}")
+    assert (code, found) == (2, None)
+    assert f"{name} {float(limit)!r} is not allowed: it must be a number of at least 0" in err

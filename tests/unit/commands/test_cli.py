@@ -1,6 +1,7 @@
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -304,3 +305,34 @@ def test_names_that_the_terminal_s_encoding_lacks(tmp_path, words):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert r"\u6570\u5b66" in "".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["check", "--max-forgetting", "1"], 0), (["check", "--max-forgetting", "0.01", "--json"], 1)],
+)
+def test_a_closed_output_changes_no_exit_code(toy_run, words, code):
+    command = shlex.join([*PROGRAM, *words, str(toy_run[0])])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("words", [["inspect"], ["check", "--max-forgetting", "0.01", "--json"]])
+def test_an_output_that_cannot_be_written_is_told(toy_run, words):
+    with open("/dev/full", "w") as full:
+        command = [*PROGRAM, *words, str(toy_run[0])]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    # 1 would say that a limit was passed, and the lines that say which one are lost.
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: The output cannot be written: No space left on device.")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["report"], ["check", "--max-forgetting", "1"], ["compare", "."]])
+def test_a_path_that_the_system_refuses_is_no_fault_of_the_program(capsys, tmp_path, words):
+    save_model(Toy(), tmp_path)
+    words = [str(tmp_path) if word == "." else word for word in words]
+    code, _, err = run(capsys, *words, tmp_path / ("a" * 300))
+    assert code == 2
+    assert "cannot be used: File name too long. Check the path" in err

@@ -40,6 +40,8 @@ def test_a_history_without_a_step_does_not_hide_the_state(capsys, toy_run, tmp_p
     assert "math" in found["anchors"]
     assert "steps" not in found
     assert "holds no step yet" in found["trouble"]
+    # As where a run has just begun anew in the folder of another one.
+    assert "of this run or of a former one" in found["trouble"]
     assert main(["inspect", str(tmp_path)]) == 0
     assert "No history: " in capsys.readouterr().out
 
@@ -144,3 +146,42 @@ def test_a_domain_without_evaluations_shows_its_training_reward(capsys, tmp_path
     ]
     assert main(["inspect", str(tmp_path)]) == 0
     assert "the reward is that of training: code." in capsys.readouterr().out
+
+
+def short_run(folder, steps):
+    """A run of one domain with reports at these steps, at 0 an evaluation."""
+    history = History(folder / HISTORY)
+    for step in steps:
+        if step:
+            history.report(step, {"guard/math/reward": 0.5}, active=["math"])
+        else:
+            history.evaluation(step, {"math": 0.1})
+
+
+def test_a_state_that_a_former_run_left_is_not_shown_as_this_run_s(capsys, toy_run, tmp_path):
+    # Begun anew: the checkpoints of 60 and 90 steps are of the run before.
+    for phase in (1, 2, 3):
+        shutil.copytree(toy_run[0] / f"phase-{phase}", tmp_path / f"phase-{phase}")
+    short_run(tmp_path, range(0, 41, 10))
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["state_steps"]) == (str(tmp_path / "phase-1"), 30)
+    assert "phase-3 is left out: it is of step 90, and the history ends at step 40." in found["trouble"]
+    shutil.rmtree(tmp_path / "phase-1")
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "State in" not in out
+    assert "Most likely a former run left it" in out
+    # Asked for itself it is shown.
+    assert main(["inspect", str(tmp_path / "phase-3")]) == 0
+    assert "of step 90" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("steps", [[25], [0, 25], [20, 25], [10, 20], [0]])
+def test_a_state_saved_between_two_reports_is_the_run_s_own(capsys, toy_run, tmp_path, steps):
+    shutil.copytree(toy_run[0] / "phase-1", tmp_path / "phase-1")
+    short_run(tmp_path, steps)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["state_steps"] == 30
+    assert "trouble" not in found

@@ -115,3 +115,17 @@ def test_the_anchor_of_a_domain_that_was_trained_again_is_its_latest(capsys, tmp
         words = [tmp_path / base, tmp_path / "final", "--domain", "math", "--dry-run", "--json"]
         trouble = json.loads(rollback(capsys, *words)[1]).get("trouble", "")
         assert ("last anchored, 10 steps before" in trouble) is told
+
+
+@pytest.mark.parametrize("words", [["--share", "nan"], ["--share", "0"], ["--share", "2"], ["--strength", "nan"]])
+def test_amounts_are_refused_in_a_dry_run_too(capsys, run, words):
+    code, out, err = rollback(capsys, run / "run/phase-1", run / "final", "--domain", "math", "--dry-run", *words)
+    assert (code, out) == (2, "")
+    assert "is not allowed: it must be a number above 0 and at most 1" in err
+
+
+def test_a_domain_with_two_files_is_refused(capsys, run):
+    words = [run / "run/phase-1", run / "final", "--domain", "math", "-o", run / "out"]
+    code, _, err = rollback(capsys, *words, "--data", "math=a.jsonl", "--data", "math=b.jsonl")
+    assert code == 2
+    assert "--data names 'math' twice" in err

@@ -87,8 +87,19 @@ def test_nothing_is_overwritten_without_force(toy_run, tmp_path):
     assert page.read_text() == "mine"
     build_report(toy_run[0], page, force=True)
     assert page.read_text() != "mine"
-    with pytest.raises(ReportError, match=r"must end in \.html"):
-        build_report(toy_run[0], tmp_path / "report.txt")
+    # A folder above would be that of the last one's figures.
+    for name in ("report.txt", ".html", "...html"):
+        with pytest.raises(ReportError, match=r"must end in \.html"):
+            build_report(toy_run[0], tmp_path / name, force=True)
+
+
+@pytest.mark.parametrize("name", [".", "", "/", "made.html"])
+def test_a_folder_is_no_page(toy_run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made.html").mkdir()
+    with pytest.raises(ReportError, match=r"is a folder, .* for instance .*report\.html"):
+        build_report(toy_run[0], Path(name), force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["made.html"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -140,10 +151,30 @@ def test_a_damaged_state_is_said_and_the_rest_is_drawn(toy_run, tmp_path):
     shutil.copy(toy_run[0] / HISTORY, tmp_path / HISTORY)
     (tmp_path / "phase").mkdir()
     (tmp_path / "phase" / "interference_guard.json").write_text("{")
-    text = build_report(tmp_path).page.read_text()
+    made = build_report(tmp_path)
+    text = made.page.read_text()
     assert "No maps by layer and module" in text
+    # Beside the page, for who does not open it yet.
+    assert "No maps by layer and module" in made.notes[0]
     assert 'id="places"' not in text
     assert 'id="rewards"' in text
+
+
+def test_maps_are_not_drawn_from_a_state_that_a_former_run_left(toy_run, tmp_path):
+    lines = (toy_run[0] / HISTORY).read_text().splitlines(keepends=True)
+    (tmp_path / HISTORY).write_text("".join(lines[:40]))
+    shutil.copytree(toy_run[0] / "phase-3", tmp_path / "phase-3")
+    made = build_report(tmp_path)
+    (note,) = made.notes
+    assert "phase-3 is left out: it is of step 90, and the history ends at step" in note
+    text = made.page.read_text()
+    assert note in text
+    assert 'id="places"' not in text
+    # One of this run's own is drawn from, and the other told all the same.
+    shutil.copytree(toy_run[0] / "phase-1", tmp_path / "phase-1")
+    made = build_report(tmp_path, force=True)
+    assert made.notes == [note]
+    assert '<section id="places">' in made.page.read_text()
 
 
 def test_the_history_s_own_maps_need_no_state(tmp_path):
