@@ -88,7 +88,8 @@ def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "doma
     if not isinstance(functions, Mapping) or not functions:
         found = "no domain" if isinstance(functions, Mapping) else f"a {type(functions).__name__}"
         raise ConfigError(f"route() was given {found}; it must be a mapping, {{'math': [function]}}.")
-    for name, chosen in functions.items():
+    given: Mapping[str, Any] = functions
+    for name, chosen in given.items():
         if callable(chosen):
             raise ConfigError(f"Domain {name!r} has a function, no list. Write {{{name!r}: [function]}}.")
         if chosen is not None and (isinstance(chosen, str) or not isinstance(chosen, Sequence)):
@@ -96,7 +97,7 @@ def route(functions: Mapping[str, Sequence[RewardFunction]], column: str = "doma
                 f"Domain {name!r} has {str(chosen)[:60]!r} of type {type(chosen).__name__} as its rewards; it "
                 f"must be a list of functions, {{{name!r}: [function]}}."
             )
-    bare = [name for name, chosen in functions.items() if not chosen]
+    bare = [name for name, chosen in given.items() if not chosen]
     if bare:
         raise ConfigError(
             f"The domains {bare} have no reward function; there are {list(functions)}. Give each at least one."
