@@ -58,7 +58,7 @@ def set_anchor(guard: Guard, state: DomainState) -> None:
         state.forget_pending()
     state.anchored = True
     state.own_steps = state.foreign_steps = state.renewed_at = 0
-    state.region.anchor()
+    state.region.anchor(turned=reuse is None)
     state.kept_at = -1
     state.true_reward = math.nan
     state.subspace = None

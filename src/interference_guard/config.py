@@ -53,7 +53,10 @@ class GuardConfig:
     )
     budget_nats: float = field(
         default=0.01,
-        metadata={"help": "The same target in nats per token, for domains without rewards."},
+        metadata={
+            "help": "The same target for domains without rewards, or whose rewards are all alike: "
+            "log-likelihood lost, in nats per token."
+        },
     )
     rank: int = field(default=16, metadata={"help": "Most directions kept for each weight matrix and domain."})
     sketch: int = field(

@@ -135,7 +135,7 @@ def measure(guard: Guard, state: DomainState, policy: Policy | None = None) -> M
         result = state.region.measured(found, raw, adapt=guard.config.project, noise=noise)
     else:
         # The domain's own steps since that probe are in the loss: nothing may be learned from it.
-        result = found.scaled(state.region.scale, raw.quadratic, state.region.predict(raw))
+        result = found.scaled(state.region.correction(found.ratio), raw.quadratic, state.region.predict(raw))
     state.follow_region()
     state.measurement = result
     guard.clock.add("probe", started)

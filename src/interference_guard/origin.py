@@ -11,7 +11,7 @@ from .errors import StateError, StateVersionError
 if TYPE_CHECKING:
     from .guard import Guard
 
-VERSION = 8
+VERSION = 9
 # Settings that give the saved tensors their meaning; the others may change between runs.
 BINDING = ("rank", "sketch", "residual", "seed", "coverage", "selection", "unit_overrides")
 

@@ -6,6 +6,10 @@ The loss of expected reward is estimated on completions y sampled at the anchor 
 
 R shifted to start at 0. The weights are not self-normalised: probability that leaves right answers for
 answers nobody sampled must count as a loss, and self-normalisation would hide exactly that.
+
+Without rewards it is the log-likelihood that the rows have lost per token, mean(log p_anchor - log p_now). Of
+rows that the anchor's policy has sampled that is an unbiased estimate of KL(anchor || now); of given rows it is
+the rise of their cross entropy, and a model that thinks more of them has lost nothing.
 """
 
 from __future__ import annotations
@@ -285,10 +289,11 @@ class Measurement:
 
     Args:
         domain: Its name.
-        loss: Expected reward lost since the anchor, as a part of the domain's reward range; in nats per
-            token when `ratio` is ``"nats"``.
-        kl: KL divergence from the anchor's policy, nats per token, estimated on the same rows.
-        effective: Effective sample size of the truncated ratios, as a part of the rows.
+        loss: Expected reward lost since the anchor, as a part of the domain's reward range; when `ratio` is
+            ``"nats"``, log-likelihood of the rows lost since then, nats per token.
+        kl: KL divergence from the anchor's policy, nats per token, estimated on the same rows. Rows without
+            rewards may be none of that policy's own: of those it is `loss`.
+        effective: Effective sample size of the truncated ratios of whole sequences, as a part of the rows.
         ratio: Which importance ratios the loss rests on.
         raw: The uncalibrated prediction at the same weights.
         predicted: The calibrated prediction before this measurement, in the unit of `loss`.
@@ -317,7 +322,7 @@ def estimate(
     span: tuple[float, float] | None,
     reduce: Reduce | None = None,
 ) -> Measurement:
-    """Estimate the loss of expected reward and the KL from log-probabilities.
+    """Estimate the loss of expected reward, or of log-likelihood, and the KL from log-probabilities.
 
     Args:
         domain: Name for the result.
@@ -333,8 +338,11 @@ def estimate(
     counts = (mask != 0) & ~(now.isneginf() & anchor.isneginf())
     log_ratio = (now - anchor).where(counts, 0.0)
     tokens = mask.sum(-1)
-    # exp(x) - 1 - x of the token ratios: an estimate of KL(anchor || now) that is never negative.
     bounded = log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT)
+    fallen = (-bounded * mask).sum()
+    # exp(x) - 1 - x of the token ratios: an estimate of KL(anchor || now) that is never negative. It takes the
+    # mean of exp(x) for 1, which it is over all that a policy may say. Where it is nearly certain, what it hardly
+    # ever says is in no sample, and nothing is left of a first-order loss. So it is logged, and is no budget's.
     kl = ((bounded.exp() - 1 - bounded) * mask).sum()
     whole = log_ratio.sum(-1).clamp(-LOG_LIMIT, LOG_LIMIT)
     mean = (log_ratio.sum(-1) / tokens.clamp(min=1)).clamp(-LOG_LIMIT, LOG_LIMIT)
@@ -345,18 +353,18 @@ def estimate(
     kinds = [ratio.exp().clamp(max=TRUNCATION) * seen for ratio in (whole, mean)]
     # Ranks must agree on the unit, and one of them may have no rows.
     rewarded = torch.full_like(kl, 0.0 if rewards is None else float(len(R)))
-    sums = [rewarded, kl, tokens.sum(), seen.sum(), R.sum()]
-    for ratio in kinds:
-        sums += [(ratio * R).sum(), ratio.sum(), ratio.square().sum()]
+    sums = [rewarded, kl, fallen, tokens.sum(), seen.sum(), R.sum()]
+    sums += [kinds[0].sum(), kinds[0].square().sum(), *((ratio * R).sum() for ratio in kinds)]
     table = torch.stack(sums)
     if reduce is not None:
         table = reduce(table)
-    any_rewards, total_kl, count_tokens, rows, reward, *rest = table.tolist()
-    kl_mean = total_kl / max(count_tokens, 1.0)
-    parts = [rest[:3], rest[3:]]
-    shares = [part[1] ** 2 / max(part[2] * rows, 1e-300) for part in parts]
-    if not any_rewards or high <= low:
-        return Measurement(domain, kl_mean, kl_mean, shares[0], "nats")
-    kind = 0 if shares[0] >= LEAST_EFFECTIVE else 1
-    loss = (reward - parts[kind][0]) / max(rows, 1.0) / (high - low)
-    return Measurement(domain, loss, kl_mean, shares[kind], "sequence" if kind == 0 else "token")
+    any_rewards, total_kl, total_fallen, count_tokens, rows, reward, total, squares, *kept = table.tolist()
+    kl_mean, loss_nats = (each / max(count_tokens, 1.0) for each in (total_kl, total_fallen))
+    effective = total**2 / max(squares * rows, 1e-300)
+    if not any_rewards:
+        return Measurement(domain, loss_nats, loss_nats, effective, "nats")
+    if high <= low:
+        return Measurement(domain, loss_nats, kl_mean, effective, "nats")
+    kind = 0 if effective >= LEAST_EFFECTIVE else 1
+    loss = (reward - kept[kind]) / max(rows, 1.0) / (high - low)
+    return Measurement(domain, loss, kl_mean, effective, "sequence" if kind == 0 else "token")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple
 
-from .probe import Measurement
+from .probe import Measurement, Ratio
 
 # Largest change of the radius at one measurement, from where the loss was measured.
 GROW, SHRINK = 2.0, 0.5
@@ -55,12 +55,12 @@ class TrustRegion:
         centre_loss: Measured loss at the region's centre, where it was moved from the anchor; not corrected by
             the truth.
         astray: Whether the part outside of the directions led at the last measurement.
-        rate: Largest learning rate so far of a step that the radius knows of; 0 where rates are not known.
+        rate: Largest learning rate of a step since the radius began; 0 where rates are not known.
         xy, xx: Running sums of raw x loss and raw^2 (quadratic parts), whose quotient is the calibration.
         ly, ll, lx: Running sums of linear x loss, linear^2 and linear x raw: with a first-order term the
             calibration is a least-squares fit of both.
-        unit: Whether the sums are in ``"reward"`` or ``"nats"``.
-        truth_xy, truth_xx: Running sums of estimate x truth and estimate^2.
+        ratio: What the last measurement rests on, see `Measurement`; the sums are of such alone.
+        truth_xy, truth_xx: By ratio, running sums of estimate x truth and estimate^2.
         loss: Last measured loss, or NaN.
         estimate: The same before correction by the truth.
     """
@@ -78,11 +78,16 @@ class TrustRegion:
     ly: float = 0.0
     ll: float = 0.0
     lx: float = 0.0
-    unit: str = "reward"
-    truth_xy: float = 0.0
-    truth_xx: float = 0.0
+    ratio: Ratio = "sequence"
+    truth_xy: dict[str, float] = field(default_factory=dict)
+    truth_xx: dict[str, float] = field(default_factory=dict)
     loss: float = math.nan
     estimate: float = math.nan
+
+    @property
+    def unit(self) -> Literal["reward", "nats"]:
+        """Of the measurements."""
+        return "nats" if self.ratio == "nats" else "reward"
 
     @property
     def allowed(self) -> float:
@@ -117,9 +122,17 @@ class TrustRegion:
 
     @property
     def scale(self) -> float:
-        """Correction of measured losses by true ones: least squares through 0, shrunk toward 1."""
+        """Correction of losses like the last one, see `correction`."""
+        return self.correction(self.ratio)
+
+    def correction(self, ratio: Ratio) -> float:
+        """Correction of losses measured by such ratios by true ones: least squares through 0, shrunk toward 1.
+
+        Ratios of whole sequences and those normalised by length see one loss very differently, so each kind has a
+        correction of its own.
+        """
         prior = self.budget**2
-        value = (self.truth_xy + prior) / (self.truth_xx + prior)
+        value = (self.truth_xy.get(ratio, 0.0) + prior) / (self.truth_xx.get(ratio, 0.0) + prior)
         return min(max(value, SCALE_LIMITS[0]), SCALE_LIMITS[1])
 
     @property
@@ -153,12 +166,14 @@ class TrustRegion:
             The measurement corrected by the truth, with the prediction that was made for it.
         """
         x = raw.quadratic
-        result = found.scaled(self.scale, x, self.predict(raw))
-        unit = "nats" if found.ratio == "nats" else "reward"
-        if unit != self.unit:
-            # A reward range has appeared, or is gone: old pairs are in another unit.
-            self.unit, self.centre_loss = unit, 0.0
+        result = found.scaled(self.correction(found.ratio), x, self.predict(raw))
+        if found.ratio != self.ratio:
+            # Old pairs are in another unit, or of losses seen in another way.
             self._forget_pairs()
+            before, self.ratio = self.unit, found.ratio
+            if self.unit != before:
+                # A reward range has appeared, or is gone.
+                self.centre_loss = 0.0
         if not all(map(math.isfinite, (result.loss, x, raw.linear))):
             # One such number in the running sums would stay there for good.
             self.estimate, self.loss, self.astray = found.loss, result.loss, False
@@ -180,8 +195,8 @@ class TrustRegion:
     def truth(self, loss: float) -> None:
         """Take in a true loss (in parts of the reward range) under the weights last measured."""
         if self.unit == "reward" and math.isfinite(self.estimate) and math.isfinite(loss):
-            self.truth_xy = MEMORY * self.truth_xy + self.estimate * loss
-            self.truth_xx = MEMORY * self.truth_xx + self.estimate**2
+            for sums, term in ((self.truth_xy, loss), (self.truth_xx, self.estimate)):
+                sums[self.ratio] = MEMORY * sums.get(self.ratio, 0.0) + self.estimate * term
 
     def tighten(self, subspace: float) -> None:
         """The domain must recover: hold it closer from now on, until its own training resumes.
@@ -202,7 +217,7 @@ class TrustRegion:
 
         The radius begins at the length of one step. In a warm-up the first steps are a small part of what
         follows, and growth by measurements would take far longer than the warm-up. Nothing grows where the last
-        loss asks for less.
+        loss asks for less, nor beyond what the budget allows by the measurements so far.
 
         Args:
             rate: Of the coming step; NaN where it is not known.
@@ -218,10 +233,17 @@ class TrustRegion:
             return 1.0
         factor = (rate / before) ** 2
         if self.radius > 0:
-            factor = max(min(factor, self.ceiling / self.radius), 1.0)
+            factor = max(min(factor, self.ceiling / self.radius, self._room), 1.0)
             self.radius *= factor
             self.largest = max(self.largest, self.radius)
         return factor
+
+    @property
+    def _room(self) -> float:
+        """The factor at which the radius would cost the budget, by what was measured; infinite without a loss."""
+        # What was not measured is NaN.
+        found = [lost for lost in (self.loss - self.spent, self.slope * self.radius) if lost > 0]
+        return (self.allowed - self.spent) / max(found) if found else math.inf
 
     @property
     def renewable(self) -> bool:
@@ -236,15 +258,24 @@ class TrustRegion:
             loss: Measured there, not corrected by the truth; by default the last one.
         """
         self.centre_loss = self.estimate if loss is None else loss
-        self.radius = self.largest = 0.0
+        # Of a step from now on, as the radius will be: the rate may have fallen since the first one.
+        self.radius = self.largest = self.rate = 0.0
         self.astray = False
         if turned:
             self._forget_pairs()
             self.ceiling = math.inf
 
-    def anchor(self) -> None:
-        """The region's centre is the anchor again."""
+    def anchor(self, turned: bool) -> None:
+        """The region's centre is the anchor again, and its size what it was.
+
+        Args:
+            turned: Whether its directions are new. The largest weight of any is 1, so a size keeps its meaning
+                roughly; what a raw prediction costs in reward does not.
+        """
         self.centre_loss, self.astray = 0.0, False
+        self.loss = self.estimate = math.nan
+        if turned:
+            self._forget_pairs()
 
     def loosen(self) -> None:
         """The domain is trained again: what it needed before says nothing of where it will stand."""

@@ -62,7 +62,7 @@ def edit_domain(**values):
         (damage(DETAILS, lambda data: data[: len(data) // 2]), StateError, "is damaged.*Resume from another"),
         (damage(DETAILS, lambda data: b"[]"), StateError, "holds no table"),
         (damage(DETAILS, lambda data: b"\xff\xfe"), StateError, "is damaged"),
-        (edit(version=99), StateVersionError, "format version 99; this version reads 8"),
+        (edit(version=99), StateVersionError, "format version 99; this version reads 9"),
         (edit(format="other"), StateError, "was not written by interference_guard"),
         (edit(domains={"math": {}}), StateError, "incomplete"),
         (edit(domains=[1]), StateError, "incomplete"),

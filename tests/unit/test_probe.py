@@ -100,7 +100,8 @@ def test_long_completions_fall_back_to_token_ratios():
     rewards = (torch.arange(rows) % 2).float()
     found = estimate("d", now, anchor, torch.ones(rows, length), rewards, (0.0, 1.0))
     assert found.ratio == "token"
-    assert found.effective > 0.9
+    # Which of the ratios of whole sequences are worth, whatever serves in their place.
+    assert found.effective < 0.25
     assert 0 < found.loss < 0.1
 
 
@@ -117,7 +118,27 @@ def test_without_rewards_the_measure_is_nats_per_token():
     for rewards, span in ((None, None), (torch.ones(8), (1.0, 1.0))):
         found = estimate("d", anchor - 0.1, anchor, torch.ones(8, 3), rewards, span)
         assert found.ratio == "nats"
-        assert found.loss == pytest.approx(math.exp(-0.1) - 1 + 0.1)
+        assert found.loss == pytest.approx(0.1)
+        # Given rows are no sample, so their loss is all that can be said.
+        assert found.kl == pytest.approx(0.1 if rewards is None else math.exp(-0.1) - 1 + 0.1)
+
+
+def test_without_rewards_a_gain_is_no_loss():
+    anchor = torch.full((8, 3), -4.0)
+    found = estimate("d", anchor + 3.0, anchor, torch.ones(8, 3), None, None)
+    assert (found.loss, found.kl) == (-3.0, -3.0)
+
+
+@pytest.mark.parametrize("rewarded", [False, True])
+def test_without_a_range_of_rewards_a_nearly_certain_policy_shows_its_divergence(rewarded):
+    """One that is right 99 times in 100 and then 90: a sample has little of what it hardly ever says."""
+    p, q = torch.tensor([0.99, 0.01]), torch.tensor([0.9, 0.1])
+    truth = float((p * (p / q).log()).sum())
+    anchor, now = p[:1].log().expand(64, 1), q[:1].log().expand(64, 1)
+    rewards, span = (torch.ones(64), (1.0, 1.0)) if rewarded else (None, None)
+    found = estimate("d", now, anchor, torch.ones(64, 1), rewards, span)
+    assert found.loss == pytest.approx(math.log(0.99 / 0.9))
+    assert found.loss == pytest.approx(truth, abs=0.03)
 
 
 def test_rewards_are_shifted_and_scaled_by_the_range():

@@ -123,7 +123,8 @@ def test_a_measurement_that_is_no_number_leaves_the_calibration(bad):
 
 @pytest.mark.parametrize(
     ("loss", "factor"),
-    [(math.nan, 9.0), (0.009, 9.0), (0.011, 1.0)],  # not measured; within half the budget; beyond
+    # Not measured; nothing lost; within half the budget, and up to all of it; beyond.
+    [(math.nan, 9.0), (-0.01, 9.0), (0.001, 9.0), (0.005, 4.0), (0.011, 1.0)],
 )
 def test_a_radius_follows_a_rising_learning_rate(loss, factor):
     control = TrustRegion(0.02, 0.01)
@@ -136,6 +137,70 @@ def test_a_radius_follows_a_rising_learning_rate(loss, factor):
     # Neither a lower rate nor one that is not known changes it, nor one that was reached before.
     for rate in (1e-6, math.nan, 3e-6):
         assert control.grow_with_rate(rate) == 1
+
+
+def test_a_rising_learning_rate_stops_where_the_radius_would_cost_the_budget():
+    control = region()
+    control.grow_with_rate(1e-6)
+    # Measured well inside of the region, whose surface is expected to cost four times as much.
+    measured(control, found(0.001), Raw(0.25, 0.0))
+    assert control.grow_with_rate(1e-5) == pytest.approx(5.0)
+    assert control.predict(Raw(control.radius, 0.0)) == pytest.approx(0.02)
+    assert control.grow_with_rate(1e-4) == 1
+    # Of a region that was moved, what is spent already stays spent.
+    moved = region()
+    measured(moved, found(0.004), Raw(1.0, 0.0))
+    moved.move(turned=False)
+    moved.grow_with_rate(1e-6)
+    moved.radius = moved.largest = 1.0
+    assert moved.grow_with_rate(1e-5) == pytest.approx((0.02 - 0.004) / 0.004)
+    assert moved.predict(Raw(moved.radius, 0.0)) == pytest.approx(0.02)
+
+
+def test_a_moved_region_begins_at_the_rate_of_its_next_step():
+    control = region()
+    control.grow_with_rate(1e-3)
+    measured(control, found(0.001), Raw(1.0, 0.0))
+    control.move(turned=True)
+    # A schedule that restarts: the first step is small, and the radius would stay of its size.
+    assert control.grow_with_rate(1e-5) == 1
+    control.radius = control.largest = 1.0
+    assert control.grow_with_rate(3e-5) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_new_anchor_keeps_the_radius_and_what_its_directions_have_cost(turned):
+    control = region()
+    measured(control, found(0.02), Raw(1.0, 0.0))
+    control.anchor(turned)
+    assert (control.radius, control.largest) == (1.0, 1.0)
+    prediction = control.predict(Raw(2.0, 0.0))
+    # New directions have their own unit of reward, which nothing has measured yet.
+    assert math.isnan(prediction) if turned else prediction == pytest.approx(0.04)
+    # The loss was the old anchor's.
+    control.grow_with_rate(1e-6)
+    assert control.grow_with_rate(2e-6) == pytest.approx(4.0 if turned else 1.0)
+    measured(control, found(0.03), Raw(1.0, 0.0))
+    if turned:
+        assert control.predict(Raw(2.0, 0.0)) == pytest.approx(0.06)
+
+
+def test_ratios_of_sequences_and_of_tokens_are_corrected_apart():
+    control = region()
+    measured(control, found(0.04), Raw(1.0, 0.0))
+    control.truth(0.02)
+    of_sequences = control.scale
+    assert of_sequences < 1
+    # Normalised by length a loss of .2 shows as .05.
+    result = measured(control, found(0.05, "token"), Raw(2.0, 0.0))
+    assert result.loss == 0.05
+    assert control.predict(Raw(4.0, 0.0)) == pytest.approx(0.1), "pairs of the other kind are forgotten"
+    for _ in range(20):
+        control.truth(0.2)
+    assert control.scale > 3
+    assert control.correction("sequence") == of_sequences
+    again = TrustRegion(**control.state())
+    assert measured(again, found(0.04), Raw(1.0, 0.0)).loss == pytest.approx(0.04 * of_sequences)
 
 
 def test_a_rising_learning_rate_stops_at_the_ceiling():

@@ -72,7 +72,7 @@ def test_prediction_between_two_checkpoints_is_quadratic(toy_run, tmp_path):
 def test_a_prediction_without_the_linear_part_has_the_slope_of_the_quadratic_one(toy_run):
     folder, _, _ = toy_run
     record = StateFile(folder / "phase-3").domain("math")
-    pairs = {"xy": 1.0, "xx": 2.0, "ly": 2.0, "ll": 4.0, "lx": 1.0, "centre_loss": 0.5, "truth_xy": 0.0}
+    pairs = {"xy": 1.0, "xx": 2.0, "ly": 2.0, "ll": 4.0, "lx": 1.0, "centre_loss": 0.5, "truth_xy": {}}
     for name, value in pairs.items():
         setattr(record.region, name, value)
     assert record.region.slopes[1] > 0
@@ -196,7 +196,7 @@ def test_damaged_states(toy_run, tmp_path):
     with pytest.raises(StateError, match="does not exist"):
         StateFile(folder)
     path.write_text(json.dumps({**json.loads(text), "version": 99}))
-    with pytest.raises(StateVersionError, match="format version 99; this version reads 8"):
+    with pytest.raises(StateVersionError, match="format version 99; this version reads 9"):
         StateFile(folder)
     for wrong in ("{", "[]", json.dumps({**json.loads(text), "format": "x"})):
         path.write_text(wrong)
@@ -205,6 +205,17 @@ def test_damaged_states(toy_run, tmp_path):
     path.unlink()
     with pytest.raises(StateError, match="has no guard state"):
         StateFile(folder)
+
+
+def test_a_state_that_cannot_be_read_is_not_called_damaged(toy_run, tmp_path):
+    folder = copy(toy_run[0], tmp_path)
+    with pytest.raises(StateError, match="has no guard state"):
+        StateFile(folder / DETAILS)
+    for name in (TENSORS, DETAILS):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(StateError, match=f"{name} cannot be read: .* Check the path and its permissions"):
+            StateFile(folder)
 
 
 @pytest.mark.parametrize(

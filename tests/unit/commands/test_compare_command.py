@@ -38,11 +38,11 @@ def test_edits_outside_of_the_mlps_have_no_overlap_of_neurons(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("region", "unit", "shown"),
     [
-        ({"unit": "reward", "xx": 1.0, "xy": 1.0}, "reward", "reward range"),
-        ({"unit": "nats", "xx": 1.0, "xy": 1.0}, "nats", "nats per token"),
-        ({"unit": "reward", "xx": 0.0, "xy": 0.0}, None, "-"),
+        ({"ratio": "sequence", "xx": 1.0, "xy": 1.0}, "reward", "reward range"),
+        ({"ratio": "nats", "xx": 1.0, "xy": 1.0}, "nats", "nats per token"),
+        ({"ratio": "sequence", "xx": 0.0, "xy": 0.0}, None, "-"),
         # Its region was moved just now, with new directions.
-        ({"unit": "nats", "xx": 0.0, "xy": 0.0, "centre_loss": 0.1}, "nats", "nats per token"),
+        ({"ratio": "nats", "xx": 0.0, "xy": 0.0, "centre_loss": 0.1}, "nats", "nats per token"),
     ],
     ids=["reward", "nats", "never measured", "just moved"],
 )
