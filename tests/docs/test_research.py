@@ -248,8 +248,11 @@ def test_the_table_of_another_processor_is_the_result():
     ewc, osft, guard = rows["EWC"], rows["OSFT-like"], rows["guard"]
     text = f"{ewc['guard_beyond']:.3f} below the guard with a standard error of {ewc['guard_beyond_error']:.3f}"
     assert f"{text}, and forgets {ewc['forgetting']:.3f}" in PAGE
-    # A-GEM is of the other machine: both are compared with the guard beside them.
-    assert ewc["guard_beyond"] == pytest.approx(tuned("gym")["A-GEM"]["guard_beyond"], abs=0.01)
+    agem, there = rows["A-GEM"], tuned("gym")["A-GEM"]["guard_beyond"]
+    text = f"A-GEM ends {agem['guard_beyond']:.3f} below it, with {agem['guard_beyond_error']:.3f}"
+    assert f"{text}, and forgets {agem['forgetting']:.3f} too; on the other machine it ended {there:.3f}" in PAGE
+    own = [name for name, row in rows.items() if not row["rehearses"] and not name.startswith("guard")]
+    assert sorted(sorted(own, key=lambda name: rows[name]["guard_beyond"])[:2]) == ["A-GEM", "EWC"]
     assert osft["forgetting"] <= guard["forgetting"] + 0.001
     assert f"{osft['forgetting']:.3f}, and ends {osft['guard_beyond']:.3f} below it" in PAGE
     assert f"reach {osft['own']:.3f} in their own phases, the guard's {guard['own']:.3f}" in PAGE
