@@ -218,6 +218,10 @@ def test_what_earlier_rows_bring_is_the_result():
     assert f"reaches {beside['own']:.3f} in place of {guard['own']:.3f}" in PAGE
     assert f"ends {both['guard_beyond']:.3f} below the guard alone, and forgets {both['forgetting']:.3f}" in PAGE
     assert_recovery_alone(rows["guard, recovery alone"], 3)
+    agem, there = rows["A-GEM"], tuned("digits")["A-GEM"]["guard_beyond"]
+    text = f"ends {agem['guard_beyond']:.3f} below the guard, with a standard error of"
+    text = f"{text} {agem['guard_beyond_error']:.3f}, and forgets {agem['forgetting']:.3f}"
+    assert f"{text}; on the other machine it ended {there:.3f} below" in PAGE
     above = {name: -rows[name]["guard_beyond"] for name in ("replay", "mixed")}
     assert f"is {above['replay']:.3f} above it here, and mixed training {above['mixed']:.3f}" in PAGE
     page = (ROOT / "docs/concepts/rehearsal.md").read_text()
