@@ -36,7 +36,9 @@ def check(
     for name, limit in (("--max-forgetting", max_forgetting), ("--max-interference", max_interference)):
         # With such a limit every run would pass, or none.
         if limit is not None and not 0 <= limit < math.inf:
-            raise ConfigError(f"{name} {limit!r} is not allowed: it must be a number of at least 0, for instance 0.02.")
+            raise ConfigError(
+                f"{name} {limit!r} is not allowed: it must be a number of at least 0, for instance 0.02."
+            )
     found = read_run(run)
     results: list[dict[str, Any]] = []
     if max_forgetting is not None:
