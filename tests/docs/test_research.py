@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import ablations, prediction, retained, tables, width
+from benchmarks import ablations, tables, width
 from benchmarks.bed.beds import BEDS
 from benchmarks.rivals import cost
 from benchmarks.rivals.registry import RIVALS
@@ -379,21 +379,3 @@ def test_the_page_quotes_what_tuning_found():
     assert f"with 0.1 at 5e-4 {guard[5e-4, 0.1]:.3f}" in PAGE
     plain = {rate: average for rate, _, average in tried["plain"]}
     assert f"falls from {plain[1e-4]:.3f} to {plain[5e-4]:.3f}" in PAGE
-
-
-def test_what_foretells_a_loss_is_the_result():
-    runs = json.loads((ROOT / "benchmarks/results/prediction_digits.json").read_text())
-    summary = json.loads(json.dumps(prediction.summarise(runs["runs"])))
-    assert summary == runs["summary"]
-    assert tables.markdown(prediction.CORRELATIONS, prediction.correlations(summary)) in PAGE
-    assert tables.markdown(prediction.DROPS, prediction.drops(summary)) in PAGE
-    large = summary["errors"]["predicted over .2"]
-    assert f"finds {large['measured']:.3f} of {large['true']:.3f}".replace("0.", ".") in PAGE
-    guess = summary["rank_correlation"]["over_domains"]["predicted"]["mean"]
-    assert f"is level with it ({guess:.2f})" in PAGE
-
-
-def test_what_the_probe_is_made_of_is_the_result():
-    found = json.loads((ROOT / "benchmarks/results/retained.json").read_text())
-    assert json.loads(json.dumps(retained.summarise(found["runs"]))) == found["summary"]
-    assert tables.markdown(retained.HEAD, retained.cells(found["summary"])) in PAGE
