@@ -168,10 +168,13 @@ def main() -> None:
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rate", type=float)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--suffix", default="", help="of the results file's name, for runs of a table of their own"
+    )
     options = parser.parse_args()
     usual = BEDS[options.bed].rate
     rate = usual if options.rate is None else options.rate
-    name = here(f"ablations_{options.bed}" + ("" if rate == usual else f"_{rate:g}"))
+    name = here(f"ablations_{options.bed}" + ("" if rate == usual else f"_{rate:g}") + options.suffix)
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     there = {(run["variant"], run["run"]["seed"], run["order"]) for run in runs}

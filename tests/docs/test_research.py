@@ -99,34 +99,6 @@ def test_the_settings_tried_on_another_processor_are_the_result():
     assert all(abs(a - b) < 0.015 for other in (edited, drawn) for a, b in zip(energy, other, strict=True))
 
 
-def test_measuring_less_often_forgets_less_on_the_other_bed_too():
-    found = json.loads((ROOT / "benchmarks/results/ablations_gym_amd.json").read_text())
-    assert json.loads(json.dumps(ablations.summarise(found["runs"]))) == found["rows"]
-    assert ablations.markdown(found["rows"]) in PAGE
-    default, seldom, less, more = found["rows"]
-    assert {row["runs"] for row in found["rows"]} == {6}
-    assert f"end at {default['average']:.3f} there and forget {default['forgetting']:.3f}" in PAGE
-    assert max(seldom["more_forgotten"]) < 0
-    # Level: within a third of what changes from run to run.
-    assert abs(fmean(seldom["differences"])) < 0.01
-    averages = [row["average"] for row in (less, default, more)]
-    assert f"range of the budget the average changes by {max(averages) - min(averages):.3f}" in PAGE
-    lost = "{:.3f}, {:.3f} and {:.3f}".format(*(row["forgetting"] for row in (less, default, more)))
-    assert f"what is forgotten follows it: {lost}" in PAGE
-    rates = {7e-4: default}
-    for rate in (4e-4, 1.2e-3):
-        found = json.loads((ROOT / f"benchmarks/results/ablations_gym_{rate:g}.json").read_text())
-        assert json.loads(json.dumps(ablations.summarise(found["runs"]))) == found["rows"]
-        (rates[rate],) = found["rows"]
-    low, usual, high = (rates[rate]["average"] for rate in sorted(rates))
-    assert f"range of the learning rate it changes by {usual - low:.3f}" in PAGE
-    assert f"at 4e-4 it is {low:.3f}, at 7e-4 {usual:.3f} and at 1.2e-3 {high:.3f}" in PAGE
-    lost = [row["forgetting"] for row in rates.values()]
-    assert f"Forgetting stays between {min(lost):.3f} and {max(lost):.3f}" in PAGE
-    assert low < high < usual
-    assert rates[4e-4]["own"] < default["own"]
-
-
 def test_a_wider_policy_is_the_result():
     found = json.loads((ROOT / "benchmarks/results/width.json").read_text())
     rows = width.summarise(found["runs"], (0, 1, 2))
